@@ -1,0 +1,1 @@
+//! The start contract of every process: named fds, jail, readiness, links, logs

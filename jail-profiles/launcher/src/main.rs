@@ -1,0 +1,2 @@
+//! The bulkhead command: starts and supervises the processes of a VM
+fn main() {}

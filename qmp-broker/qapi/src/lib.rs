@@ -1,0 +1,1 @@
+//! QEMU's QAPI schema as Rust types, and the one table of commands

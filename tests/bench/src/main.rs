@@ -1,0 +1,2 @@
+//! Prints the product's figures beside their references
+fn main() {}

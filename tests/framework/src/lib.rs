@@ -1,0 +1,1 @@
+//! Starts VMs, speaks QMP and reads consoles for the tests

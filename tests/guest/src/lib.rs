@@ -1,0 +1,1 @@
+//! The native guest: a small PVH program for any KVM

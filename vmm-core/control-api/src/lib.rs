@@ -1,0 +1,1 @@
+//! Messages of the control links and the configuration blobs of each process
