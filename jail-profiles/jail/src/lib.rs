@@ -1,1 +1,12 @@
-//! The start contract of every process: named fds, jail, readiness, links, logs
+//! The start contract of every process: named fds, jail, readiness, links, logs.
+//!
+//! A process calls [`start::Start::begin`] first thing in `main`, takes its descriptors by name,
+//! makes its threads, then calls [`start::Start::enter`]; from there on the seccomp filter holds.
+//! See `docs/decisions/0001-start-contract.md`.
+
+pub mod link;
+pub mod log;
+mod sandbox;
+pub mod start;
+pub mod surroundings;
+pub mod topology;

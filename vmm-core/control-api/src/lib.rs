@@ -13,7 +13,7 @@ use serde::{Deserialize, Serialize, de::DeserializeOwned};
 /// Version of everything in this crate; both ends of a link must have the same.
 pub const VERSION: u16 = 1;
 /// The longest message, in bytes.
-pub const MAX_MESSAGE: usize = 64 * 1024;
+pub const MAX_MESSAGE: usize = 16 * 1024;
 /// First bytes of every link, little-endian "BLKH".
 pub const MAGIC: u32 = u32::from_le_bytes(*b"BLKH");
 

@@ -1,0 +1,274 @@
+//! Links: typed messages with descriptors over connected `SOCK_SEQPACKET` sockets.
+//!
+//! Each link begins with a [`Hello`] each way (the connecting side speaks first), so that two
+//! processes of different versions part with a clear word.
+
+use std::io::{IoSlice, IoSliceMut};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+
+use bulkhead_control_api::{Hello, MAGIC, MAX_MESSAGE, decode, encode};
+use nix::errno::Errno;
+use nix::sys::socket::{self, ControlMessage, ControlMessageOwned, MsgFlags};
+use serde::{Serialize, de::DeserializeOwned};
+
+/// The most descriptors in one message (`SCM_MAX_FD` of Linux).
+pub const MAX_FDS: usize = 253;
+
+/// Why a link is of no more use.
+#[derive(Debug, thiserror::Error)]
+pub enum LinkError {
+    /// The peer has closed it.
+    #[error("closed by the peer")]
+    Closed,
+    /// The peer sent what is no message here, or the wrong number of descriptors.
+    #[error("malformed message")]
+    Malformed,
+    /// The peer speaks another version.
+    #[error("the peer speaks version {theirs}, this process version {ours}: install matching binaries")]
+    Version {
+        /// Version of this process.
+        ours: u16,
+        /// Version of the peer.
+        theirs: u16,
+    },
+    /// Nothing to receive, or no room to send, at the moment (non-blocking calls only).
+    #[error("would block")]
+    WouldBlock,
+    /// The socket failed.
+    #[error("{0}")]
+    Io(Errno),
+}
+
+impl From<Errno> for LinkError {
+    fn from(errno: Errno) -> Self {
+        match errno {
+            Errno::EAGAIN => Self::WouldBlock,
+            Errno::EPIPE | Errno::ECONNRESET => Self::Closed,
+            other => Self::Io(other),
+        }
+    }
+}
+
+/// One end of a link.
+#[derive(Debug)]
+pub struct Link {
+    fd: OwnedFd,
+    buffer: Vec<u8>,
+}
+
+impl AsFd for Link {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.fd.as_fd()
+    }
+}
+
+impl AsRawFd for Link {
+    fn as_raw_fd(&self) -> RawFd {
+        self.fd.as_raw_fd()
+    }
+}
+
+/// Sends one packet with descriptors.
+///
+/// # Errors
+/// The socket's error; `EAGAIN` with `MSG_DONTWAIT` when the peer does not read.
+pub fn send_packet(
+    fd: BorrowedFd<'_>,
+    packet: &[u8],
+    fds: &[BorrowedFd<'_>],
+    flags: MsgFlags,
+) -> Result<(), Errno> {
+    let raw: Vec<RawFd> = fds.iter().map(AsRawFd::as_raw_fd).collect();
+    let rights = [ControlMessage::ScmRights(&raw)];
+    let control: &[ControlMessage<'_>] = if raw.is_empty() { &[] } else { &rights };
+    loop {
+        let flags = flags | MsgFlags::MSG_NOSIGNAL;
+        match socket::sendmsg::<()>(fd.as_raw_fd(), &[IoSlice::new(packet)], control, flags, None) {
+            Err(Errno::EINTR) => {}
+            result => return result.map(drop),
+        }
+    }
+}
+
+/// Receives one packet with at most [`MAX_FDS`] descriptors; returns its length, 0 at the end.
+///
+/// # Errors
+/// [`LinkError::Malformed`] if the packet or its descriptors did not fit; what came is closed.
+pub fn recv_packet(
+    fd: BorrowedFd<'_>,
+    buffer: &mut [u8],
+    flags: MsgFlags,
+) -> Result<(usize, Vec<OwnedFd>), LinkError> {
+    let mut control = nix::cmsg_space!([RawFd; MAX_FDS]);
+    let flags = flags | MsgFlags::MSG_CMSG_CLOEXEC;
+    let (len, truncated, raw) = loop {
+        let mut parts = [IoSliceMut::new(buffer)];
+        match socket::recvmsg::<()>(fd.as_raw_fd(), &mut parts, Some(&mut control), flags) {
+            Err(Errno::EINTR) => {}
+            Err(errno) => return Err(errno.into()),
+            Ok(message) => {
+                let mut raw = Vec::new();
+                for part in message.cmsgs()? {
+                    if let ControlMessageOwned::ScmRights(fds) = part {
+                        raw.extend(fds);
+                    }
+                }
+                let cut = MsgFlags::MSG_TRUNC | MsgFlags::MSG_CTRUNC;
+                break (message.bytes, message.flags.intersects(cut), raw);
+            }
+        }
+    };
+    let fds = raw.into_iter().map(own).collect();
+    if truncated { Err(LinkError::Malformed) } else { Ok((len, fds)) }
+}
+
+#[expect(unsafe_code, reason = "descriptors arrive as numbers")]
+fn own(fd: RawFd) -> OwnedFd {
+    // SAFETY: the kernel has just installed this descriptor for us by SCM_RIGHTS; nobody else in the
+    // process knows its number, so it is ours alone and open.
+    unsafe { OwnedFd::from_raw_fd(fd) }
+}
+
+impl Link {
+    fn new(fd: OwnedFd) -> Self {
+        Self { fd, buffer: Vec::new() }
+    }
+
+    fn hello(&self, version: u16) -> Result<(), LinkError> {
+        self.send(&Hello { magic: MAGIC, version })
+    }
+
+    fn expect_hello(&mut self, version: u16) -> Result<(), LinkError> {
+        let hello: Hello = self.recv()?;
+        match hello {
+            Hello { magic: MAGIC, version: theirs } if theirs == version => Ok(()),
+            Hello { magic: MAGIC, version: theirs } => Err(LinkError::Version { ours: version, theirs }),
+            Hello { .. } => Err(LinkError::Malformed),
+        }
+    }
+
+    /// Begins a link on the connecting side. Blocks for the peer's hello.
+    ///
+    /// # Errors
+    /// The peer closed, or speaks another version or protocol.
+    pub fn connect(fd: OwnedFd, version: u16) -> Result<Self, LinkError> {
+        let mut link = Self::new(fd);
+        link.hello(version)?;
+        link.expect_hello(version)?;
+        Ok(link)
+    }
+
+    /// Begins a link on the accepting side. Blocks for the peer's hello: poll before, or set a
+    /// receive timeout, where the peer is not trusted to speak.
+    ///
+    /// # Errors
+    /// The peer closed, or speaks another version or protocol.
+    pub fn accept(fd: OwnedFd, version: u16) -> Result<Self, LinkError> {
+        let mut link = Self::new(fd);
+        // Our hello goes first so that the other side can say what is wrong, too.
+        link.hello(version)?;
+        link.expect_hello(version)?;
+        Ok(link)
+    }
+
+    /// Sends one message; blocks while the peer's queue is full.
+    ///
+    /// # Errors
+    /// See [`LinkError`].
+    pub fn send<T: Serialize>(&self, message: &T) -> Result<(), LinkError> {
+        self.send_with(message, &[], MsgFlags::empty())
+    }
+
+    /// Sends one message with descriptors and flags (`MSG_DONTWAIT`).
+    ///
+    /// # Errors
+    /// See [`LinkError`].
+    pub fn send_with<T: Serialize>(
+        &self,
+        message: &T,
+        fds: &[BorrowedFd<'_>],
+        flags: MsgFlags,
+    ) -> Result<(), LinkError> {
+        let packet = encode(message).map_err(|_| LinkError::Malformed)?;
+        Ok(send_packet(self.fd.as_fd(), &packet, fds, flags)?)
+    }
+
+    /// Receives one message that must come without descriptors; blocks.
+    ///
+    /// # Errors
+    /// See [`LinkError`].
+    pub fn recv<T: DeserializeOwned>(&mut self) -> Result<T, LinkError> {
+        match self.recv_with(MsgFlags::empty())? {
+            (message, fds) if fds.is_empty() => Ok(message),
+            _ => Err(LinkError::Malformed),
+        }
+    }
+
+    /// Receives one message with its descriptors, with flags (`MSG_DONTWAIT`).
+    ///
+    /// # Errors
+    /// See [`LinkError`].
+    pub fn recv_with<T: DeserializeOwned>(
+        &mut self,
+        flags: MsgFlags,
+    ) -> Result<(T, Vec<OwnedFd>), LinkError> {
+        self.buffer.resize(MAX_MESSAGE, 0);
+        let (len, fds) = recv_packet(self.fd.as_fd(), &mut self.buffer, flags)?;
+        match self.buffer.get(..len) {
+            None => Err(LinkError::Malformed),
+            Some([]) => Err(LinkError::Closed),
+            Some(bytes) => Ok((decode(bytes).map_err(|_| LinkError::Malformed)?, fds)),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::thread;
+
+    use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
+
+    use super::*;
+
+    fn pair() -> (OwnedFd, OwnedFd) {
+        socketpair(AddressFamily::Unix, SockType::SeqPacket, None, SockFlag::SOCK_CLOEXEC).unwrap()
+    }
+
+    #[test]
+    fn both_sides_agree_on_the_version() {
+        let (a, b) = pair();
+        let other = thread::spawn(move || Link::accept(b, 1).map(drop));
+        Link::connect(a, 1).unwrap();
+        other.join().unwrap().unwrap();
+
+        let (a, b) = pair();
+        let other = thread::spawn(move || Link::accept(b, 2).map(drop));
+        assert!(matches!(Link::connect(a, 1), Err(LinkError::Version { ours: 1, theirs: 2 })));
+        assert!(matches!(other.join().unwrap(), Err(LinkError::Version { ours: 2, theirs: 1 })));
+    }
+
+    #[test]
+    fn descriptors_travel_with_their_message() {
+        let (a, b) = pair();
+        let (one, two) = pair();
+        let mut receiver = Link::new(b);
+        Link::new(a).send_with(&7u32, &[one.as_fd(), two.as_fd()], MsgFlags::empty()).unwrap();
+        let (number, fds) = receiver.recv_with::<u32>(MsgFlags::empty()).unwrap();
+        assert_eq!((number, fds.len()), (7, 2));
+        assert!(matches!(receiver.recv::<u32>(), Err(LinkError::Closed)));
+    }
+
+    #[test]
+    fn unexpected_descriptors_and_garbage_are_malformed() {
+        let (a, b) = pair();
+        let mut receiver = Link::new(b);
+        let sender = Link::new(a);
+        sender.send_with(&7u32, &[sender.as_fd()], MsgFlags::empty()).unwrap();
+        assert!(matches!(receiver.recv::<u32>(), Err(LinkError::Malformed)));
+        send_packet(sender.as_fd(), &[0xff; 9], &[], MsgFlags::empty()).unwrap();
+        assert!(matches!(receiver.recv::<u32>(), Err(LinkError::Malformed)));
+        send_packet(sender.as_fd(), &vec![0; MAX_MESSAGE + 1], &[], MsgFlags::empty()).unwrap();
+        assert!(matches!(receiver.recv::<u32>(), Err(LinkError::Malformed)));
+        assert!(matches!(receiver.recv_with::<u32>(MsgFlags::MSG_DONTWAIT), Err(LinkError::WouldBlock)));
+    }
+}

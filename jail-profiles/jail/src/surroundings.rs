@@ -1,0 +1,117 @@
+//! What the starter must have done: verified before anything else happens.
+#![expect(unsafe_code, reason = "prctl, capget and close_range have no safe wrapper")]
+
+use std::os::fd::RawFd;
+
+use nix::errno::Errno;
+use nix::sys::resource::{Resource, getrlimit};
+use nix::unistd::getpid;
+
+use crate::start::StartError;
+use crate::topology::{FileSize, Namespace, Process};
+
+/// Host name inside a UTS namespace that a starter made.
+pub const HOST_NAME: &str = "bulkhead";
+
+fn missing(what: impl Into<String>) -> StartError {
+    StartError::Jail(what.into())
+}
+
+/// Checks everything that can be seen from inside; `end` is one past the last inherited descriptor.
+pub(crate) fn check(process: &Process, starter: &str, end: RawFd) -> Result<(), StartError> {
+    for namespace in process.namespaces_under(starter) {
+        match namespace {
+            Namespace::Mount => empty_root()?,
+            Namespace::Pid if getpid().as_raw() != 1 => {
+                return Err(missing("not in a pid namespace of its own"));
+            }
+            Namespace::Uts => own_host_name()?,
+            Namespace::Net => empty_network()?,
+            // Nothing inside tells these from the host's; tests look at them from outside.
+            Namespace::Pid | Namespace::User | Namespace::Ipc => {}
+        }
+    }
+    no_capabilities()?;
+    limits(process)?;
+    close_others(end)?;
+    // SAFETY: prctl with constant arguments touches no memory of ours.
+    if unsafe { libc::prctl(libc::PR_SET_DUMPABLE, 0, 0, 0, 0) } != 0 {
+        return Err(StartError::Step("PR_SET_DUMPABLE", Errno::last()));
+    }
+    Ok(())
+}
+
+fn empty_root() -> Result<(), StartError> {
+    let entries = std::fs::read_dir("/").map_err(|e| missing(format!("root directory: {e}")))?;
+    match entries.count() {
+        0 => Ok(()),
+        _ => Err(missing("the root directory is not empty")),
+    }
+}
+
+fn own_host_name() -> Result<(), StartError> {
+    let name = nix::unistd::gethostname().map_err(|e| StartError::Step("gethostname", e))?;
+    if name == HOST_NAME { Ok(()) } else { Err(missing("not in a UTS namespace of its own")) }
+}
+
+fn empty_network() -> Result<(), StartError> {
+    let interfaces = nix::net::if_::if_nameindex().map_err(|e| StartError::Step("if_nameindex", e))?;
+    let foreign = interfaces.iter().any(|i| i.name().to_bytes() != b"lo");
+    if foreign { Err(missing("network interfaces are visible")) } else { Ok(()) }
+}
+
+fn no_capabilities() -> Result<(), StartError> {
+    #[repr(C)]
+    #[derive(Default)]
+    struct Header {
+        version: u32,
+        pid: i32,
+    }
+    #[repr(C)]
+    #[derive(Clone, Copy, Default)]
+    struct Sets {
+        effective: u32,
+        permitted: u32,
+        inheritable: u32,
+    }
+    /// `_LINUX_CAPABILITY_VERSION_3`: two words per set.
+    const VERSION_3: u32 = 0x2008_0522;
+    let mut header = Header { version: VERSION_3, pid: 0 };
+    let mut sets = [Sets::default(); 2];
+    // SAFETY: version 3 makes the kernel write two `Sets`, which the array holds.
+    let result = unsafe { libc::syscall(libc::SYS_capget, &raw mut header, &raw mut sets) };
+    if result != 0 {
+        return Err(StartError::Step("capget", Errno::last()));
+    }
+    if sets.iter().any(|s| s.effective | s.permitted | s.inheritable != 0) {
+        return Err(missing("capabilities are left"));
+    }
+    Ok(())
+}
+
+fn limits(process: &Process) -> Result<(), StartError> {
+    let hard =
+        |resource| getrlimit(resource).map(|(_, hard)| hard).map_err(|e| StartError::Step("getrlimit", e));
+    if hard(Resource::RLIMIT_CORE)? != 0 {
+        return Err(missing("core dumps are on"));
+    }
+    if hard(Resource::RLIMIT_NOFILE)? > process.limits.nofile {
+        return Err(missing("RLIMIT_NOFILE is above the topology's"));
+    }
+    match process.limits.fsize {
+        FileSize::Bytes(bytes) if hard(Resource::RLIMIT_FSIZE)? > bytes => {
+            Err(missing("RLIMIT_FSIZE is above the topology's"))
+        }
+        _ => Ok(()),
+    }
+}
+
+/// Closes whatever the starter left open beyond the named descriptors.
+fn close_others(end: RawFd) -> Result<(), StartError> {
+    let first = u32::try_from(end).unwrap_or(u32::MAX);
+    // SAFETY: closes numbers that no value in this process owns: `begin` has adopted all below.
+    if unsafe { libc::syscall(libc::SYS_close_range, first, u32::MAX, 0) } != 0 {
+        return Err(StartError::Step("close_range", Errno::last()));
+    }
+    Ok(())
+}
