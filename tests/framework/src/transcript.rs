@@ -105,7 +105,8 @@ impl Transcript {
         found.map_err(|why| self.failure(&format!("no {pattern:?} on the {} {why}", self.name())))
     }
 
-    /// Waits for a line that begins with `prefix` or has it behind a prompt, and returns the rest of it.
+    /// Waits for a line that begins with `prefix` or has it behind a prompt, and returns the rest of it. With an
+    /// empty prefix that is the next line.
     ///
     /// # Errors
     /// As [`Transcript::expect`].
@@ -171,8 +172,12 @@ impl Transcript {
     }
 }
 
+/// Where `needle` begins in `haystack`; an empty one at once.
 fn find(haystack: &[u8], needle: &[u8]) -> Option<usize> {
-    haystack.windows(needle.len().max(1)).position(|window| window == needle)
+    if needle.is_empty() {
+        return Some(0);
+    }
+    haystack.windows(needle.len()).position(|window| window == needle)
 }
 
 #[cfg(test)]

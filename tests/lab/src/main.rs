@@ -1,2 +1,68 @@
-//! Boots a Debian system with nested KVM under software emulation and runs test cases there
-fn main() {}
+//! Boots a Debian system with nested KVM under software emulation and runs test cases there.
+//!
+//! The same program is the host's side (`host`) and, inside L1, the agent that runs the cases (`agent`).
+
+mod agent;
+mod cpio;
+mod demo;
+mod host;
+mod paths;
+
+use std::process::ExitCode;
+
+use bulkhead_framework::{Failure, Result};
+
+const USAGE: &str = "usage: bulkhead-lab COMMAND [--jobs N] [--overlay DIR] [ARGUMENT...]
+  list               the cases
+  run [CASE...]      run the cases, or those whose name contains one of the words
+  native [ARG...]    run the native tests in L1; arguments go to the test programs
+  demo               show a VM on this host's KVM where it can run one, and a Debian guest in L1 where it cannot
+  shell COMMAND      run a shell command in L1
+  --jobs N           L1s side by side (default: one for each processor)
+  --overlay DIR      lay a directory tree over L1's root, for example a static strace";
+
+fn main() -> ExitCode {
+    let args: Vec<String> = std::env::args().skip(1).collect();
+    match command(&args) {
+        Ok(true) => ExitCode::SUCCESS,
+        Ok(false) => ExitCode::FAILURE,
+        Err(failure) => {
+            eprintln!("bulkhead-lab: {failure}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn command(args: &[String]) -> Result<bool> {
+    let (name, rest) = args.split_first().ok_or(USAGE)?;
+    let (options, rest) = options(rest)?;
+    match (name.as_str(), rest) {
+        ("list", []) => {
+            for case in agent::cases::ALL {
+                println!("{:<28} {}", case.name, case.about);
+            }
+            Ok(true)
+        }
+        ("run", words) => host::run(&agent::cases::matching(words)?, &options),
+        ("native", args) => host::native(args, &options),
+        ("demo", []) => demo::on_host(&options),
+        ("shell", words) if !words.is_empty() => host::shell(&words.join(" "), &options),
+        ("agent", []) => agent::serve().map(|()| true),
+        _ => Err(USAGE.into()),
+    }
+}
+
+/// Takes the options that stand before the arguments.
+fn options(mut args: &[String]) -> Result<(host::Options, &[String])> {
+    let jobs = std::thread::available_parallelism().map_or(1, usize::from);
+    let mut options = host::Options { jobs, overlay: None };
+    while let [option, value, rest @ ..] = args {
+        match option.as_str() {
+            "--jobs" => options.jobs = value.parse().map_err(|_| Failure::new("--jobs takes a number"))?,
+            "--overlay" => options.overlay = Some(value.into()),
+            _ => break,
+        }
+        args = rest;
+    }
+    Ok((options, args))
+}

@@ -1,0 +1,105 @@
+//! The guest comes up and sees the machine that was asked for.
+
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use bulkhead_framework::{Result, Vm};
+
+use super::super::Journal;
+use super::super::debian::Debian;
+
+/// User and group of L1's ordinary user; the group is that of /dev/kvm.
+const TESTER: (u32, u32) = (1000, 100);
+
+/// Seconds by which the guest's clock may differ: reading it takes a moment, and both sides count whole ones.
+const CLOCK_SKEW: u64 = 2;
+
+pub fn one_cpu(journal: &mut Journal) -> Result<()> {
+    // The later "loglevel" wins over "quiet": the whole boot log goes over the serial port.
+    let mark = "loglevel=7 lab.mark=\"two words\"";
+    let mut guest = Debian::boot(journal, &["-m", "256M", "-smp", "1"], mark)?;
+    guest.check(guest.vm.console().text().contains("Linux version"), "the boot log is not on the console")?;
+    let cpus = guest.ask_number("nproc")?;
+    guest.check(cpus == 1, &format!("{cpus} processors instead of 1"))?;
+    check_memory(&mut guest, 256)?;
+    let line = guest.ask("cat /proc/cmdline")?;
+    guest.check(line == format!("console=ttyS0 quiet {mark}"), &format!("the command line is {line:?}"))?;
+    check_clock(&mut guest)?;
+    let source = guest.ask("cat /sys/devices/system/clocksource/clocksource0/available_clocksource")?;
+    guest.check(source.contains("kvm-clock"), &format!("clock sources without kvm-clock: {source}"))?;
+    let complaints = guest.ask("dmesg | grep -E 'BUG|WARNING|Call Trace|ACPI Error|ACPI BIOS Error'")?;
+    guest.check(complaints.is_empty(), &format!("the kernel complains: {complaints}"))?;
+    guest.shell("poweroff -f")?;
+    guest.ends()
+}
+
+pub fn four_cpus(journal: &mut Journal) -> Result<()> {
+    let smp = "4,sockets=1,cores=2,threads=2";
+    let mut guest = Debian::boot(journal, &["-m", "4G", "-smp", smp], "")?;
+    let cpus = guest.ask_number("nproc")?;
+    guest.check(cpus == 4, &format!("{cpus} processors instead of 4"))?;
+    check_memory(&mut guest, 4096)?;
+    let high = guest.ask("grep -c '^1[0-9a-f]*-.*System RAM' /proc/iomem")?;
+    guest.check(high == "1", "no memory above 4 GiB in /proc/iomem")?;
+    let topology = "cd /sys/devices/system/cpu; cat cpu*/topology/";
+    let cores = guest.ask(&format!("{topology}core_cpus_list | sort -u"))?;
+    guest.check(cores == "0-1 2-3", &format!("cores are made of the threads {cores}"))?;
+    let sockets = guest.ask(&format!("{topology}package_cpus_list | sort -u"))?;
+    guest.check(sockets == "0-3", &format!("sockets are made of the threads {sockets}"))?;
+    // Every processor takes work and timer interrupts.
+    let busy = guest.ask("for c in 0 1 2 3; do taskset -c $c sh -c 'usleep 10000; echo $((6 * 7))'; done")?;
+    guest.check(busy == "42 42 42 42", &format!("the processors say {busy:?}"))?;
+    let reported = guest.qmp.execute("query-cpus-fast", serde_json::json!({}))?;
+    let count = reported.as_array().map_or(0, Vec::len);
+    guest.check(count == 4, &format!("query-cpus-fast lists {count} processors"))?;
+    guest.command("quit")?;
+    guest.ends()
+}
+
+pub fn console(journal: &mut Journal) -> Result<()> {
+    let mut guest = Debian::boot(journal, &["-m", "256M"], "")?;
+    // Shorter than the 4,096 bytes that a terminal takes as one line.
+    let long: String = (0..800_u32).map(|number| format!("{:03x}.", number % 1000)).collect();
+    let echoed = guest.ask(&format!("echo {long} | md5sum; echo {long} | wc -c"))?;
+    guest.check(
+        echoed.ends_with(&format!(" - {}", long.len() + 1)),
+        &format!("input arrives as {echoed:?}"),
+    )?;
+    guest.shell("seq 1 12000; echo end of numbers")?;
+    let before = guest.vm.console().text().len();
+    guest.expect("end of numbers")?;
+    let text = guest.vm.console().text();
+    let expected: String = (1..=12_000).map(|number| format!("{number}\r\n")).collect();
+    guest.check(text.contains(&expected), &format!("the output is damaged after byte {before}"))?;
+    guest.command("quit")?;
+    guest.ends()
+}
+
+pub fn ordinary_user(journal: &mut Journal) -> Result<()> {
+    let (uid, gid) = TESTER;
+    let mut guest = Debian::start_from(Vm::builder().owner(uid, gid), journal, &["-m", "256M"], "")?;
+    guest.wait_for_user_space()?;
+    for process in guest.vm.processes()? {
+        let name = &process.name;
+        guest.check(process.uid != 0, &format!("{name} runs as root"))?;
+        guest.check(process.no_new_privs, &format!("{name} may gain privileges"))?;
+    }
+    guest.shell("poweroff -f")?;
+    guest.ends()
+}
+
+/// The kernel keeps up to 64 MiB of `mib` for itself and its image, and 2% for the memory map.
+fn check_memory(guest: &mut Debian, mib: u64) -> Result<()> {
+    let total = guest.ask_number("grep MemTotal /proc/meminfo | tr -dc 0-9")? >> 10;
+    let least = mib - 64 - mib / 50;
+    guest.check((least..=mib).contains(&total), &format!("{total} MiB of memory, not {least} to {mib}"))
+}
+
+/// The RTC has L1's time, and the guest took its own from it.
+fn check_clock(guest: &mut Debian) -> Result<()> {
+    for code in ["cat /sys/class/rtc/rtc0/since_epoch", "date +%s"] {
+        let theirs = guest.ask_number(code)?;
+        let ours = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs());
+        guest.check(theirs.abs_diff(ours) <= CLOCK_SKEW, &format!("{code}: {theirs}, but it is {ours}"))?;
+    }
+    Ok(())
+}

@@ -1,0 +1,150 @@
+//! What L1 boots from: an initramfs with busybox, the KVM modules, the programs under test and the Debian guest.
+
+use std::fs;
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use bulkhead_framework::{Failure, Result};
+
+use super::kernel::Kernel;
+use crate::cpio::Archive;
+use crate::paths;
+
+/// Modules that make /dev/kvm in L1.
+const L1_MODULES: [&str; 1] = ["kvm-amd"];
+
+/// Modules through which the Debian guest reports its power button.
+const L2_MODULES: [&str; 2] = ["button", "evdev"];
+
+const PASSWD: &str = "root:x:0:0:root:/root:/bin/sh\ntester:x:1000:1000:an ordinary user:/tmp:/bin/sh\n";
+const GROUP: &str = "root:x:0:\nkvm:x:100:tester\ntester:x:1000:\n";
+
+/// What to put into L1.
+pub struct Content {
+    /// Programs for /usr/bin.
+    pub programs: Vec<PathBuf>,
+    /// Test programs for [`paths::TESTS`].
+    pub tests: Vec<PathBuf>,
+    /// A directory tree to lay over the root: tools for a look around.
+    pub overlay: Option<PathBuf>,
+}
+
+/// The kernel and initramfs of L1. The file goes with the value.
+pub struct Image {
+    /// The bzImage.
+    pub kernel: PathBuf,
+    /// The initramfs.
+    pub initramfs: PathBuf,
+}
+
+impl Image {
+    /// Writes the initramfs below `dir`.
+    ///
+    /// # Errors
+    /// Something that belongs into it is missing.
+    pub fn build(content: &Content, dir: &Path) -> Result<Self> {
+        let kernel = Kernel::find()?;
+        let busybox = Busybox::find()?;
+        let mut archive = Archive::default();
+        archive.console();
+        busybox.add_to(&mut archive);
+        archive.file("init", true, include_bytes!("init-l1"));
+        archive.file("etc/passwd", false, PASSWD.as_bytes());
+        archive.file("etc/group", false, GROUP.as_bytes());
+        archive.directory("new");
+        add_modules(&mut archive, &kernel, &L1_MODULES)?;
+        archive.file(paths::KERNEL.trim_start_matches('/'), false, &read(&kernel.image)?);
+        archive.file(paths::INITRD.trim_start_matches('/'), false, &guest_initrd(&kernel, &busybox)?);
+        archive.file("usr/bin/bulkhead-lab", true, &read(&std::env::current_exe()?)?);
+        for (dir, files) in
+            [("usr/bin", &content.programs), (paths::TESTS.trim_start_matches('/'), &content.tests)]
+        {
+            for file in files {
+                let name = file.file_name().unwrap_or_default().to_string_lossy();
+                archive.file(&format!("{dir}/{name}"), true, &read(file)?);
+            }
+        }
+        if let Some(overlay) = &content.overlay {
+            add_tree(&mut archive, overlay, "")?;
+        }
+        let initramfs = dir.join(format!("l1-{}.cpio", std::process::id()));
+        fs::write(&initramfs, archive.finish())
+            .map_err(|error| Failure::new(format!("{}: {error}", initramfs.display())))?;
+        Ok(Self { kernel: kernel.image, initramfs })
+    }
+}
+
+impl Drop for Image {
+    fn drop(&mut self) {
+        // A file that stays behind costs disk space only.
+        let _ = fs::remove_file(&self.initramfs);
+    }
+}
+
+/// The initrd of the Debian guest.
+fn guest_initrd(kernel: &Kernel, busybox: &Busybox) -> Result<Vec<u8>> {
+    let mut archive = Archive::default();
+    archive.console();
+    busybox.add_to(&mut archive);
+    archive.file("init", true, include_bytes!("init-l2"));
+    for directory in ["proc", "sys"] {
+        archive.directory(directory);
+    }
+    add_modules(&mut archive, kernel, &L2_MODULES)?;
+    Ok(archive.finish())
+}
+
+/// Adds modules under names that sort in loading order.
+fn add_modules(archive: &mut Archive, kernel: &Kernel, names: &[&str]) -> Result<()> {
+    for (index, (name, content)) in kernel.modules(names)?.into_iter().enumerate() {
+        archive.file(&format!("modules/{index:02}-{name}.ko"), false, &content);
+    }
+    Ok(())
+}
+
+fn add_tree(archive: &mut Archive, dir: &Path, below: &str) -> Result<()> {
+    for entry in fs::read_dir(dir).map_err(|error| Failure::new(format!("{}: {error}", dir.display())))? {
+        let entry = entry?;
+        let path = format!("{below}{}", entry.file_name().to_string_lossy());
+        let kind = entry.file_type()?;
+        if kind.is_dir() {
+            add_tree(archive, &entry.path(), &format!("{path}/"))?;
+        } else if kind.is_symlink() {
+            archive.link(&path, &fs::read_link(entry.path())?.to_string_lossy());
+        } else {
+            archive.file(&path, entry.metadata()?.permissions().mode() & 0o111 != 0, &read(&entry.path())?);
+        }
+    }
+    Ok(())
+}
+
+fn read(path: &Path) -> Result<Vec<u8>> {
+    fs::read(path).map_err(|error| Failure::new(format!("{}: {error}", path.display())))
+}
+
+/// Debian's static busybox.
+struct Busybox {
+    content: Vec<u8>,
+    applets: Vec<String>,
+}
+
+impl Busybox {
+    fn find() -> Result<Self> {
+        let missing = || Failure::new("no busybox: apt-get install busybox-static");
+        let path = ["/bin/busybox", "/usr/bin/busybox"].map(Path::new).into_iter().find(|path| path.exists());
+        let path = path.ok_or_else(missing)?;
+        let output = Command::new(path).arg("--list").output().map_err(|_| missing())?;
+        let applets = String::from_utf8_lossy(&output.stdout).lines().map(str::to_owned).collect();
+        Ok(Self { content: read(path)?, applets })
+    }
+
+    /// Adds the program and a link for each of its applets.
+    fn add_to(&self, archive: &mut Archive) {
+        archive.file("bin/busybox", true, &self.content);
+        for applet in self.applets.iter().filter(|applet| *applet != "busybox") {
+            archive.link(&format!("bin/{applet}"), "busybox");
+        }
+        archive.link("sbin", "bin");
+    }
+}

@@ -1,0 +1,9 @@
+//! The host's side: prepares L1, boots it and asks its agent to run things.
+
+mod build;
+mod image;
+mod kernel;
+mod machine;
+mod runner;
+
+pub use runner::{Options, demo, native, run, shell};

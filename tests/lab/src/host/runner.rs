@@ -1,0 +1,188 @@
+//! Runs cases on one L1 for each of the host's processors, and prints what comes of them.
+
+use std::collections::{BTreeMap, VecDeque};
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::sync::{Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use bulkhead_framework::{Failure, Result, target_dir};
+
+use super::build;
+use super::image::{Content, Image};
+use super::machine::{Line, Machine};
+use crate::agent::cases::Case;
+
+/// How long a case may take; the waits inside it are shorter and explain more.
+const CASE: Duration = Duration::from_secs(180);
+
+/// How long the native tests, the demonstration or a command may take.
+const PROGRAM: Duration = Duration::from_secs(1500);
+
+/// How the lab is to run.
+pub struct Options {
+    /// L1s side by side. Each keeps one processor of the host busy.
+    pub jobs: usize,
+    /// A directory tree to lay over L1's root.
+    pub overlay: Option<PathBuf>,
+}
+
+/// Runs `cases` and prints a line for each. True if all passed.
+///
+/// # Errors
+/// The lab itself cannot run.
+pub fn run(cases: &[&'static Case], options: &Options) -> Result<bool> {
+    let start = Instant::now();
+    let lab = Lab::prepare(options, Vec::new())?;
+    println!("lab: prepared in {:.1} s, {} cases", start.elapsed().as_secs_f32(), cases.len());
+    let queue = Mutex::new(cases.iter().copied().collect::<VecDeque<_>>());
+    let failed = Mutex::new(0);
+    let workers = options.jobs.clamp(1, cases.len().max(1));
+    let stopped = std::thread::scope(|scope| {
+        let work = |worker| lab.work(worker, &queue, &failed);
+        let threads: Vec<_> = (0..workers).map(|worker| scope.spawn(move || work(worker))).collect();
+        threads.into_iter().filter_map(|thread| thread.join().ok()?.err()).next()
+    });
+    if let Some(failure) = stopped {
+        return Err(failure);
+    }
+    let failed = failed.into_inner().unwrap_or_else(PoisonError::into_inner);
+    println!(
+        "lab result: {} passed, {failed} failed in {:.1} s; logs in {}",
+        cases.len() - failed,
+        start.elapsed().as_secs_f32(),
+        lab.logs.display()
+    );
+    Ok(failed == 0)
+}
+
+/// Runs the native test programs in L1 with `args` and passes on their output. True if all passed.
+///
+/// # Errors
+/// As [`run`].
+pub fn native(args: &[String], options: &Options) -> Result<bool> {
+    let tests = build::native_tests()?;
+    let names: Vec<String> = tests
+        .iter()
+        .map(|path| path.file_name().unwrap_or_default().to_string_lossy().into_owned())
+        .collect();
+    let lab = Lab::prepare(options, tests)?;
+    let mut machine = lab.boot("native")?;
+    let mut passed = true;
+    for name in names {
+        passed &=
+            lab.program(&mut machine, &format!("exec {}/{name} {}", crate::paths::TESTS, args.join(" ")))?;
+    }
+    Ok(passed)
+}
+
+/// Runs a shell command in L1 and passes on its output. True if its status is 0.
+///
+/// # Errors
+/// As [`run`].
+pub fn shell(command: &str, options: &Options) -> Result<bool> {
+    let lab = Lab::prepare(options, Vec::new())?;
+    lab.program(&mut lab.boot("shell")?, &format!("exec {command}"))
+}
+
+/// Shows the Debian guest in L1. True if all went well.
+///
+/// # Errors
+/// As [`run`].
+pub fn demo(options: &Options) -> Result<bool> {
+    let lab = Lab::prepare(options, Vec::new())?;
+    lab.program(&mut lab.boot("demo")?, "demo")
+}
+
+/// What all L1s of one invocation share.
+struct Lab {
+    image: Image,
+    logs: PathBuf,
+}
+
+impl Lab {
+    fn prepare(options: &Options, tests: Vec<PathBuf>) -> Result<Self> {
+        let programs = build::product()?;
+        let dir = target_dir().join("lab");
+        let logs = dir.join("logs");
+        fs::create_dir_all(&logs).map_err(|error| Failure::new(format!("{}: {error}", logs.display())))?;
+        let image = Image::build(&Content { programs, tests, overlay: options.overlay.clone() }, &dir)?;
+        Ok(Self { image, logs: fs::canonicalize(logs)? })
+    }
+
+    fn boot(&self, name: &str) -> Result<Machine> {
+        let machine = Machine::boot(&self.image, &self.logs.join(format!("l1-{name}.log")))?;
+        println!("lab: L1 {name} is up after {:.1} s", machine.boot.as_secs_f32());
+        Ok(machine)
+    }
+
+    /// Takes cases from `queue` until it is empty. An L1 that ended or hung fails its case and is replaced.
+    fn work(
+        &self,
+        worker: usize,
+        queue: &Mutex<VecDeque<&'static Case>>,
+        failed: &Mutex<usize>,
+    ) -> Result<()> {
+        let mut machine = None;
+        loop {
+            let next = queue.lock().unwrap_or_else(PoisonError::into_inner).pop_front();
+            let Some(case) = next else { return Ok(()) };
+            let mut l1 = match machine.take() {
+                Some(l1) => l1,
+                None => self.boot(&worker.to_string())?,
+            };
+            let start = Instant::now();
+            let mut logs = BTreeMap::<String, String>::new();
+            let result = l1.request(&format!("run {}", case.name), CASE, |line| {
+                if let Line::Log(name, text) = line {
+                    let log = logs.entry(name).or_default();
+                    log.push_str(&text);
+                    log.push('\n');
+                }
+            });
+            let seconds = start.elapsed().as_secs_f32();
+            let reason = match result {
+                Ok(outcome) => {
+                    machine = Some(l1);
+                    outcome.err()
+                }
+                Err(failure) => Some(failure.to_string()),
+            };
+            self.keep(case.name, &logs, reason.as_deref())?;
+            match reason {
+                None => println!("pass {:<28} {seconds:6.1} s", case.name),
+                Some(reason) => {
+                    *failed.lock().unwrap_or_else(PoisonError::into_inner) += 1;
+                    println!("FAIL {:<28} {seconds:6.1} s\n{reason}\n", case.name);
+                }
+            }
+        }
+    }
+
+    /// Writes what a case left to one file.
+    fn keep(&self, name: &str, logs: &BTreeMap<String, String>, reason: Option<&str>) -> Result<()> {
+        let mut text: String = logs.iter().map(|(name, log)| format!("--- {name}\n{log}\n")).collect();
+        if let Some(reason) = reason {
+            text.push_str(&format!("--- failed\n{reason}\n"));
+        }
+        let path = self.logs.join(format!("{name}.log"));
+        write(&path, &text)
+    }
+
+    /// Runs one request and prints its output as it comes.
+    fn program(&self, machine: &mut Machine, request: &str) -> Result<bool> {
+        let outcome = machine.request(request, PROGRAM, |line| {
+            if let Line::Out(text) = line {
+                println!("{text}");
+            }
+        })?;
+        if let Err(reason) = &outcome {
+            eprintln!("{reason}");
+        }
+        Ok(outcome.is_ok())
+    }
+}
+
+fn write(path: &Path, text: &str) -> Result<()> {
+    fs::write(path, text).map_err(|error| Failure::new(format!("{}: {error}", path.display())))
+}
