@@ -183,7 +183,7 @@ ap_start:
     movl %eax, %cr0
     ljmpl $0x08, $ap_protected
 ap_gdt_pointer:
-    .word 0x3f
+    .word gdt_pointer - gdt - 1
     .long gdt
 ap_end:
     .code64

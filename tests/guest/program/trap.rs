@@ -130,7 +130,7 @@ identify:
     iretq
 triple_fault:
     lidt no_idt
-    int3
+    movabsq 0x7ffffff000, %rax          # not mapped
     jmp triple_fault
     # What no KVM can run: an instruction its emulator lacks, where it emulates, and code fetched from MMIO.
 derail:
