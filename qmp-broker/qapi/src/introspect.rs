@@ -1,0 +1,186 @@
+//! Builds what `query-qmp-schema` returns from the tables.
+
+use std::collections::{BTreeMap, VecDeque};
+
+use serde_json::{Value, json};
+
+use crate::schema::{Builtin, EMPTY, Enum, Member, Object, Type};
+use crate::table;
+
+/// Types that commands and events refer to, with the masked names that they get on the way.
+#[derive(Default)]
+struct Walk {
+    /// Masked name by the type's own name. QEMU masks names too: they are not part of the interface.
+    names: BTreeMap<String, String>,
+    /// Types that have a name and wait to be described.
+    queue: VecDeque<(String, Type)>,
+}
+
+impl Walk {
+    fn name(&mut self, ty: &Type) -> String {
+        let (key, masked) = match ty {
+            Type::Builtin(builtin) => (builtin_name(*builtin).to_owned(), None),
+            Type::Array(element) => {
+                let key = format!("[{}]", self.name(element));
+                (key.clone(), Some(key))
+            }
+            Type::Enum(Enum { name, .. }) | Type::Object(Object { name, .. }) => ((*name).to_owned(), None),
+        };
+        if let Some(name) = self.names.get(&key) {
+            return name.clone();
+        }
+        let numbered = self.names.values().filter(|name| name.parse::<u32>().is_ok()).count();
+        let name = match ty {
+            Type::Builtin(_) => key.clone(),
+            _ => masked.unwrap_or_else(|| numbered.to_string()),
+        };
+        self.names.insert(key, name.clone());
+        self.queue.push_back((name.clone(), *ty));
+        name
+    }
+
+    fn object(&mut self, object: &'static Object) -> Value {
+        let members: Vec<Value> = object.members.iter().map(|member| self.member(member)).collect();
+        let mut info = json!({ "members": members });
+        let tagged = object.union.as_ref().and_then(|union| {
+            object.members.iter().find(|member| member.name == union.tag).map(|member| (union, member))
+        });
+        if let Some((union, Member { ty: Type::Enum(tag), .. })) = tagged {
+            let mut variants = Vec::with_capacity(tag.values.len());
+            for case in tag.values {
+                let found = union.variants.iter().find(|(value, _)| value == case);
+                let variant = found.map_or(&EMPTY, |(_, variant)| variant);
+                variants.push(json!({ "case": case, "type": self.name(&Type::Object(variant)) }));
+            }
+            info["tag"] = union.tag.into();
+            info["variants"] = variants.into();
+        }
+        info
+    }
+
+    fn member(&mut self, member: &'static Member) -> Value {
+        let mut info = json!({ "name": member.name, "type": self.name(&member.ty) });
+        if member.optional {
+            info["default"] = Value::Null;
+        }
+        if !member.features.is_empty() {
+            info["features"] = member.features.into();
+        }
+        info
+    }
+
+    fn describe(&mut self, name: &str, ty: &Type) -> Value {
+        let (meta, mut info) = match ty {
+            Type::Builtin(builtin) => ("builtin", json!({ "json-type": json_type(*builtin) })),
+            Type::Enum(values) => ("enum", json!({ "values": values.values })),
+            Type::Array(element) => ("array", json!({ "element-type": self.name(element) })),
+            Type::Object(object) => ("object", self.object(object)),
+        };
+        info["name"] = name.into();
+        info["meta-type"] = meta.into();
+        info
+    }
+}
+
+const fn builtin_name(builtin: Builtin) -> &'static str {
+    match builtin {
+        Builtin::Str => "str",
+        Builtin::Number => "number",
+        Builtin::Int => "int",
+        Builtin::Bool => "bool",
+        Builtin::Any => "any",
+    }
+}
+
+const fn json_type(builtin: Builtin) -> &'static str {
+    match builtin {
+        Builtin::Str => "string",
+        Builtin::Number => "number",
+        Builtin::Int => "int",
+        Builtin::Bool => "boolean",
+        Builtin::Any => "value",
+    }
+}
+
+/// The schema of all commands and events and of every type that they use.
+#[must_use]
+pub fn schema() -> Value {
+    let mut walk = Walk::default();
+    let mut entities = Vec::new();
+    for command in table::COMMANDS {
+        let arg_type = walk.name(&Type::Object(command.args));
+        let ret_type = walk.name(&command.returns.unwrap_or(Type::Object(&EMPTY)));
+        let mut info = json!({
+            "name": command.name, "meta-type": "command", "arg-type": arg_type, "ret-type": ret_type,
+        });
+        if command.allow_oob {
+            info["allow-oob"] = true.into();
+        }
+        if command.deprecated {
+            info["features"] = json!(["deprecated"]);
+        }
+        entities.push(info);
+    }
+    for event in table::EVENTS {
+        let arg_type = walk.name(&Type::Object(event.data));
+        entities.push(json!({ "name": event.name, "meta-type": "event", "arg-type": arg_type }));
+    }
+    while let Some((name, ty)) = walk.queue.pop_front() {
+        entities.push(walk.describe(&name, &ty));
+    }
+    Value::Array(entities)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+
+    use super::*;
+    use crate::schema::Described;
+    use crate::types::introspect::SchemaInfo;
+
+    /// Every string under a key that refers to a type.
+    fn references<'a>(value: &'a Value, found: &mut BTreeSet<&'a str>) {
+        match value {
+            Value::Object(members) => {
+                for (key, member) in members {
+                    if matches!(key.as_str(), "type" | "element-type" | "arg-type" | "ret-type") {
+                        found.insert(member.as_str().unwrap());
+                    }
+                    references(member, found);
+                }
+            }
+            Value::Array(items) => items.iter().for_each(|item| references(item, found)),
+            _ => (),
+        }
+    }
+
+    #[test]
+    fn every_type_is_defined_once_and_used() {
+        let schema = schema();
+        let mut defined = BTreeSet::new();
+        for entity in schema.as_array().unwrap() {
+            assert!(defined.insert((entity["name"].as_str().unwrap(), entity["meta-type"] == "command")));
+        }
+        let mut used = BTreeSet::new();
+        references(&schema, &mut used);
+        let is_type = |entity: &&Value| entity["meta-type"] != "command" && entity["meta-type"] != "event";
+        let types: BTreeSet<&str> = schema
+            .as_array()
+            .unwrap()
+            .iter()
+            .filter(is_type)
+            .map(|entity| entity["name"].as_str().unwrap())
+            .collect();
+        assert_eq!(types, used);
+    }
+
+    /// The schema describes itself.
+    #[test]
+    fn each_entity_has_the_shape_of_schema_info() {
+        let Type::Object(info) = SchemaInfo::TYPE else { panic!("not an object") };
+        for entity in schema().as_array().unwrap() {
+            assert_eq!(crate::check::arguments(info, entity.as_object().unwrap()), Ok(()), "{entity}");
+        }
+    }
+}

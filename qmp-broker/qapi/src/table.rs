@@ -1,0 +1,187 @@
+//! The one table of commands, and the table of events.
+
+use crate::schema::{Described, EMPTY, Object, Type};
+use crate::types::{char, control, introspect, machine, misc, run_state};
+
+/// What a client must be allowed to do.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Role {
+    /// Every client may.
+    Any,
+    /// Reads state: monitors and operators.
+    Monitor,
+    /// Changes state: operators only.
+    Operator,
+}
+
+/// What carries out a command. The broker matches on it, so a command cannot be listed without
+/// being implemented.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[expect(missing_docs, reason = "each is the command of its name")]
+pub enum Handler {
+    QmpCapabilities,
+    QueryVersion,
+    QueryCommands,
+    QueryEvents,
+    QueryQmpSchema,
+    QueryStatus,
+    QueryName,
+    QueryUuid,
+    QueryKvm,
+    QueryCpusFast,
+    QueryChardev,
+    Stop,
+    Cont,
+    SystemReset,
+    SystemPowerdown,
+    Quit,
+    InjectNmi,
+}
+
+/// A command.
+#[derive(Debug)]
+pub struct Command {
+    /// Its name on the wire.
+    pub name: &'static str,
+    /// What it does, for the documentation.
+    pub doc: &'static str,
+    /// Its arguments.
+    pub args: &'static Object,
+    /// What it returns; `None` is an empty object.
+    pub returns: Option<Type>,
+    /// May be executed out of band.
+    pub allow_oob: bool,
+    /// May be executed in run state `preconfig`.
+    pub allow_preconfig: bool,
+    /// Is deprecated.
+    pub deprecated: bool,
+    /// Who may execute it.
+    pub role: Role,
+    /// What carries it out.
+    pub handler: Handler,
+}
+
+impl Command {
+    const fn new(name: &'static str, handler: Handler, role: Role, doc: &'static str) -> Self {
+        Self {
+            name,
+            doc,
+            args: &EMPTY,
+            returns: None,
+            allow_oob: false,
+            allow_preconfig: false,
+            deprecated: false,
+            role,
+            handler,
+        }
+    }
+
+    const fn args(mut self, args: &'static Object) -> Self {
+        self.args = args;
+        self
+    }
+
+    const fn returns<T: Described>(mut self) -> Self {
+        self.returns = Some(T::TYPE);
+        self
+    }
+
+    const fn preconfig(mut self) -> Self {
+        self.allow_preconfig = true;
+        self
+    }
+
+    const fn deprecated(mut self) -> Self {
+        self.deprecated = true;
+        self
+    }
+}
+
+/// All commands.
+pub static COMMANDS: &[Command] = &[
+    // control
+    Command::new("qmp_capabilities", Handler::QmpCapabilities, Role::Any, "Ends negotiation.")
+        .args(control::QmpCapabilitiesArg::DESCRIPTION)
+        .preconfig(),
+    Command::new("query-version", Handler::QueryVersion, Role::Monitor, "The version served.")
+        .returns::<control::VersionInfo>()
+        .preconfig(),
+    Command::new("query-commands", Handler::QueryCommands, Role::Monitor, "The commands of this table.")
+        .returns::<Vec<control::CommandInfo>>()
+        .preconfig(),
+    Command::new("query-events", Handler::QueryEvents, Role::Monitor, "The events of this table.")
+        .returns::<Vec<control::EventInfo>>()
+        .preconfig()
+        .deprecated(),
+    Command::new("quit", Handler::Quit, Role::Operator, "Ends the machine and all its processes.")
+        .preconfig(),
+    // introspect
+    Command::new("query-qmp-schema", Handler::QueryQmpSchema, Role::Monitor, "The schema of this table.")
+        .returns::<Vec<introspect::SchemaInfo>>()
+        .preconfig(),
+    // run-state
+    Command::new("query-status", Handler::QueryStatus, Role::Monitor, "The run state.")
+        .returns::<run_state::StatusInfo>()
+        .preconfig(),
+    // misc
+    Command::new("query-name", Handler::QueryName, Role::Monitor, "The guest's name.")
+        .returns::<misc::NameInfo>()
+        .preconfig(),
+    Command::new("query-uuid", Handler::QueryUuid, Role::Monitor, "The guest's UUID.")
+        .returns::<misc::UuidInfo>()
+        .preconfig(),
+    Command::new("query-kvm", Handler::QueryKvm, Role::Monitor, "Whether KVM is used: always.")
+        .returns::<misc::KvmInfo>(),
+    Command::new("stop", Handler::Stop, Role::Operator, "Stops all vCPUs."),
+    Command::new("cont", Handler::Cont, Role::Operator, "Lets the vCPUs run on."),
+    Command::new("system_reset", Handler::SystemReset, Role::Operator, "Resets the machine."),
+    Command::new("system_powerdown", Handler::SystemPowerdown, Role::Operator, "Presses the power button."),
+    Command::new("inject-nmi", Handler::InjectNmi, Role::Operator, "Injects an NMI into every vCPU."),
+    // machine
+    Command::new("query-cpus-fast", Handler::QueryCpusFast, Role::Monitor, "The vCPUs and their threads.")
+        .returns::<Vec<machine::CpuInfoFast>>(),
+    // char
+    Command::new("query-chardev", Handler::QueryChardev, Role::Monitor, "The character devices.")
+        .returns::<Vec<char::ChardevInfo>>()
+        .preconfig(),
+];
+
+/// Finds a command by name.
+#[must_use]
+pub fn command(name: &str) -> Option<&'static Command> {
+    COMMANDS.iter().find(|command| command.name == name)
+}
+
+/// An event.
+#[derive(Debug)]
+pub struct Event {
+    /// Its name on the wire.
+    pub name: &'static str,
+    /// When it is sent, for the documentation.
+    pub doc: &'static str,
+    /// Its data.
+    pub data: &'static Object,
+}
+
+/// `SHUTDOWN`.
+pub static SHUTDOWN: Event =
+    Event { name: "SHUTDOWN", doc: "The machine shuts down.", data: run_state::ShutdownData::DESCRIPTION };
+/// `POWERDOWN`.
+pub static POWERDOWN: Event =
+    Event { name: "POWERDOWN", doc: "The power button was pressed by `system_powerdown`.", data: &EMPTY };
+/// `RESET`.
+pub static RESET: Event =
+    Event { name: "RESET", doc: "The machine was reset.", data: run_state::ResetData::DESCRIPTION };
+/// `STOP`.
+pub static STOP: Event = Event { name: "STOP", doc: "The vCPUs stopped.", data: &EMPTY };
+/// `RESUME`.
+pub static RESUME: Event = Event { name: "RESUME", doc: "The vCPUs run.", data: &EMPTY };
+/// `GUEST_PANICKED`.
+pub static GUEST_PANICKED: Event = Event {
+    name: "GUEST_PANICKED",
+    doc: "The guest panicked.",
+    data: run_state::GuestPanickedData::DESCRIPTION,
+};
+
+/// All events.
+pub static EVENTS: &[&Event] = &[&SHUTDOWN, &POWERDOWN, &RESET, &STOP, &RESUME, &GUEST_PANICKED];
