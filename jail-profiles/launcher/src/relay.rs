@@ -1,0 +1,118 @@
+//! Relays the compartments' logs to the launcher's standard error, line by line and bounded.
+
+use std::fs::File;
+use std::io::{Read as _, Write as _};
+use std::time::{Duration, Instant};
+
+/// The longest line that is passed on, in bytes.
+const MAX_LINE: usize = 1024;
+/// Lines that one compartment may log within [`WINDOW`].
+const MAX_LINES: u32 = 200;
+/// Span over which lines are counted.
+const WINDOW: Duration = Duration::from_secs(1);
+
+/// The log of one compartment.
+#[derive(Debug)]
+pub struct Relay {
+    name: &'static str,
+    pending: Vec<u8>,
+    since: Instant,
+    lines: u32,
+    dropped: u32,
+}
+
+/// Splits the level prefix of `sd-daemon(3)` off a line.
+fn level(line: &str) -> (&str, &str) {
+    match line.split_at_checked(3) {
+        Some((prefix, rest)) if matches!(prefix.as_bytes(), [b'<', b'0'..=b'7', b'>']) => (prefix, rest),
+        _ => ("<6>", line),
+    }
+}
+
+/// Whether the journal reads standard error and wants the level prefixes.
+fn journal() -> bool {
+    std::env::var_os("JOURNAL_STREAM").is_some()
+}
+
+/// Writes one line of the launcher itself or of a compartment. `level` is a prefix such as `<3>`.
+pub fn say(level: &str, name: &str, text: &str) {
+    let prefix = if journal() { level } else { "" };
+    // Raw mode keeps output processing on, so a plain newline is right on a terminal, too.
+    let _ = std::io::stderr().write_all(format!("{prefix}{name}: {text}\n").as_bytes());
+}
+
+impl Relay {
+    /// A relay for the compartment of that name.
+    #[must_use]
+    pub fn new(name: &'static str) -> Self {
+        Self { name, pending: Vec::new(), since: Instant::now(), lines: 0, dropped: 0 }
+    }
+
+    /// Reads what is there and passes whole lines on; false at the end of the log.
+    pub fn pump(&mut self, log: &mut File) -> bool {
+        let mut bytes = [0; 4096];
+        match log.read(&mut bytes) {
+            Ok(0) => {
+                let rest = std::mem::take(&mut self.pending);
+                if !rest.is_empty() {
+                    self.line(&rest);
+                }
+                self.report_dropped();
+                false
+            }
+            Ok(n) => {
+                for byte in bytes.get(..n).unwrap_or(&[]) {
+                    match byte {
+                        b'\n' => {
+                            let line = std::mem::take(&mut self.pending);
+                            self.line(&line);
+                        }
+                        _ if self.pending.len() < MAX_LINE => self.pending.push(*byte),
+                        _ => {}
+                    }
+                }
+                true
+            }
+            Err(e) => matches!(e.kind(), std::io::ErrorKind::Interrupted | std::io::ErrorKind::WouldBlock),
+        }
+    }
+
+    fn report_dropped(&mut self) {
+        if self.dropped > 0 {
+            say("<4>", self.name, &format!("{} log lines dropped, over {MAX_LINES} a second", self.dropped));
+            self.dropped = 0;
+        }
+    }
+
+    fn line(&mut self, line: &[u8]) {
+        if self.since.elapsed() >= WINDOW {
+            self.since = Instant::now();
+            self.lines = 0;
+            self.report_dropped();
+        }
+        if self.lines >= MAX_LINES {
+            self.dropped = self.dropped.saturating_add(1);
+            return;
+        }
+        self.lines += 1;
+        let text: String =
+            String::from_utf8_lossy(line).chars().map(|c| if c.is_control() { '?' } else { c }).collect();
+        let (prefix, text) = level(&text);
+        // The name is the launcher's word: a compartment cannot speak for another.
+        let text = text.strip_prefix(self.name).and_then(|t| t.strip_prefix(": ")).unwrap_or(text);
+        say(prefix, self.name, text);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn levels_are_split_off() {
+        assert_eq!(level("<3>bulkhead-core: x"), ("<3>", "bulkhead-core: x"));
+        assert_eq!(level("plain"), ("<6>", "plain"));
+        assert_eq!(level("<9>x"), ("<6>", "<9>x"));
+        assert_eq!(level("é"), ("<6>", "é"));
+    }
+}

@@ -1,0 +1,229 @@
+//! Starts one compartment: fork into its namespaces, map its ids, watch it by a pidfd.
+#![expect(unsafe_code, reason = "clone3 has no safe wrapper")]
+
+use std::ffi::CString;
+use std::fs::{self, File};
+use std::io::{self, Read as _, Write as _};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::time::Instant;
+
+use bulkhead_jail::topology::{Namespace, Process};
+use nix::errno::Errno;
+use nix::fcntl::OFlag;
+use nix::sys::signal::Signal;
+use nix::sys::wait::{Id, WaitPidFlag, WaitStatus, waitid};
+use nix::unistd::{self, Gid, Pid, Uid};
+
+use crate::jailed::{Child, Identity};
+
+/// User and group id of a compartment inside its user namespace.
+const INNER_ID: u32 = 1000;
+/// First host id of the compartments when root starts them. It lies above what distributions,
+/// containers and systemd hand out (`systemd.io/UIDS-GIDS`), below 2^31.
+const FIRST_HOST_ID: u32 = 0x6000_0000;
+/// Host ids that one VM may use.
+const IDS_PER_VM: u32 = 16;
+
+/// `CLONE_CLEAR_SIGHAND` of linux/sched.h: the child's signals have their default actions.
+const CLONE_CLEAR_SIGHAND: u64 = 0x1_0000_0000;
+
+/// A compartment that was started.
+#[derive(Debug)]
+pub struct Started {
+    /// What it is.
+    pub process: &'static Process,
+    /// Its pid on the host.
+    pub pid: Pid,
+    /// Readable when it has ended.
+    pub pidfd: OwnedFd,
+    /// Its log; the end comes when it has ended.
+    pub log: File,
+    /// Says which step failed if it could not be started.
+    pub failure: File,
+    /// When it was forked.
+    pub since: Instant,
+}
+
+/// What all compartments of a VM have in common.
+#[derive(Debug)]
+pub struct Host {
+    directory: File,
+    privileged: bool,
+    uid: u32,
+    gid: u32,
+}
+
+/// A compartment to start.
+pub struct Order<'a> {
+    /// What it is.
+    pub process: &'static Process,
+    /// The VM's name, for `ps`.
+    pub vm: Option<&'a str>,
+    /// Its descriptors by name.
+    pub fds: Vec<(String, BorrowedFd<'a>)>,
+    /// Guest RAM in bytes.
+    pub ram: u64,
+}
+
+impl Host {
+    /// Finds the directory of the compartments' binaries: beside the launcher, or
+    /// `../libexec/bulkhead` from there.
+    ///
+    /// # Errors
+    /// One line that names what is missing.
+    pub fn look() -> Result<Self, String> {
+        let own = std::env::current_exe().map_err(|e| format!("cannot find the launcher's own file: {e}"))?;
+        let beside = own.parent().unwrap_or_else(|| "/".as_ref()).to_owned();
+        let places = [beside.clone(), beside.join("../libexec/bulkhead")];
+        let Some(place) = places.iter().find(|p| p.join("bulkhead-core").exists()) else {
+            return Err(format!(
+                "bulkhead-core is neither in {} nor in {}: install all binaries together",
+                places[0].display(),
+                places[1].display()
+            ));
+        };
+        let directory = File::open(place).map_err(|e| format!("{}: {e}", place.display()))?;
+        let privileged = Uid::effective().is_root();
+        Ok(Self { directory, privileged, uid: Uid::effective().as_raw(), gid: Gid::effective().as_raw() })
+    }
+
+    fn starter(&self) -> &'static str {
+        if self.privileged { "root" } else { "user" }
+    }
+
+    /// The host id of a compartment when root starts it: one per launcher process and compartment.
+    fn host_id(process: &Process) -> u32 {
+        let place = bulkhead_jail::topology::PROCESSES.iter().position(|p| p.name == process.name);
+        let index = u32::try_from(place.unwrap_or(0)).unwrap_or(0);
+        FIRST_HOST_ID + (std::process::id() & 0x3f_ffff) * IDS_PER_VM + index
+    }
+
+    fn identity(&self, process: &Process, namespaces: &[Namespace]) -> Identity {
+        match (namespaces.contains(&Namespace::User), self.privileged) {
+            (true, true) => Identity::Mapped { inner: INNER_ID },
+            (true, false) => Identity::SelfMapped { inner: INNER_ID, uid: self.uid, gid: self.gid },
+            (false, true) => Identity::Host { id: Some(Self::host_id(process)) },
+            (false, false) => Identity::Host { id: None },
+        }
+    }
+
+    /// Starts a compartment. A step that fails in the child is reported by [`Started::failure`].
+    ///
+    /// # Errors
+    /// One line that names the step.
+    pub fn start(&self, order: Order<'_>) -> Result<Started, String> {
+        let process = order.process;
+        let fail = |step: &str, errno: Errno| format!("cannot start {}: {step}: {errno}", process.binary);
+        let path = CString::new(process.binary).map_err(|_| fail("name", Errno::EINVAL))?;
+        let flags = OFlag::O_RDONLY | OFlag::O_CLOEXEC;
+        let binary =
+            nix::fcntl::openat(&self.directory, path.as_c_str(), flags, nix::sys::stat::Mode::empty())
+                .map_err(|e| fail("open", e))?;
+        let pipe = || unistd::pipe2(OFlag::O_CLOEXEC).map_err(|e| fail("pipe", e));
+        let ((log, log_in), (go_out, go), (failure, mut failure_in)) =
+            (pipe()?, pipe()?, pipe().map(|(a, b)| (File::from(a), File::from(b)))?);
+        let namespaces: Vec<Namespace> = process.namespaces_under(self.starter()).collect();
+        let mut arguments = vec![path];
+        arguments.extend(order.vm.and_then(|vm| CString::new(vm).ok()));
+        let child = Child {
+            process,
+            binary: binary.as_fd(),
+            arguments,
+            fds: order.fds,
+            log: log_in.as_fd(),
+            identity: self.identity(process, &namespaces),
+            starter: self.starter(),
+            namespaces: namespaces.clone(),
+            ram: order.ram,
+            go: File::from(go_out),
+        };
+        let since = Instant::now();
+        let (pid, pidfd) = match clone3(&namespaces).map_err(|e| fail("clone3 (see `bulkhead doctor`)", e))? {
+            Some(parent) => parent,
+            None => {
+                drop(go);
+                let (step, errno) = child.run();
+                let _ = write!(failure_in, "{step}: {errno}");
+                // SAFETY: _exit does not return and runs no destructors of the launcher's copy.
+                unsafe { libc::_exit(1) }
+            }
+        };
+        drop(child);
+        if matches!(self.identity(process, &namespaces), Identity::Mapped { .. }) {
+            map_ids(pid, Self::host_id(process))
+                .map_err(|e| format!("cannot start {}: {e}", process.binary))?;
+        }
+        // A child that died meanwhile says why through its failure pipe.
+        let _ = File::from(go).write_all(&[1]);
+        Ok(Started { process, pid, pidfd, log: File::from(log), failure, since })
+    }
+}
+
+/// Forks into new namespaces; `None` in the child.
+fn clone3(namespaces: &[Namespace]) -> Result<Option<(Pid, OwnedFd)>, Errno> {
+    let mut pidfd: libc::c_int = -1;
+    let flags = namespaces.iter().fold(CLONE_CLEAR_SIGHAND | libc::CLONE_PIDFD as u64, |acc, n| {
+        let flag = match n {
+            Namespace::User => libc::CLONE_NEWUSER,
+            Namespace::Mount => libc::CLONE_NEWNS,
+            Namespace::Pid => libc::CLONE_NEWPID,
+            Namespace::Net => libc::CLONE_NEWNET,
+            Namespace::Ipc => libc::CLONE_NEWIPC,
+            Namespace::Uts => libc::CLONE_NEWUTS,
+        };
+        acc | u64::from(flag.unsigned_abs())
+    });
+    // The fields of `clone_args` of linux/sched.h: flags, pidfd, child_tid, parent_tid, exit_signal, ...
+    let mut args = [flags, &raw mut pidfd as u64, 0, 0, libc::SIGCHLD as u64, 0, 0, 0];
+    // SAFETY: eight words are `clone_args` of size 64 (CLONE_ARGS_SIZE_VER0); without CLONE_VM and a
+    // stack it behaves like fork, and the launcher has one thread, so the child's copy is whole.
+    let pid = unsafe { libc::syscall(libc::SYS_clone3, args.as_mut_ptr(), size_of_val(&args)) };
+    match pid {
+        -1 => Err(Errno::last()),
+        0 => Ok(None),
+        // SAFETY: CLONE_PIDFD has made this descriptor for us.
+        pid => Ok(Some((Pid::from_raw(pid as i32), unsafe { OwnedFd::from_raw_fd(pidfd) }))),
+    }
+}
+
+fn map_ids(pid: Pid, host: u32) -> Result<(), String> {
+    let map = format!("{INNER_ID} {host} 1");
+    for file in ["uid_map", "gid_map"] {
+        let path = format!("/proc/{pid}/{file}");
+        fs::write(&path, &map).map_err(|e| format!("{path}: {e}"))?;
+    }
+    Ok(())
+}
+
+impl Started {
+    /// Sends a signal; a process that has ended is none of our concern.
+    pub fn signal(&self, signal: Signal) {
+        // SAFETY: the descriptor is a pidfd that we own; no siginfo is passed.
+        unsafe {
+            libc::syscall(
+                libc::SYS_pidfd_send_signal,
+                self.pidfd.as_raw_fd(),
+                signal as i32,
+                std::ptr::null::<u8>(),
+                0,
+            )
+        };
+    }
+
+    /// Its exit, once its pidfd is readable; `None` while it runs.
+    pub fn reap(&self) -> Option<WaitStatus> {
+        let flags = WaitPidFlag::WEXITED | WaitPidFlag::WNOHANG;
+        match waitid(Id::PIDFd(self.pidfd.as_fd()), flags) {
+            Ok(WaitStatus::StillAlive) => None,
+            Ok(status) => Some(status),
+            Err(_) => Some(WaitStatus::Exited(self.pid, 1)),
+        }
+    }
+
+    /// The step that failed before the exec, if one did.
+    pub fn failed_step(&mut self) -> io::Result<Option<String>> {
+        let mut text = String::new();
+        (&mut self.failure).take(256).read_to_string(&mut text)?;
+        Ok(if text.is_empty() { None } else { Some(text) })
+    }
+}
