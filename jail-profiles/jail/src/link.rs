@@ -139,11 +139,34 @@ impl Link {
     }
 
     fn expect_hello(&mut self, version: u16) -> Result<(), LinkError> {
-        let hello: Hello = self.recv()?;
-        match hello {
-            Hello { magic: MAGIC, version: theirs } if theirs == version => Ok(()),
-            Hello { magic: MAGIC, version: theirs } => Err(LinkError::Version { ours: version, theirs }),
-            Hello { .. } => Err(LinkError::Malformed),
+        self.finish(version, MsgFlags::empty())
+    }
+
+    /// Begins a link on the connecting side without waiting: the peer's hello is still to come, see
+    /// [`Self::finish`].
+    ///
+    /// # Errors
+    /// The peer closed.
+    pub fn begin(fd: OwnedFd, version: u16) -> Result<Self, LinkError> {
+        let link = Self::new(fd);
+        link.hello(version)?;
+        Ok(link)
+    }
+
+    /// Receives the peer's hello on a link that [`Self::begin`] began, with flags (`MSG_DONTWAIT`).
+    ///
+    /// # Errors
+    /// The peer closed, or speaks another version or protocol.
+    pub fn finish(&mut self, version: u16, flags: MsgFlags) -> Result<(), LinkError> {
+        match self.recv_with::<Hello>(flags)? {
+            (Hello { magic: MAGIC, version: theirs }, fds) if fds.is_empty() => {
+                if theirs == version {
+                    Ok(())
+                } else {
+                    Err(LinkError::Version { ours: version, theirs })
+                }
+            }
+            _ => Err(LinkError::Malformed),
         }
     }
 

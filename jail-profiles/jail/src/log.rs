@@ -14,6 +14,8 @@ pub enum Level {
     Error = 3,
     /// Something is wrong; the process goes on.
     Warning = 4,
+    /// Normal, but the operator may wait for it.
+    Notice = 5,
     /// Normal life.
     Info = 6,
 }
@@ -48,6 +50,12 @@ macro_rules! error {
 #[macro_export]
 macro_rules! warn {
     ($($arg:tt)*) => { $crate::log::write($crate::log::Level::Warning, format_args!($($arg)*)) };
+}
+
+/// Logs what the operator should see although nothing is wrong, in `format!` syntax.
+#[macro_export]
+macro_rules! notice {
+    ($($arg:tt)*) => { $crate::log::write($crate::log::Level::Notice, format_args!($($arg)*)) };
 }
 
 /// Logs what normally happens, in `format!` syntax.

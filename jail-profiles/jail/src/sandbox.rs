@@ -87,15 +87,11 @@ impl std::fmt::Write for Line {
     }
 }
 
-extern "C" fn on_violation(_: libc::c_int, info: *mut libc::siginfo_t, context: *mut libc::c_void) {
+extern "C" fn on_violation(_: libc::c_int, _: *mut libc::siginfo_t, context: *mut libc::c_void) {
     use std::fmt::Write as _;
-    /// `SYS_SECCOMP` of `siginfo_t.si_code`.
-    const SYS_SECCOMP: i32 = 1;
     let mut line = Line { bytes: [0; 512], len: 0 };
     // SAFETY: PROCESS is null or came from a `&'static Process`.
     let binary = unsafe { PROCESS.load(Ordering::Relaxed).as_ref() }.map_or("bulkhead", |p| p.binary);
-    // SAFETY: with SA_SIGINFO the kernel passes a valid siginfo_t.
-    let code = unsafe { (*info).si_code };
     // SAFETY: with SA_SIGINFO the third argument is a valid ucontext_t, as sigaction(2) says.
     let registers = unsafe { &(*context.cast::<libc::ucontext_t>()).uc_mcontext.gregs };
     let register =
@@ -103,7 +99,7 @@ extern "C" fn on_violation(_: libc::c_int, info: *mut libc::siginfo_t, context: 
     let number = register(libc::REG_RAX);
     let name = usize::try_from(number).ok().and_then(syscalls::Sysno::new).map_or("?", |s| s.name());
     let arguments = [libc::REG_RDI, libc::REG_RSI, libc::REG_RDX, libc::REG_R10, libc::REG_R8, libc::REG_R9];
-    let _ = write!(line, "<2>{binary}: seccomp violation (code {}): {name} ({number})", code == SYS_SECCOMP);
+    let _ = write!(line, "<2>{binary}: seccomp violation: {name} ({number})");
     for (i, index) in arguments.into_iter().enumerate() {
         let _ = write!(line, "{}{:#x}", if i == 0 { " arguments " } else { ", " }, register(index));
     }

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::env;
+use std::ffi::CString;
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd, RawFd};
 
 use bulkhead_control_api::decode;
@@ -78,6 +79,10 @@ impl Start {
     /// [`StartError`], one line for the log; the process must then exit.
     pub fn begin(process: &'static Process) -> Result<Self, StartError> {
         log::init(process.binary);
+        // A binary that was executed through a descriptor is named after its number until now.
+        if let Ok(name) = CString::new(process.binary) {
+            let _ = nix::sys::prctl::set_name(&name);
+        }
         let starter =
             env::var("BULKHEAD_STARTER").map_err(|_| StartError::Environment("BULKHEAD_STARTER"))?;
         let list = inherited()?;
