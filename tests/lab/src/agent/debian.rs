@@ -128,14 +128,18 @@ impl Debian {
         if holds { Ok(()) } else { Err(self.failure(message)) }
     }
 
-    /// Waits for an event whose data has exactly these members.
+    /// Waits for an event `name` with exactly this data; others of that name may come first.
     ///
     /// # Errors
-    /// No such event, or other data.
+    /// No such event.
     pub fn event(&mut self, name: &str, data: &Value) -> Result<()> {
-        let event = self.qmp.event(name, SOON)?;
-        let found = event.get("data").unwrap_or(&Value::Null);
-        self.check(found == data, &format!("{name} has {found} instead of {data}"))
+        loop {
+            let event =
+                self.qmp.event(name, SOON).map_err(|failure| failure.context(format!("data {data}")))?;
+            if event.get("data") == Some(data) {
+                return Ok(());
+            }
+        }
     }
 
     /// Runs a QMP command without arguments that must succeed.

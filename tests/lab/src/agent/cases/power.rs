@@ -6,10 +6,15 @@ use serde_json::json;
 use super::super::Journal;
 use super::super::debian::Debian;
 
-/// Waits for KEY_POWER on any input device: 24 bytes an event, type 1, code 116 (hexadecimal 74), value 1 for pressed.
+/// Reads the next event of every input device and powers off when it is KEY_POWER pressed: 24 bytes, at the end
+/// type 1, code 116 (hexadecimal 74), value 1.
 const WAIT_FOR_BUTTON: &str = "for e in /dev/input/event*; do \
-    (while dd if=$e bs=24 count=1 2>/dev/null | hexdump -s 16 -n 8 -e '4/2 \"%x \"'; do :; done) & done | \
-    while read event; do case $event in *'1 74 1 0'*) echo KEY_POWER pressed; poweroff -f;; esac; done &";
+    (dd if=$e bs=24 count=1 2>/dev/null | hexdump -v -e '12/2 \"%04x \"' | grep -q '0001 0074 0001 0000' && \
+    echo KEY_POWER pressed && poweroff -f) & done";
+
+/// Waits until all input devices are being read.
+const BUTTON_IS_WATCHED: &str = "until [ $(ls -l /proc/[0-9]*/fd 2>/dev/null | grep -c /dev/input/event) = \
+    $(ls /dev/input/event* | wc -l) ]; do usleep 10000; done; echo yes";
 
 pub fn reset(journal: &mut Journal) -> Result<()> {
     let mut guest = Debian::boot(journal, &["-m", "256M"], "")?;
@@ -45,8 +50,9 @@ pub fn panic(journal: &mut Journal) -> Result<()> {
 pub fn button(journal: &mut Journal) -> Result<()> {
     let mut guest = Debian::boot(journal, &["-m", "256M"], "")?;
     guest.shell(WAIT_FOR_BUTTON)?;
-    let listening = guest.ask("ls /dev/input/event* | wc -l")?;
-    guest.check(listening != "0", "the guest has no input device")?;
+    let devices = guest.ask_number("ls /dev/input/event* | wc -l")?;
+    guest.check(devices > 0, "the guest has no input device")?;
+    guest.ask(BUTTON_IS_WATCHED)?;
     guest.command("system_powerdown")?;
     guest.qmp.event("POWERDOWN", super::super::debian::SOON)?;
     guest.expect("KEY_POWER pressed")?;
