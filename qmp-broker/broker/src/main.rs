@@ -1,2 +1,55 @@
-//! Terminates QMP: sessions, authorization, events
-fn main() {}
+//! Terminates QMP: takes its descriptors, enters its jail, serves.
+
+use std::os::fd::OwnedFd;
+use std::process::ExitCode;
+use std::rc::Rc;
+
+use bulkhead_broker::fd::watch;
+use bulkhead_broker::hub::Hub;
+use bulkhead_broker::monitor;
+use bulkhead_broker::run::{Sources, run};
+use bulkhead_control_api::config;
+use bulkhead_jail::error;
+use bulkhead_jail::start::Start;
+use bulkhead_jail::topology;
+use nix::fcntl::{FcntlArg, OFlag, fcntl};
+use tokio::io::unix::AsyncFd;
+use tokio::runtime::{Builder, Runtime};
+use tokio::task::LocalSet;
+
+fn main() -> ExitCode {
+    match begin() {
+        Ok((runtime, hub, sources)) => {
+            LocalSet::new().block_on(&runtime, run(hub, sources));
+            ExitCode::SUCCESS
+        }
+        Err(error) => {
+            error!("{error}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// Takes the descriptors and enters the jail.
+fn begin() -> Result<(Runtime, Rc<Hub>, Sources), Box<dyn std::error::Error>> {
+    let mut start = Start::begin(&topology::BROKER)?;
+    let config: config::Broker = start.config()?;
+    let runtime = Builder::new_current_thread().enable_io().enable_time().build()?;
+    let sources = {
+        let _context = runtime.enter();
+        let core = start.take("core")?;
+        let console = nonblocking(start.take("control-console")?)?;
+        let open = |monitor| monitor::open(monitor, |name| start.take(name));
+        let monitors = config.monitors.iter().map(open).collect::<Result<_, _>>()?;
+        Sources { core, console, monitors }
+    };
+    start.enter()?;
+    Ok((runtime, Rc::new(Hub::new(config)), sources))
+}
+
+/// A listener must not block when a connection is gone before it is accepted.
+fn nonblocking(fd: OwnedFd) -> Result<AsyncFd<OwnedFd>, std::io::Error> {
+    let flags = OFlag::from_bits_truncate(fcntl(&fd, FcntlArg::F_GETFL)?);
+    fcntl(&fd, FcntlArg::F_SETFL(flags | OFlag::O_NONBLOCK))?;
+    watch(fd).map_err(|(_, error)| error)
+}

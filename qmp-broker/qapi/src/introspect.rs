@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeMap, VecDeque};
 
-use serde_json::{Value, json};
+use serde_json::{Map, Value, json};
 
 use crate::schema::{Builtin, EMPTY, Enum, Member, Object, Type};
 use crate::table;
@@ -39,9 +39,9 @@ impl Walk {
         name
     }
 
-    fn object(&mut self, object: &'static Object) -> Value {
+    fn object(&mut self, object: &'static Object) -> Map<String, Value> {
         let members: Vec<Value> = object.members.iter().map(|member| self.member(member)).collect();
-        let mut info = json!({ "members": members });
+        let mut info = map([("members", members.into())]);
         let tagged = object.union.as_ref().and_then(|union| {
             object.members.iter().find(|member| member.name == union.tag).map(|member| (union, member))
         });
@@ -52,34 +52,36 @@ impl Walk {
                 let variant = found.map_or(&EMPTY, |(_, variant)| variant);
                 variants.push(json!({ "case": case, "type": self.name(&Type::Object(variant)) }));
             }
-            info["tag"] = union.tag.into();
-            info["variants"] = variants.into();
+            info.extend(map([("tag", union.tag.into()), ("variants", variants.into())]));
         }
         info
     }
 
     fn member(&mut self, member: &'static Member) -> Value {
-        let mut info = json!({ "name": member.name, "type": self.name(&member.ty) });
+        let mut info = map([("name", member.name.into()), ("type", self.name(&member.ty).into())]);
         if member.optional {
-            info["default"] = Value::Null;
+            info.extend(map([("default", Value::Null)]));
         }
         if !member.features.is_empty() {
-            info["features"] = member.features.into();
+            info.extend(map([("features", member.features.into())]));
         }
-        info
+        info.into()
     }
 
     fn describe(&mut self, name: &str, ty: &Type) -> Value {
         let (meta, mut info) = match ty {
-            Type::Builtin(builtin) => ("builtin", json!({ "json-type": json_type(*builtin) })),
-            Type::Enum(values) => ("enum", json!({ "values": values.values })),
-            Type::Array(element) => ("array", json!({ "element-type": self.name(element) })),
+            Type::Builtin(builtin) => ("builtin", map([("json-type", json_type(*builtin).into())])),
+            Type::Enum(values) => ("enum", map([("values", values.values.into())])),
+            Type::Array(element) => ("array", map([("element-type", self.name(element).into())])),
             Type::Object(object) => ("object", self.object(object)),
         };
-        info["name"] = name.into();
-        info["meta-type"] = meta.into();
-        info
+        info.extend(map([("name", name.into()), ("meta-type", meta.into())]));
+        info.into()
     }
+}
+
+fn map<const N: usize>(members: [(&str, Value); N]) -> Map<String, Value> {
+    members.into_iter().map(|(name, value)| (name.to_owned(), value)).collect()
 }
 
 const fn builtin_name(builtin: Builtin) -> &'static str {
@@ -110,16 +112,19 @@ pub fn schema() -> Value {
     for command in table::COMMANDS {
         let arg_type = walk.name(&Type::Object(command.args));
         let ret_type = walk.name(&command.returns.unwrap_or(Type::Object(&EMPTY)));
-        let mut info = json!({
-            "name": command.name, "meta-type": "command", "arg-type": arg_type, "ret-type": ret_type,
-        });
+        let mut info = map([
+            ("name", command.name.into()),
+            ("meta-type", "command".into()),
+            ("arg-type", arg_type.into()),
+            ("ret-type", ret_type.into()),
+        ]);
         if command.allow_oob {
-            info["allow-oob"] = true.into();
+            info.extend(map([("allow-oob", true.into())]));
         }
         if command.deprecated {
-            info["features"] = json!(["deprecated"]);
+            info.extend(map([("features", json!(["deprecated"]))]));
         }
-        entities.push(info);
+        entities.push(info.into());
     }
     for event in table::EVENTS {
         let arg_type = walk.name(&Type::Object(event.data));

@@ -123,7 +123,7 @@ fn keyword(word: &[u8]) -> Result<Value, String> {
 
 /// An integer is an int64 if it fits, else an uint64, else a double.
 fn integer(digits: &[u8]) -> Value {
-    let text = str::from_utf8(digits).unwrap_or_default();
+    let text = std::str::from_utf8(digits).unwrap_or_default();
     match (text.parse::<i64>(), text.parse::<u64>()) {
         (Ok(number), _) => number.into(),
         (_, Ok(number)) => number.into(),
@@ -134,7 +134,7 @@ fn integer(digits: &[u8]) -> Value {
 /// A double. JSON has no infinity, so what overflows becomes the largest double; QEMU would echo
 /// `inf`, which no client can parse.
 fn double(digits: &[u8]) -> Value {
-    let number: f64 = str::from_utf8(digits).unwrap_or_default().parse().unwrap_or_default();
+    let number: f64 = std::str::from_utf8(digits).unwrap_or_default().parse().unwrap_or_default();
     Number::from_f64(number.clamp(f64::MIN, f64::MAX)).map_or(Value::Null, Value::Number)
 }
 

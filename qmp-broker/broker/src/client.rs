@@ -1,0 +1,243 @@
+//! One client: reads requests, executes them, writes replies and events.
+
+use std::cell::{Cell, RefCell};
+use std::io::{self, ErrorKind};
+use std::rc::Rc;
+use std::time::Duration;
+
+use bulkhead_jail::warn;
+use bulkhead_qapi::json::Item;
+use bulkhead_qapi::request::Mode;
+use tokio::sync::Notify;
+use tokio::time::{Instant, timeout};
+
+use crate::hub::{Hub, greeting_line};
+use crate::output::Output;
+use crate::session::Session;
+use crate::stream::Stream;
+
+/// Bytes read at once.
+const CHUNK: usize = 4096;
+/// How long a client may take to read what waits for it when its connection or the VM ends.
+pub const FLUSH: Duration = Duration::from_secs(1);
+
+/// One connected client.
+#[derive(Debug)]
+pub struct Client {
+    stream: Stream,
+    session: RefCell<Session>,
+    output: RefCell<Output>,
+    since: Instant,
+    /// Requests wait, or no more will come.
+    work: Notify,
+    /// The session or the output may have room again.
+    room: Notify,
+    /// Output waits.
+    written: Notify,
+    /// The client is to be dropped.
+    dropped: Notify,
+    /// The client sends no more.
+    finished: Cell<bool>,
+}
+
+impl Client {
+    /// A client that has just connected.
+    #[must_use]
+    pub fn new(stream: Stream, held: Rc<Cell<usize>>) -> Self {
+        Self {
+            stream,
+            session: RefCell::new(Session::new(held)),
+            output: RefCell::default(),
+            since: Instant::now(),
+            work: Notify::new(),
+            room: Notify::new(),
+            written: Notify::new(),
+            dropped: Notify::new(),
+            finished: Cell::new(false),
+        }
+    }
+
+    /// What its requests may do.
+    #[must_use]
+    pub fn mode(&self) -> Mode {
+        self.session.borrow().mode
+    }
+
+    /// Changes what its requests may do.
+    pub fn set_mode(&self, mode: Mode) {
+        self.session.borrow_mut().mode = mode;
+    }
+
+    /// Whether negotiation is complete.
+    #[must_use]
+    pub fn is_negotiated(&self) -> bool {
+        self.mode().negotiated
+    }
+
+    /// How long it has been connected.
+    #[must_use]
+    pub fn age(&self) -> Duration {
+        self.since.elapsed()
+    }
+
+    /// Whether everything queued has been sent.
+    #[must_use]
+    pub fn is_flushed(&self) -> bool {
+        self.output.borrow().pending().is_empty()
+    }
+
+    /// Ends the connection.
+    pub fn drop_it(&self) {
+        self.dropped.notify_one();
+    }
+
+    /// Queues a line and sends what can be sent at once.
+    pub fn push(&self, line: &str) {
+        self.output.borrow_mut().push(line);
+        self.send();
+    }
+
+    /// Queues an event; a client that has too much waiting is dropped.
+    pub fn push_event(&self, line: &str) {
+        if !self.is_negotiated() {
+            return;
+        }
+        if self.output.borrow_mut().push_event(line) {
+            self.send();
+        } else {
+            warn!("a QMP client that reads nothing is disconnected: 1 MiB waits for it");
+            self.drop_it();
+        }
+    }
+
+    fn send(&self) {
+        // An error shows again, and is handled, in the write loop.
+        if !matches!(self.try_send(), Ok(true)) {
+            self.written.notify_one();
+        }
+    }
+
+    /// Sends what can be sent; true when nothing is left.
+    fn try_send(&self) -> io::Result<bool> {
+        let mut output = self.output.borrow_mut();
+        loop {
+            let pending = output.pending();
+            if pending.is_empty() {
+                return Ok(true);
+            }
+            match self.stream.try_write(pending) {
+                Ok(0) => return Err(ErrorKind::WriteZero.into()),
+                Ok(sent) => output.consume(sent),
+                Err(error) if error.kind() == ErrorKind::WouldBlock => return Ok(false),
+                Err(error) if error.kind() == ErrorKind::Interrupted => {}
+                Err(error) => return Err(error),
+            }
+        }
+    }
+
+    /// Sends what waits, as the client reads, until an error.
+    async fn write_loop(&self) {
+        loop {
+            self.written.notified().await;
+            loop {
+                match self.try_send() {
+                    Ok(true) => break,
+                    Ok(false) => {}
+                    Err(_) => return,
+                }
+                self.room.notify_one();
+                if self.stream.writable().await.is_err() {
+                    return;
+                }
+            }
+            self.room.notify_one();
+        }
+    }
+
+    fn has_room(&self) -> bool {
+        self.session.borrow().has_room() && self.output.borrow().has_room()
+    }
+
+    /// Reads requests until the client sends no more.
+    async fn read_loop(&self, hub: &Rc<Hub>) {
+        let mut chunk = [0; CHUNK];
+        loop {
+            self.wait_for_room().await;
+            if self.stream.readable().await.is_err() {
+                break;
+            }
+            let mut input = match self.stream.try_read(&mut chunk) {
+                Ok(0) => break,
+                Ok(count) => chunk.get(..count).unwrap_or_default(),
+                Err(error) if matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::Interrupted) => {
+                    continue;
+                }
+                Err(_) => break,
+            };
+            while !input.is_empty() {
+                self.wait_for_room().await;
+                let (used, out_of_band) = self.session.borrow_mut().feed(input);
+                input = input.get(used..).unwrap_or_default();
+                match out_of_band {
+                    Some(item) => hub.execute(self, item).await,
+                    None => self.work.notify_one(),
+                }
+            }
+        }
+        self.finished.set(true);
+        self.work.notify_one();
+    }
+
+    async fn wait_for_room(&self) {
+        while !self.has_room() {
+            self.room.notified().await;
+        }
+    }
+
+    fn next_request(&self) -> Option<Item> {
+        let mut session = self.session.borrow_mut();
+        let item = session.pop();
+        session.busy = item.is_some();
+        item
+    }
+
+    /// Executes requests in order until no more can come.
+    async fn work_loop(&self, hub: &Rc<Hub>) {
+        loop {
+            while let Some(item) = self.next_request() {
+                hub.execute(self, item).await;
+                self.session.borrow_mut().busy = false;
+                self.room.notify_one();
+            }
+            if self.finished.get() {
+                return;
+            }
+            self.work.notified().await;
+        }
+    }
+
+    /// Waits until everything queued has been sent.
+    async fn flushed(&self) {
+        while !self.is_flushed() {
+            self.room.notified().await;
+        }
+    }
+}
+
+/// Serves a client until it is gone. Its task holds nothing when this returns.
+pub async fn serve(hub: Rc<Hub>, stream: Stream) {
+    let client = Rc::new(Client::new(stream, Rc::clone(&hub.held)));
+    let number = hub.add(Rc::clone(&client));
+    client.push(&greeting_line());
+    let requests = async {
+        tokio::join!(client.read_loop(&hub), client.work_loop(&hub));
+        // What it asked for before it stopped sending is answered, if it reads.
+        let _ = timeout(FLUSH, client.flushed()).await;
+    };
+    tokio::select! {
+        () = requests => {}
+        () = client.write_loop() => {}
+        () = client.dropped.notified() => {}
+    }
+    hub.remove(number);
+}

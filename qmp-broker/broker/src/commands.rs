@@ -1,0 +1,193 @@
+//! What each command does: at once, or through core or console.
+
+use bulkhead_control_api::{config, console, core};
+use bulkhead_qapi::request::{Call, Mode};
+use bulkhead_qapi::table::{self, Handler};
+use bulkhead_qapi::types::char::ChardevInfo;
+use bulkhead_qapi::types::control::{
+    CommandInfo, EventInfo, QMPCapability, QmpCapabilitiesArg, VersionInfo, VersionTriple,
+};
+use bulkhead_qapi::types::machine::{CpuInfoArch, CpuInfoFast, CpuInstanceProperties, SysEmuTarget};
+use bulkhead_qapi::types::misc::{KvmInfo, NameInfo, UuidInfo};
+use bulkhead_qapi::types::run_state::{RunState, StatusInfo};
+use bulkhead_qapi::{Error, introspect};
+use serde::Serialize;
+use serde_json::{Map, Value, json};
+
+/// A reply: the value of `return`, or an error.
+pub type Reply = Result<Value, Error>;
+
+/// What a call needs.
+#[derive(Debug)]
+pub enum Step {
+    /// Nothing more: the reply.
+    Reply(Reply),
+    /// Core's answer.
+    Core(core::Op),
+    /// The console's press of the power button.
+    PowerButton,
+    /// The console's character devices.
+    Chardevs,
+    /// The end of the VM, after an empty reply.
+    Quit,
+}
+
+/// What the broker knows itself.
+#[derive(Debug)]
+pub struct Known<'a> {
+    /// Its configuration.
+    pub config: &'a config::Broker,
+    /// The run state as core reported it last.
+    pub state: core::RunState,
+}
+
+/// Version of the server: QEMU's whose schema is served, and ours.
+#[must_use]
+pub fn version() -> VersionInfo {
+    let package = format!("bulkhead {}", env!("CARGO_PKG_VERSION"));
+    VersionInfo { qemu: VersionTriple { major: 5, minor: 1, micro: 0 }, package }
+}
+
+/// The greeting of every client.
+#[must_use]
+pub fn greeting() -> Value {
+    json!({ "QMP": { "version": version(), "capabilities": [QMPCapability::Oob] } })
+}
+
+/// Begins a call. Negotiation takes effect in `mode`.
+pub fn begin(call: Call, known: &Known<'_>, mode: &mut Mode) -> Step {
+    match call.command.handler {
+        Handler::QmpCapabilities => Step::Reply(negotiate(call.args, mode)),
+        Handler::Quit => Step::Quit,
+        Handler::Stop => Step::Core(core::Op::Stop),
+        Handler::Cont => Step::Core(core::Op::Cont),
+        Handler::SystemReset => Step::Core(core::Op::Reset),
+        Handler::InjectNmi => Step::Core(core::Op::InjectNmi),
+        Handler::QueryCpusFast => Step::Core(core::Op::Cpus),
+        Handler::SystemPowerdown => Step::PowerButton,
+        Handler::QueryChardev => Step::Chardevs,
+        query => Step::Reply(answer(query, known)),
+    }
+}
+
+fn answer(query: Handler, known: &Known<'_>) -> Reply {
+    match query {
+        Handler::QueryVersion => reply(version()),
+        Handler::QueryCommands => {
+            let info = |command: &table::Command| CommandInfo { name: command.name.to_owned() };
+            reply(table::COMMANDS.iter().map(info).collect::<Vec<_>>())
+        }
+        Handler::QueryEvents => {
+            let info = |event: &&table::Event| EventInfo { name: event.name.to_owned() };
+            reply(table::EVENTS.iter().map(info).collect::<Vec<_>>())
+        }
+        Handler::QueryQmpSchema => Ok(introspect::schema()),
+        Handler::QueryStatus => {
+            let running = known.state == core::RunState::Running;
+            reply(StatusInfo { running, singlestep: false, status: run_state(known.state) })
+        }
+        Handler::QueryName => reply(NameInfo { name: known.config.name.clone() }),
+        Handler::QueryUuid => reply(UuidInfo { uuid: uuid(known.config.uuid) }),
+        Handler::QueryKvm => reply(KvmInfo { enabled: true, present: true }),
+        Handler::QmpCapabilities
+        | Handler::Quit
+        | Handler::Stop
+        | Handler::Cont
+        | Handler::SystemReset
+        | Handler::InjectNmi
+        | Handler::QueryCpusFast
+        | Handler::SystemPowerdown
+        | Handler::QueryChardev => Err(Error::generic("not a query that the broker answers itself")),
+    }
+}
+
+fn reply(value: impl Serialize) -> Reply {
+    serde_json::to_value(value).map_err(|error| Error::generic(error.to_string()))
+}
+
+fn negotiate(args: Map<String, Value>, mode: &mut Mode) -> Reply {
+    if mode.negotiated {
+        return Err(Error::command_not_found(
+            "Capabilities negotiation is already complete, command ignored",
+        ));
+    }
+    let args: QmpCapabilitiesArg =
+        serde_json::from_value(Value::Object(args)).map_err(|error| Error::generic(error.to_string()))?;
+    *mode =
+        Mode { negotiated: true, oob: args.enable.is_some_and(|list| list.contains(&QMPCapability::Oob)) };
+    Ok(json!({}))
+}
+
+/// The run state by QEMU's name.
+#[must_use]
+pub const fn run_state(state: core::RunState) -> RunState {
+    match state {
+        core::RunState::Prelaunch => RunState::Prelaunch,
+        core::RunState::Running => RunState::Running,
+        core::RunState::Paused => RunState::Paused,
+        core::RunState::Shutdown => RunState::Shutdown,
+        core::RunState::InternalError => RunState::InternalError,
+        core::RunState::GuestPanicked => RunState::GuestPanicked,
+    }
+}
+
+fn uuid(bytes: [u8; 16]) -> String {
+    let mut text = String::with_capacity(36);
+    for (index, byte) in bytes.iter().enumerate() {
+        if matches!(index, 4 | 6 | 8 | 10) {
+            text.push('-');
+        }
+        text.push_str(&format!("{byte:02x}"));
+    }
+    text
+}
+
+/// The reply that core's answer makes.
+///
+/// # Errors
+/// Core refused, or answered something else than was asked.
+pub fn core_reply(op: core::Op, result: Result<core::Answer, core::Refusal>) -> Reply {
+    match (op, result) {
+        (_, Err(refusal)) => Err(Error::generic(refusal.to_string())),
+        (core::Op::Cpus, Ok(core::Answer::Cpus(cpus))) => {
+            reply((0..).zip(&cpus).map(|(index, cpu)| cpu_info(index, cpu)).collect::<Vec<_>>())
+        }
+        (core::Op::Cpus, Ok(_)) | (_, Ok(core::Answer::Cpus(_))) => {
+            Err(Error::generic("core answered something else"))
+        }
+        (_, Ok(_)) => Ok(json!({})),
+    }
+}
+
+fn cpu_info(index: i64, cpu: &core::Cpu) -> CpuInfoFast {
+    CpuInfoFast {
+        cpu_index: index,
+        qom_path: format!("/machine/unattached/device[{index}]"),
+        thread_id: cpu.thread_id.into(),
+        props: Some(CpuInstanceProperties {
+            node_id: None,
+            socket_id: Some(cpu.socket.into()),
+            die_id: None,
+            core_id: Some(cpu.core.into()),
+            thread_id: Some(cpu.thread.into()),
+        }),
+        arch: CpuInfoArch::X86,
+        target: SysEmuTarget::X86_64,
+    }
+}
+
+/// The reply of `query-chardev`: the broker's monitors, then the console's devices.
+///
+/// # Errors
+/// The console answered something else than was asked.
+pub fn chardev_reply(mut monitors: Vec<ChardevInfo>, answer: console::Answer) -> Reply {
+    let console::Answer::Chardevs(chardevs) = answer else {
+        return Err(Error::generic("the console answered something else"));
+    };
+    monitors.extend(chardevs.into_iter().map(|chardev| ChardevInfo {
+        label: chardev.label,
+        filename: chardev.filename,
+        frontend_open: chardev.frontend_open,
+    }));
+    reply(monitors)
+}

@@ -1,0 +1,294 @@
+//! What all clients share: the peers, the run state, the events, the end.
+
+use std::cell::{Cell, RefCell};
+use std::collections::BTreeMap;
+use std::rc::Rc;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use bulkhead_control_api::{config, console, core};
+use bulkhead_jail::topology;
+use bulkhead_jail::warn;
+use bulkhead_qapi::types::char::ChardevInfo;
+use bulkhead_qapi::types::run_state::{
+    GuestPanicAction, GuestPanickedData, ResetData, ShutdownCause, ShutdownData,
+};
+use bulkhead_qapi::{Error, json, request, table};
+use serde_json::{Value, json};
+use tokio::sync::{Mutex, Notify};
+use tokio::time::sleep;
+
+use crate::client::Client;
+use crate::commands::{self, Known, Reply, Step};
+use crate::monitor::Monitor;
+use crate::peer::{NoAnswer, Peer};
+
+/// How long core may take to end the VM after `quit`.
+const QUIT: Duration = Duration::from_secs(10);
+
+/// What all clients share.
+#[derive(Debug)]
+pub struct Hub {
+    config: config::Broker,
+    /// The monitors, in the order of the configuration.
+    pub monitors: Vec<Rc<Monitor>>,
+    /// Link to core.
+    pub core: Peer<Result<core::Answer, core::Refusal>>,
+    /// Link to the console.
+    pub console: Peer<console::Answer>,
+    /// Bytes held by all clients' requests.
+    pub held: Rc<Cell<usize>>,
+    /// The VM ends: clients are flushed and the broker exits.
+    pub ended: Notify,
+    state: Cell<core::RunState>,
+    shutdown_sent: Cell<bool>,
+    /// Held while a command that needs a peer is executed: one at a time across all clients.
+    turn: Mutex<()>,
+    clients: RefCell<BTreeMap<u64, Rc<Client>>>,
+    next_client: Cell<u64>,
+}
+
+impl Hub {
+    /// A hub without clients, before core has said anything.
+    #[must_use]
+    pub fn new(config: config::Broker) -> Self {
+        let monitors = config.monitors.iter().map(|monitor| Rc::new(Monitor::new(monitor))).collect();
+        Self {
+            config,
+            monitors,
+            core: Peer::default(),
+            console: Peer::default(),
+            held: Rc::default(),
+            ended: Notify::new(),
+            state: Cell::new(core::RunState::Prelaunch),
+            shutdown_sent: Cell::new(false),
+            turn: Mutex::new(()),
+            clients: RefCell::default(),
+            next_client: Cell::default(),
+        }
+    }
+
+    /// Adds a client until the returned number is [removed](Self::remove).
+    pub fn add(&self, client: Rc<Client>) -> u64 {
+        let number = self.next_client.get();
+        self.next_client.set(number + 1);
+        self.clients.borrow_mut().insert(number, client);
+        number
+    }
+
+    /// Forgets a client.
+    pub fn remove(&self, number: u64) {
+        self.clients.borrow_mut().remove(&number);
+    }
+
+    /// Number of clients.
+    #[must_use]
+    pub fn clients(&self) -> usize {
+        self.clients.borrow().len()
+    }
+
+    /// The client that has been there longest without negotiating.
+    #[must_use]
+    pub fn oldest_silent(&self) -> Option<Rc<Client>> {
+        self.clients.borrow().values().find(|client| !client.is_negotiated()).cloned()
+    }
+
+    /// Whether no client has output waiting.
+    #[must_use]
+    pub fn is_flushed(&self) -> bool {
+        self.clients.borrow().values().all(|client| client.is_flushed())
+    }
+
+    /// Sends an event to every client that has negotiated.
+    pub fn emit(&self, event: &table::Event, data: Option<Value>) {
+        let line = event_line(event, data);
+        let clients: Vec<_> = self.clients.borrow().values().cloned().collect();
+        for client in clients {
+            client.push_event(&line);
+        }
+    }
+
+    /// Takes over the run state.
+    pub fn set_state(&self, state: core::RunState) {
+        self.state.set(state);
+    }
+
+    /// Something happened to the machine.
+    pub fn machine_event(&self, event: core::Event, state: core::RunState) {
+        self.state.set(state);
+        match event {
+            core::Event::Stop => self.emit(&table::STOP, None),
+            core::Event::Resume => self.emit(&table::RESUME, None),
+            core::Event::Reset(cause) => {
+                let (guest, reason) = shutdown_cause(cause);
+                self.emit(&table::RESET, serde_json::to_value(ResetData { guest, reason }).ok());
+            }
+            core::Event::Shutdown(cause) => self.shutdown(cause),
+            core::Event::GuestPanicked => {
+                let paused = state == core::RunState::GuestPanicked;
+                let action = if paused { GuestPanicAction::Pause } else { GuestPanicAction::Poweroff };
+                let data = GuestPanickedData { action, info: None };
+                self.emit(&table::GUEST_PANICKED, serde_json::to_value(data).ok());
+            }
+            core::Event::Exiting => self.ended.notify_one(),
+        }
+    }
+
+    fn shutdown(&self, cause: core::Cause) {
+        self.shutdown_sent.set(true);
+        let (guest, reason) = shutdown_cause(cause);
+        self.emit(&table::SHUTDOWN, serde_json::to_value(ShutdownData { guest, reason }).ok());
+    }
+
+    /// Executes one request of a client and queues the reply.
+    pub async fn execute(self: &Rc<Self>, client: &Client, item: json::Item) {
+        let mut mode = client.mode();
+        let (id, call) = request::resolve(item, mode);
+        let step = match call {
+            Ok(call) => {
+                let known = Known { config: &self.config, state: self.state.get() };
+                commands::begin(call, &known, &mut mode)
+            }
+            Err(error) => Step::Reply(Err(error)),
+        };
+        client.set_mode(mode);
+        let reply = match step {
+            Step::Reply(reply) => reply,
+            Step::Quit => {
+                tokio::task::spawn_local(Rc::clone(self).quit());
+                Ok(json!({}))
+            }
+            step => {
+                let _turn = self.turn.lock().await;
+                self.through_peer(step).await
+            }
+        };
+        client.push(&reply_line(id.as_ref(), &reply));
+    }
+
+    async fn through_peer(&self, step: Step) -> Reply {
+        match step {
+            Step::Core(op) => {
+                let answer = self.core.ask(|id| core::Request { id, op }).await;
+                commands::core_reply(op, answer.map_err(|error| away("The machine", error))?)
+            }
+            Step::Chardevs => {
+                let own = self.monitors.iter().map(|monitor| monitor.info()).collect();
+                commands::chardev_reply(own, self.ask_console(console::Op::Chardevs).await?)
+            }
+            Step::PowerButton => {
+                if self.may_press_power_button() {
+                    self.ask_console(console::Op::PowerButton).await?;
+                }
+                self.emit(&table::POWERDOWN, None);
+                Ok(json!({}))
+            }
+            Step::Reply(reply) => reply,
+            Step::Quit => Ok(json!({})),
+        }
+    }
+
+    async fn ask_console(&self, op: console::Op) -> Result<console::Answer, Error> {
+        self.console.ask(|id| console::Request { id, op }).await.map_err(|error| away("The console", error))
+    }
+
+    /// A machine that is off or broken has no use for its power button; QEMU reports success then.
+    fn may_press_power_button(&self) -> bool {
+        let state = serde_json::to_value(commands::run_state(self.state.get())).unwrap_or_default();
+        topology::LINK_CONTROL_CONSOLE.permits("power-button", state.as_str().unwrap_or_default())
+    }
+
+    /// Ends the VM: through core, and without it if core does not end.
+    async fn quit(self: Rc<Self>) {
+        let request = |id| core::Request { id, op: core::Op::Quit };
+        if let Err(error) = self.core.ask(request).await {
+            warn!("quit: core: {error}");
+        }
+        sleep(QUIT).await;
+        warn!("quit: core has not ended; the broker ends without it");
+        if !self.shutdown_sent.get() {
+            self.shutdown(core::Cause::HostQmpQuit);
+        }
+        self.ended.notify_one();
+    }
+
+    /// Starts a machine that is to start by itself.
+    pub async fn start(&self) {
+        if !self.config.autostart {
+            return;
+        }
+        let request = |id| core::Request { id, op: core::Op::Start };
+        if let Ok(Err(refusal)) = self.core.ask_patiently(request).await {
+            warn!("core refuses to start the machine: {refusal}");
+        }
+    }
+}
+
+fn away(who: &str, error: NoAnswer) -> Error {
+    Error::generic(format!("{who} cannot be reached: {error}"))
+}
+
+const fn shutdown_cause(cause: core::Cause) -> (bool, ShutdownCause) {
+    match cause {
+        core::Cause::HostError => (false, ShutdownCause::HostError),
+        core::Cause::HostQmpQuit => (false, ShutdownCause::HostQmpQuit),
+        core::Cause::HostQmpSystemReset => (false, ShutdownCause::HostQmpSystemReset),
+        core::Cause::HostSignal => (false, ShutdownCause::HostSignal),
+        core::Cause::HostUi => (false, ShutdownCause::HostUi),
+        core::Cause::GuestShutdown => (true, ShutdownCause::GuestShutdown),
+        core::Cause::GuestReset => (true, ShutdownCause::GuestReset),
+        core::Cause::GuestPanic => (true, ShutdownCause::GuestPanic),
+    }
+}
+
+/// A reply as one line without its end, in QEMU's order of members.
+#[must_use]
+pub fn reply_line(id: Option<&Value>, reply: &Reply) -> String {
+    let mut line = String::from("{");
+    match reply {
+        Ok(value) => {
+            line.push_str("\"return\": ");
+            json::write(&mut line, value);
+        }
+        Err(error) => {
+            line.push_str("\"error\": ");
+            json::write(&mut line, &error.to_value());
+        }
+    }
+    if let Some(id) = id {
+        line.push_str(", \"id\": ");
+        json::write(&mut line, id);
+    }
+    line.push('}');
+    line
+}
+
+fn event_line(event: &table::Event, data: Option<Value>) -> String {
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    let mut line = format!(
+        "{{\"timestamp\": {{\"seconds\": {}, \"microseconds\": {}}}, \"event\": \"{}\"",
+        now.as_secs(),
+        now.subsec_micros(),
+        event.name
+    );
+    if let Some(data) = data {
+        line.push_str(", \"data\": ");
+        json::write(&mut line, &data);
+    }
+    line.push('}');
+    line
+}
+
+/// The greeting as one line without its end.
+#[must_use]
+pub fn greeting_line() -> String {
+    let mut line = String::new();
+    json::write(&mut line, &commands::greeting());
+    line
+}
+
+/// The broker's character devices.
+impl Monitor {
+    fn info(&self) -> ChardevInfo {
+        ChardevInfo { label: self.label.clone(), filename: self.filename(), frontend_open: true }
+    }
+}

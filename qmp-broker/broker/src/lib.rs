@@ -1,0 +1,20 @@
+//! Terminates QMP: sessions, commands, events.
+//!
+//! ```text
+//! client -> stream -> client::serve -> session (reader, queue) -> commands -> peer (core, console)
+//!                        ^------------- output <- replies <-------'              |
+//!                        '------------- output <- hub <- events <----------------'
+//! ```
+//! One thread, one tokio task per client, listener and link. Run-state changes come from core on one
+//! ordered link: an event is in every client's output before the reply that follows it.
+
+pub mod client;
+pub mod commands;
+pub mod fd;
+pub mod hub;
+pub mod monitor;
+pub mod output;
+pub mod peer;
+pub mod run;
+pub mod session;
+pub mod stream;

@@ -1,0 +1,210 @@
+//! Monitors: where clients come from.
+
+use std::cell::{Cell, RefCell};
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::unix::net as std_net;
+use std::rc::Rc;
+use std::time::Duration;
+
+use bulkhead_control_api::config::{self, ChardevKind};
+use bulkhead_jail::{info, warn};
+use nix::sys::socket::{UnixAddr, getpeername, getsockopt, sockopt};
+use tokio::net::{UnixListener, UnixStream};
+use tokio::sync::Notify;
+use tokio::task::spawn_local;
+use tokio::time::sleep;
+
+use crate::client::serve;
+use crate::hub::Hub;
+use crate::stream::{Shared, Stream};
+
+/// The most clients at a time, over all monitors.
+pub const MAX_CLIENTS: usize = 100;
+/// A client that has not negotiated for so long gives way when there are too many.
+const SILENT: Duration = Duration::from_secs(5);
+/// Pause after an `accept` that failed for lack of resources.
+const RETRY: Duration = Duration::from_millis(100);
+
+/// Why a monitor cannot be served.
+#[derive(Debug, thiserror::Error)]
+pub enum MonitorError {
+    /// `server=on` with a socket that does not listen.
+    #[error("monitor {0}: the socket does not listen; give a listening one, or say server=off")]
+    NotListening(String),
+    /// `server=off` with a socket without a peer.
+    #[error("monitor {0}: the socket is not connected; give a connected one, or say server=on")]
+    NotConnected(String),
+    /// A monitor on something else.
+    #[error("monitor {0}: needs a socket or stdio")]
+    Unsuitable(String),
+    /// The kernel refused.
+    #[error("monitor {0}: {1}")]
+    Io(String, std::io::Error),
+}
+
+/// A monitor's state.
+#[derive(Debug)]
+pub struct Monitor {
+    /// Id of its character device.
+    pub label: String,
+    /// Its address, as in QEMU's descriptions.
+    address: String,
+    /// Path of the socket that accepted a client, once one has.
+    path: RefCell<Option<String>>,
+    server: bool,
+    wait: bool,
+    clients: Cell<usize>,
+    connected: Notify,
+}
+
+impl Monitor {
+    /// A monitor without clients.
+    #[must_use]
+    pub fn new(monitor: &config::Monitor) -> Self {
+        let (address, server, wait) = match &monitor.chardev.kind {
+            ChardevKind::Socket { address, server, wait, .. } => (address.clone(), *server, *wait && *server),
+            _ => ("stdio".to_owned(), false, false),
+        };
+        Self {
+            label: monitor.chardev.id.clone(),
+            address,
+            path: RefCell::default(),
+            server,
+            wait,
+            clients: Cell::default(),
+            connected: Notify::new(),
+        }
+    }
+
+    /// QEMU's description of the character device.
+    #[must_use]
+    pub fn filename(&self) -> String {
+        let is_path = !self.address.starts_with("fd:");
+        let address = if is_path { format!("unix:{}", self.address) } else { self.address.clone() };
+        let server = if self.server { ",server=on" } else { "" };
+        match &*self.path.borrow() {
+            _ if self.address == "stdio" => self.address.clone(),
+            _ if self.clients.get() == 0 => format!("disconnected:{address}{server}"),
+            Some(path) => format!("unix:{path}{server}"),
+            None => format!("{address}{server}"),
+        }
+    }
+
+    /// Waits until a client has connected, if the configuration says so.
+    pub async fn wait(&self) {
+        if self.wait && self.path.borrow().is_none() {
+            info!("waiting for connection on: {}", self.filename().trim_start_matches("disconnected:"));
+            self.connected.notified().await;
+        }
+    }
+
+    async fn serve(self: Rc<Self>, hub: Rc<Hub>, stream: Stream) {
+        self.clients.set(self.clients.get() + 1);
+        serve(hub, stream).await;
+        self.clients.set(self.clients.get() - 1);
+    }
+
+    async fn accept_loop(self: Rc<Self>, hub: Rc<Hub>, listener: UnixListener) {
+        let local = listener.local_addr().ok();
+        let path = local.and_then(|local| Some(local.as_pathname()?.display().to_string()));
+        // What the user called it is better than the path as the opener sees it.
+        let named = if self.address.starts_with("fd:") { path } else { Some(self.address.clone()) };
+        loop {
+            match listener.accept().await {
+                Ok((stream, _)) if make_room(&hub) => {
+                    self.path.replace(Some(named.clone().unwrap_or_default()));
+                    self.connected.notify_one();
+                    spawn_local(Rc::clone(&self).serve(Rc::clone(&hub), Stream::Socket(stream)));
+                }
+                Ok((stream, _)) => refuse(&stream),
+                Err(error) => {
+                    warn!("monitor {}: accept: {error}", self.label);
+                    sleep(RETRY).await;
+                }
+            }
+        }
+    }
+}
+
+/// Whether one more client can be served. The oldest one that has not negotiated gives way.
+fn make_room(hub: &Hub) -> bool {
+    if hub.clients() < MAX_CLIENTS {
+        return true;
+    }
+    match hub.oldest_silent() {
+        Some(silent) if silent.age() > SILENT => {
+            warn!("{MAX_CLIENTS} QMP clients: one that has not negotiated is disconnected");
+            silent.drop_it();
+            true
+        }
+        _ => false,
+    }
+}
+
+fn refuse(stream: &UnixStream) {
+    warn!("a QMP client is refused: {MAX_CLIENTS} are connected");
+    let line = format!(
+        "{{\"error\": {{\"class\": \"GenericError\", \"desc\": \"Too many clients: {MAX_CLIENTS} are connected\"}}}}\r\n"
+    );
+    // A client that does not take it finds the connection closed.
+    let _ = stream.try_write(line.as_bytes());
+}
+
+/// What a monitor's descriptor turned out to be.
+#[derive(Debug)]
+pub enum Source {
+    /// Clients connect.
+    Listener(UnixListener),
+    /// The one client is connected.
+    Connected(Stream),
+}
+
+/// Prepares a monitor's descriptors; `take` gives them by name. Needs the runtime's context.
+///
+/// # Errors
+/// See [`MonitorError`].
+pub fn open<E: std::fmt::Display>(
+    monitor: &config::Monitor,
+    mut take: impl FnMut(&str) -> Result<OwnedFd, E>,
+) -> Result<Source, MonitorError> {
+    let id = &monitor.chardev.id;
+    let mut take = |name: &str| {
+        take(name).map_err(|error| MonitorError::Io(id.clone(), std::io::Error::other(error.to_string())))
+    };
+    let io = |error| MonitorError::Io(id.clone(), error);
+    match &monitor.chardev.kind {
+        ChardevKind::Socket { fd, server: true, .. } => {
+            let fd = take(fd)?;
+            if !getsockopt(&fd, sockopt::AcceptConn).unwrap_or(false) {
+                return Err(MonitorError::NotListening(id.clone()));
+            }
+            let listener = std_net::UnixListener::from(fd);
+            listener.set_nonblocking(true).map_err(io)?;
+            Ok(Source::Listener(UnixListener::from_std(listener).map_err(io)?))
+        }
+        ChardevKind::Socket { fd, .. } => {
+            let fd = take(fd)?;
+            if getpeername::<UnixAddr>(fd.as_raw_fd()).is_err() {
+                return Err(MonitorError::NotConnected(id.clone()));
+            }
+            let stream = std_net::UnixStream::from(fd);
+            stream.set_nonblocking(true).map_err(io)?;
+            Ok(Source::Connected(Stream::Socket(UnixStream::from_std(stream).map_err(io)?)))
+        }
+        ChardevKind::Stdio => {
+            let input = Shared::new(take("stdio.in")?).map_err(io)?;
+            let output = Shared::new(take("stdio.out")?).map_err(io)?;
+            Ok(Source::Connected(Stream::Stdio(input, output)))
+        }
+        ChardevKind::Null | ChardevKind::File { .. } => Err(MonitorError::Unsuitable(id.clone())),
+    }
+}
+
+/// Serves a monitor from now on.
+pub fn start(hub: &Rc<Hub>, monitor: &Rc<Monitor>, source: Source) {
+    let (hub, monitor) = (Rc::clone(hub), Rc::clone(monitor));
+    match source {
+        Source::Listener(listener) => drop(spawn_local(monitor.accept_loop(hub, listener))),
+        Source::Connected(stream) => drop(spawn_local(monitor.serve(hub, stream))),
+    }
+}

@@ -1,0 +1,167 @@
+//! Control links to core and console.
+
+use std::cell::{Cell, RefCell};
+use std::collections::BTreeMap;
+use std::os::fd::{AsFd, OwnedFd};
+use std::rc::Rc;
+use std::time::Duration;
+
+use bulkhead_control_api::{Hello, MAGIC, MAX_MESSAGE, VERSION, decode, encode};
+use bulkhead_jail::link::{LinkError, recv_packet, send_packet};
+use nix::errno::Errno;
+use nix::sys::socket::MsgFlags;
+use serde::{Serialize, de::DeserializeOwned};
+use tokio::io::unix::AsyncFd;
+use tokio::sync::oneshot;
+use tokio::time::timeout;
+
+use crate::fd::watch;
+
+/// How long a peer may take to answer before the client is told that it does not.
+const ANSWER: Duration = Duration::from_secs(5);
+
+/// One end of a control link.
+#[derive(Debug)]
+pub struct Link {
+    fd: AsyncFd<OwnedFd>,
+    buffer: RefCell<Vec<u8>>,
+}
+
+impl Link {
+    /// Begins a link: a [`Hello`] each way.
+    ///
+    /// # Errors
+    /// The peer closed, or speaks another version or protocol.
+    pub async fn begin(fd: OwnedFd) -> Result<Self, LinkError> {
+        let fd = watch(fd).map_err(|(_, error)| LinkError::Io(errno(&error)))?;
+        let link = Self { fd, buffer: RefCell::new(vec![0; MAX_MESSAGE]) };
+        link.send(&Hello { magic: MAGIC, version: VERSION }).await?;
+        match link.receive().await? {
+            Hello { magic: MAGIC, version: VERSION } => Ok(link),
+            Hello { magic: MAGIC, version } => Err(LinkError::Version { ours: VERSION, theirs: version }),
+            Hello { .. } => Err(LinkError::Malformed),
+        }
+    }
+
+    /// Receives a message; a message with descriptors is malformed.
+    ///
+    /// # Errors
+    /// See [`LinkError`].
+    pub async fn receive<T: DeserializeOwned>(&self) -> Result<T, LinkError> {
+        loop {
+            let mut guard = self.fd.readable().await.map_err(|error| LinkError::Io(errno(&error)))?;
+            let mut buffer = self.buffer.borrow_mut();
+            let (length, fds) = match recv_packet(self.fd.as_fd(), &mut buffer, MsgFlags::MSG_DONTWAIT) {
+                Err(LinkError::WouldBlock) => {
+                    guard.clear_ready();
+                    continue;
+                }
+                received => received?,
+            };
+            return match buffer.get(..length) {
+                Some([]) => Err(LinkError::Closed),
+                Some(bytes) if fds.is_empty() => decode(bytes).map_err(|_| LinkError::Malformed),
+                _ => Err(LinkError::Malformed),
+            };
+        }
+    }
+
+    async fn send<T: Serialize>(&self, message: &T) -> Result<(), LinkError> {
+        let packet = encode(message).map_err(|_| LinkError::Malformed)?;
+        loop {
+            match send_packet(self.fd.as_fd(), &packet, &[], MsgFlags::MSG_DONTWAIT) {
+                Err(Errno::EAGAIN) => {
+                    let mut guard = self.fd.writable().await.map_err(|error| LinkError::Io(errno(&error)))?;
+                    guard.clear_ready();
+                }
+                result => return Ok(result?),
+            }
+        }
+    }
+}
+
+fn errno(error: &std::io::Error) -> Errno {
+    error.raw_os_error().map_or(Errno::EIO, Errno::from_raw)
+}
+
+/// Why a peer gave no answer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum NoAnswer {
+    /// It is not connected, or its link ended.
+    #[error("not connected")]
+    Away,
+    /// It took too long.
+    #[error("no answer within 5 seconds")]
+    Late,
+}
+
+/// A peer that answers requests with `A`. It may be away for a time.
+#[derive(Debug)]
+pub struct Peer<A> {
+    link: RefCell<Option<Rc<Link>>>,
+    waiting: RefCell<BTreeMap<u32, oneshot::Sender<A>>>,
+    next: Cell<u32>,
+}
+
+impl<A> Default for Peer<A> {
+    fn default() -> Self {
+        Self { link: RefCell::default(), waiting: RefCell::default(), next: Cell::default() }
+    }
+}
+
+impl<A> Peer<A> {
+    /// The peer is there.
+    pub fn attach(&self, link: Rc<Link>) {
+        self.detach();
+        *self.link.borrow_mut() = Some(link);
+    }
+
+    /// The peer is gone: whoever waits is told.
+    pub fn detach(&self) {
+        *self.link.borrow_mut() = None;
+        self.waiting.borrow_mut().clear();
+    }
+
+    /// Hands over the answer to request `id`; one that nobody waits for any more is dropped.
+    pub fn answer(&self, id: u32, answer: A) {
+        if let Some(waiting) = self.waiting.borrow_mut().remove(&id) {
+            // The client may be gone.
+            let _ = waiting.send(answer);
+        }
+    }
+
+    /// Sends the request that `make` makes of an id, and waits for its answer as long as it takes.
+    ///
+    /// # Errors
+    /// [`NoAnswer::Away`].
+    pub async fn ask_patiently<R: Serialize>(&self, make: impl FnOnce(u32) -> R) -> Result<A, NoAnswer> {
+        let link = self.link.borrow().clone().ok_or(NoAnswer::Away)?;
+        let id = self.next.get();
+        self.next.set(id.wrapping_add(1));
+        let (sender, receiver) = oneshot::channel();
+        self.waiting.borrow_mut().insert(id, sender);
+        let _forget = Forget { peer: self, id };
+        link.send(&make(id)).await.map_err(|_| NoAnswer::Away)?;
+        receiver.await.map_err(|_| NoAnswer::Away)
+    }
+
+    /// Like [`Self::ask_patiently`], but for at most 5 seconds.
+    ///
+    /// # Errors
+    /// See [`NoAnswer`].
+    pub async fn ask<R: Serialize>(&self, make: impl FnOnce(u32) -> R) -> Result<A, NoAnswer> {
+        timeout(ANSWER, self.ask_patiently(make)).await.unwrap_or(Err(NoAnswer::Late))
+    }
+}
+
+/// Removes a request that nobody waits for any more.
+struct Forget<'a, A> {
+    peer: &'a Peer<A>,
+    id: u32,
+}
+
+impl<A> Drop for Forget<'_, A> {
+    fn drop(&mut self) {
+        self.peer.waiting.borrow_mut().remove(&self.id);
+    }
+}

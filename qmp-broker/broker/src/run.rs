@@ -1,0 +1,125 @@
+//! The broker's life: links, monitors, the start of the machine, the end.
+
+use std::os::fd::OwnedFd;
+use std::rc::Rc;
+use std::time::Duration;
+
+use bulkhead_control_api::{console, core};
+use bulkhead_jail::link::LinkError;
+use bulkhead_jail::{error, info, warn};
+use tokio::io::unix::AsyncFd;
+use tokio::task::{JoinHandle, spawn_local};
+use tokio::time::{sleep, timeout};
+
+use crate::client::FLUSH;
+use crate::fd::accept;
+use crate::hub::Hub;
+use crate::monitor::{self, Source};
+use crate::peer::Link;
+
+/// How often the end looks whether all clients have read everything.
+const GLANCE: Duration = Duration::from_millis(5);
+/// How long the console may take to say its hello.
+const HELLO: Duration = Duration::from_secs(2);
+
+/// What the broker works with, beside its hub.
+#[derive(Debug)]
+pub struct Sources {
+    /// The connection to core.
+    pub core: OwnedFd,
+    /// The listener that the console connects to.
+    pub console: AsyncFd<OwnedFd>,
+    /// What clients come from, one for each monitor of the hub.
+    pub monitors: Vec<Source>,
+}
+
+/// Serves until the VM ends. Needs a `LocalSet`.
+pub async fn run(hub: Rc<Hub>, sources: Sources) {
+    spawn_local(console_loop(Rc::clone(&hub), sources.console));
+    let monitors = hub.monitors.clone();
+    for (monitor, source) in monitors.iter().zip(sources.monitors) {
+        monitor::start(&hub, monitor, source);
+    }
+    let core: JoinHandle<()> = spawn_local(core_loop(Rc::clone(&hub), sources.core));
+    tokio::select! {
+        () = hub.ended.notified() => {}
+        _ = core => {}
+    }
+    let flush = async {
+        while !hub.is_flushed() {
+            sleep(GLANCE).await;
+        }
+    };
+    let _ = timeout(FLUSH, flush).await;
+}
+
+/// Follows core until its link ends.
+async fn core_loop(hub: Rc<Hub>, fd: OwnedFd) {
+    match Link::begin(fd).await {
+        Ok(link) => {
+            let link = Rc::new(link);
+            hub.core.attach(Rc::clone(&link));
+            spawn_local(begin_machine(Rc::clone(&hub)));
+            match follow_core(&hub, &link).await {
+                LinkError::Closed => info!("core is gone"),
+                other => error!("link to core: {other}"),
+            }
+        }
+        Err(error) => error!("link to core: {error}"),
+    }
+    hub.core.detach();
+}
+
+/// Learns the run state, waits for clients that must be there, then starts the machine.
+async fn begin_machine(hub: Rc<Hub>) {
+    let status = hub.core.ask_patiently(|id| core::Request { id, op: core::Op::Status }).await;
+    if let Ok(Ok(core::Answer::Status(state))) = status {
+        hub.set_state(state);
+    }
+    for monitor in &hub.monitors {
+        monitor.wait().await;
+    }
+    hub.start().await;
+}
+
+async fn follow_core(hub: &Hub, link: &Link) -> LinkError {
+    loop {
+        match link.receive().await {
+            Ok(core::FromCore::Event { event, state }) => hub.machine_event(event, state),
+            Ok(core::FromCore::Reply { id, result }) => hub.core.answer(id, result),
+            Err(error) => return error,
+        }
+    }
+}
+
+/// Accepts the console, again after each time it is gone.
+async fn console_loop(hub: Rc<Hub>, listener: AsyncFd<OwnedFd>) {
+    loop {
+        let link = match accept(&listener).await {
+            Ok(fd) => timeout(HELLO, Link::begin(fd)).await.unwrap_or(Err(LinkError::Closed)),
+            Err(error) => Err(LinkError::Io(error)),
+        };
+        match link {
+            Ok(link) => {
+                let link = Rc::new(link);
+                hub.console.attach(Rc::clone(&link));
+                let error = follow_console(&hub, &link).await;
+                hub.console.detach();
+                info!("link to the console: {error}");
+            }
+            Err(error) => {
+                warn!("link to the console: {error}");
+                sleep(GLANCE).await;
+            }
+        }
+    }
+}
+
+async fn follow_console(hub: &Hub, link: &Link) -> LinkError {
+    loop {
+        match link.receive().await {
+            Ok(console::Reply { id, answer }) => hub.console.answer(id, answer),
+            Err(error) => return error,
+        }
+    }
+}

@@ -1,0 +1,123 @@
+//! What a client is connected through: a unix socket, or the two descriptors of stdio.
+
+use std::io::{self, ErrorKind};
+use std::os::fd::{AsFd, OwnedFd};
+
+use nix::errno::Errno;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use tokio::io::unix::AsyncFd;
+use tokio::net::UnixStream;
+
+use crate::fd::watch;
+
+/// Bytes written at once to a descriptor that may block: a pipe that polls writable takes so many.
+const PIPE_BUF: usize = 4096;
+
+/// A connection to a client.
+#[derive(Debug)]
+pub enum Stream {
+    /// A connected unix stream socket. Descriptors that a client sends are discarded by the kernel:
+    /// nothing here receives control messages.
+    Socket(UnixStream),
+    /// Standard input and output. Their file descriptions are shared with the user's shell, so they
+    /// stay in blocking mode.
+    Stdio(Shared, Shared),
+}
+
+impl Stream {
+    /// Waits until there may be something to read.
+    ///
+    /// # Errors
+    /// The descriptor failed.
+    pub async fn readable(&self) -> io::Result<()> {
+        match self {
+            Self::Socket(socket) => socket.readable().await,
+            Self::Stdio(input, _) => input.ready(PollFlags::POLLIN).await,
+        }
+    }
+
+    /// Reads what is there; 0 at the end.
+    ///
+    /// # Errors
+    /// `WouldBlock` if there is nothing, or the descriptor failed.
+    pub fn try_read(&self, buffer: &mut [u8]) -> io::Result<usize> {
+        match self {
+            Self::Socket(socket) => socket.try_read(buffer),
+            Self::Stdio(input, _) => input.when(PollFlags::POLLIN, |fd| Ok(nix::unistd::read(fd, buffer)?)),
+        }
+    }
+
+    /// Waits until there may be room to write.
+    ///
+    /// # Errors
+    /// The descriptor failed.
+    pub async fn writable(&self) -> io::Result<()> {
+        match self {
+            Self::Socket(socket) => socket.writable().await,
+            Self::Stdio(_, output) => output.ready(PollFlags::POLLOUT).await,
+        }
+    }
+
+    /// Writes what fits.
+    ///
+    /// # Errors
+    /// `WouldBlock` if nothing fits, or the descriptor failed.
+    pub fn try_write(&self, bytes: &[u8]) -> io::Result<usize> {
+        match self {
+            Self::Socket(socket) => socket.try_write(bytes),
+            Self::Stdio(_, output) => {
+                let some = bytes.get(..PIPE_BUF).unwrap_or(bytes);
+                output.when(PollFlags::POLLOUT, |fd| Ok(nix::unistd::write(fd, some)?))
+            }
+        }
+    }
+}
+
+/// A descriptor in blocking mode that is used only when it polls ready.
+#[derive(Debug)]
+pub enum Shared {
+    /// A pipe, socket or terminal.
+    Polled(AsyncFd<OwnedFd>),
+    /// A regular file: always ready, and epoll refuses it.
+    File(OwnedFd),
+}
+
+impl Shared {
+    /// Takes over a descriptor.
+    ///
+    /// # Errors
+    /// epoll refuses it for another reason than that it is a file.
+    pub fn new(fd: OwnedFd) -> io::Result<Self> {
+        match watch(fd) {
+            Ok(polled) => Ok(Self::Polled(polled)),
+            Err((fd, error)) if error.raw_os_error() == Some(Errno::EPERM as i32) => Ok(Self::File(fd)),
+            Err((_, error)) => Err(error),
+        }
+    }
+
+    async fn ready(&self, events: PollFlags) -> io::Result<()> {
+        match self {
+            Self::Polled(fd) if events == PollFlags::POLLIN => fd.readable().await.map(drop),
+            Self::Polled(fd) => fd.writable().await.map(drop),
+            Self::File(_) => Ok(()),
+        }
+    }
+
+    fn when<T>(&self, events: PollFlags, act: impl FnOnce(&OwnedFd) -> io::Result<T>) -> io::Result<T> {
+        let fd = match self {
+            Self::Polled(fd) => fd,
+            Self::File(fd) => return act(fd),
+        };
+        let interest = match events {
+            PollFlags::POLLIN => tokio::io::Interest::READABLE,
+            _ => tokio::io::Interest::WRITABLE,
+        };
+        fd.try_io(interest, |fd| {
+            let mut polled = [PollFd::new(fd.as_fd(), events)];
+            match poll(&mut polled, PollTimeout::ZERO)? {
+                0 => Err(ErrorKind::WouldBlock.into()),
+                _ => act(fd),
+            }
+        })
+    }
+}
