@@ -1,0 +1,34 @@
+# Each target does its own set-up. `make help` lists them.
+
+export PATH := $(PATH):$(HOME)/.cargo/bin
+
+.PHONY: help setup demo check bench lab fmt
+
+help:
+	@echo "make demo    build, start a VM, drive it over QMP, show its processes"
+	@echo "make check   all tests; ends with the line \"N passed, N failed\""
+	@echo "make bench   the product's figures beside their references"
+	@echo "make lab     only the cases that boot Debian in the lab"
+	@echo "make fmt     format the sources"
+	@echo "make setup   install the Debian packages that the others need"
+
+setup:
+	@tests/setup.sh
+
+demo: setup
+	@echo "demo: building"
+	@cargo build --release -p bulkhead-launcher -p bulkhead-core -p bulkhead-loader -p bulkhead-console -p bulkhead-broker
+	@cargo run -q -p bulkhead-lab -- demo
+
+check: setup
+	@tests/check.sh
+
+bench: setup
+	@cargo build --release --workspace --bins
+	@cargo run -q --release -p bulkhead-bench
+
+lab: setup
+	@cargo run -q -p bulkhead-lab -- run
+
+fmt:
+	@cargo fmt --all

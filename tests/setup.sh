@@ -1,0 +1,56 @@
+#!/bin/sh
+# Installs what building, testing and the demonstration need on Debian 12 or later. Quick when all is there.
+set -eu
+
+missing=
+# need PACKAGE TEST...: adds the package unless the test succeeds.
+need() {
+	package=$1
+	shift
+	"$@" >/dev/null 2>&1 || missing="$missing $package"
+}
+installed() {
+	[ "$(dpkg-query -W -f '${db:Status-Status}' "$1" 2>/dev/null)" = installed ]
+}
+# The lab boots this kernel and gives it to its guests; any version will do.
+cloud_kernel() {
+	for image in /boot/vmlinuz-*-cloud-amd64; do
+		[ -r "$image" ] && [ -e "/lib/modules/${image#/boot/vmlinuz-}/modules.dep" ] && return
+	done
+	return 1
+}
+python_venv() {
+	python3 -c 'import ensurepip, venv'
+}
+
+need gcc command -v cc
+need libc6-dev installed libc6-dev
+need qemu-system-x86 command -v qemu-system-x86_64
+need busybox-static installed busybox-static
+need linux-image-cloud-amd64 cloud_kernel
+need xz-utils command -v xz
+need python3-venv python_venv
+
+if [ -n "$missing" ]; then
+	echo "setup: installing$missing"
+	line="apt-get install -y --no-install-recommends$missing"
+	if [ "$(id -u)" = 0 ]; then
+		as_root=
+	elif sudo -n true 2>/dev/null; then
+		as_root="sudo -n"
+	else
+		echo "setup: packages are missing and this user cannot install them; as root, run:" >&2
+		echo "  apt-get update && $line" >&2
+		exit 1
+	fi
+	export DEBIAN_FRONTEND=noninteractive
+	$as_root apt-get update -q
+	# shellcheck disable=SC2086 # the lists are words
+	$as_root env DEBIAN_FRONTEND=noninteractive $line
+fi
+
+if ! command -v cargo >/dev/null; then
+	echo "setup: no Rust toolchain: install one from https://rustup.rs, or as root run:" >&2
+	echo "  apt-get install cargo rustfmt rust-clippy    (Debian 13 or later)" >&2
+	exit 1
+fi
