@@ -1,0 +1,132 @@
+//! What can be wrong with a command line: one line each, in QEMU's words where it has them.
+
+/// A refused option: what the user wrote, then what is wrong with it.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{at}: {problem}")]
+pub struct Error {
+    /// The option as given.
+    pub at: String,
+    /// What is wrong.
+    pub problem: Problem,
+}
+
+impl Error {
+    /// A problem at a place of the command line.
+    pub fn at(at: &str, problem: Problem) -> Self {
+        Self { at: at.to_owned(), problem }
+    }
+}
+
+/// What is wrong with an option.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum Problem {
+    // Shape.
+    #[error("a command is missing: run, doctor, --help or --version")]
+    NoCommand,
+    #[error("unknown command: run, doctor, --help and --version exist")]
+    UnknownCommand,
+    #[error("unexpected argument")]
+    UnexpectedArgument,
+    #[error("invalid option")]
+    InvalidOption,
+    #[error("requires an argument")]
+    RequiresArgument,
+    // Parameters.
+    #[error("Invalid parameter '{0}'")]
+    InvalidParameter(String),
+    #[error("Parameter '{0}' is missing")]
+    MissingParameter(&'static str),
+    #[error("Parameter '{0}' expects 'on' or 'off'")]
+    ExpectsFlag(&'static str),
+    #[error("Parameter '{0}' expects a number")]
+    ExpectsNumber(&'static str),
+    #[error(
+        "Parameter '{0}' expects a non-negative number below 2^64, with an optional suffix k, M, G, T, P or E"
+    )]
+    ExpectsSize(&'static str),
+    #[error("Value '{1}' is out of range for parameter '{0}'")]
+    OutOfRange(&'static str, String),
+    #[error("Parameter '{0}' expects an identifier: letters, digits, '-', '.', '_', starting with a letter")]
+    ExpectsIdentifier(&'static str),
+    #[error("Parameter '{0}' does not accept value '{1}'")]
+    BadValue(&'static str, String),
+    // Machine.
+    #[error("unsupported machine type '{0}': only 'bulkhead' exists")]
+    MachineType(String),
+    #[error("invalid accelerator {0}: only kvm exists")]
+    Accelerator(String),
+    #[error("unable to find CPU model '{0}': only 'host' exists")]
+    CpuModel(String),
+    #[error("failed to parse UUID string: wrong format")]
+    Uuid,
+    // Memory.
+    #[error("too large 'size' option value")]
+    SizeTooLarge,
+    #[error("memory size must be from {0} MiB to {1} MiB")]
+    MemoryRange(u64, u64),
+    #[error("invalid -m option value: missing 'maxmem' option")]
+    SlotsWithoutMaxmem,
+    #[error(
+        "invalid value of -m option maxmem: maximum memory size ({maxmem:#x}) must be at least the initial \
+         memory size ({size:#x})"
+    )]
+    MaxmemBelowSize { maxmem: u64, size: u64 },
+    #[error(
+        "invalid value of -m option maxmem: memory slots were specified but maximum memory size ({0:#x}) is \
+         equal to the initial memory size ({0:#x})"
+    )]
+    SlotsWithoutRoom(u64),
+    // vCPUs.
+    #[error("maxcpus must be equal to or greater than smp")]
+    MaxcpusBelowCpus,
+    #[error("Invalid SMP CPUs {0}. The max CPUs supported by machine 'bulkhead' is {1}")]
+    TooManyCpus(u64, u32),
+    #[error("dies not supported by this machine's CPU topology")]
+    Dies,
+    #[error(
+        "Invalid CPU topology: product of the hierarchy must match maxcpus: sockets ({0}) * cores ({1}) * \
+         threads ({2}) != maxcpus ({3})"
+    )]
+    Topology(u64, u64, u64, u64),
+    // Character devices.
+    #[error("chardev: no id specified")]
+    ChardevNoId,
+    #[error("chardev: \"{0}\" missing backend")]
+    ChardevNoBackend(String),
+    #[error("'{0}' is not a valid char driver name: socket, stdio, file and null exist")]
+    ChardevBackend(String),
+    #[error("'{0}' is not a valid char driver: stdio, null, none, file:PATH, unix:PATH and chardev:ID exist")]
+    CharDriver(String),
+    #[error("Duplicate ID '{0}' for chardev")]
+    DuplicateChardev(String),
+    #[error("chardev: file: no filename given")]
+    FileNoPath,
+    #[error("one of 'path' and 'fd' is required")]
+    SocketPlace,
+    #[error("'wait' option is incompatible with socket in client connect mode")]
+    WaitOnClient,
+    #[error("Unable to parse FD number {0}")]
+    FdNumber(String),
+    #[error("file descriptor {0} is used twice")]
+    FdTwice(u32),
+    #[error("cannot use stdio by multiple character devices")]
+    StdioTwice,
+    #[error("mon: is not available: there is no human monitor; use -qmp")]
+    MuxedMonitor,
+    #[error("this machine has one serial port")]
+    OneSerialPort,
+    #[error("chardev \"{0}\" not found")]
+    ChardevNotFound(String),
+    #[error("Device '{0}' is in use")]
+    ChardevInUse(String),
+    // Monitors.
+    #[error("mode=readline is not available: there is no human monitor; use mode=control")]
+    ReadlineMonitor,
+    #[error("pretty=on is not available")]
+    PrettyMonitor,
+    #[error("a QMP monitor needs a character device of type socket or stdio")]
+    MonitorBackend,
+    // Kernel.
+    #[error("-initrd only allowed with -kernel option")]
+    InitrdWithoutKernel,
+}

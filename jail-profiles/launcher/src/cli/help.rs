@@ -1,0 +1,131 @@
+//! Help texts, from the option table.
+
+use std::fmt::Write;
+
+use super::table::{Kind, OPTIONS, Spec, Takes};
+
+/// The level of QEMU's command line and QMP that this program speaks.
+const QEMU_LEVEL: &str = "5.1.0";
+/// Width of a line of `-h`.
+const WIDTH: usize = 96;
+/// Column of the help text.
+const INDENT: usize = 8;
+
+/// `bulkhead --help`.
+pub const USAGE: &str = "\
+usage: bulkhead run [OPTIONS]    start a VM; `bulkhead run -h` lists the options
+       bulkhead doctor           say what KVM and the jails can do on this host
+       bulkhead --help           print this
+       bulkhead --version        print the version
+
+`bulkhead run` alone boots a small built-in guest on this terminal.
+Manual: docs/bulkhead.1.md
+";
+
+/// `bulkhead --version`.
+pub fn version() -> String {
+    format!("bulkhead {} (command line and QMP as QEMU {QEMU_LEVEL})\n", env!("CARGO_PKG_VERSION"))
+}
+
+/// `bulkhead run -h`.
+pub fn options() -> String {
+    let mut text = "usage: bulkhead run [OPTIONS]\n\n".to_owned();
+    for spec in OPTIONS {
+        text.push_str(&usage(spec));
+        text.push('\n');
+        wrap(&mut text, spec.help);
+        for param in params(spec) {
+            wrap(&mut text, &format!("{}: {}", param.0, param.1));
+        }
+    }
+    text
+}
+
+/// The OPTIONS section of the manual page.
+#[cfg(test)]
+pub fn manual() -> String {
+    let mut text = String::new();
+    for spec in OPTIONS {
+        let _ = writeln!(text, "`{}`\n:   {}\n", usage(spec), spec.help);
+        for (name, help) in params(spec) {
+            let _ = writeln!(text, "    - `{name}`: {help}");
+        }
+        if matches!(spec.takes, Takes::Params(_)) {
+            text.push('\n');
+        }
+    }
+    text
+}
+
+fn usage(spec: &Spec) -> String {
+    let names: Vec<String> = spec.names.iter().map(|name| format!("-{name}")).collect();
+    let mut usage = names.join(", ");
+    if !spec.syntax.is_empty() {
+        let _ = write!(usage, " {}", spec.syntax);
+    }
+    usage
+}
+
+/// Names with types, and help, of an option's parameters.
+fn params(spec: &Spec) -> impl Iterator<Item = (String, &'static str)> {
+    let params = match spec.takes {
+        Takes::Params(group) => group.params,
+        Takes::Nothing | Takes::Text => &[],
+    };
+    params.iter().map(|param| {
+        let value = match param.kind {
+            Kind::Id => "id",
+            Kind::Text => "text",
+            Kind::Flag => "on|off",
+            Kind::Number => "number",
+            Kind::Size => "size",
+        };
+        (format!("{}={value}", param.name), param.help)
+    })
+}
+
+fn wrap(text: &mut String, paragraph: &str) {
+    let mut column = WIDTH;
+    for word in paragraph.split_whitespace() {
+        if column + 1 + word.len() > WIDTH {
+            if !text.ends_with('\n') {
+                text.push('\n');
+            }
+            text.push_str(&" ".repeat(INDENT - 1));
+            column = INDENT - 1;
+        }
+        text.push(' ');
+        text.push_str(word);
+        column += 1 + word.len();
+    }
+    text.push('\n');
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const MANUAL: &str = include_str!("../../../../docs/bulkhead.1.md");
+
+    #[test]
+    fn help_names_every_option_in_lines_that_fit() {
+        let text = options();
+        for spec in OPTIONS {
+            assert!(text.contains(&usage(spec)), "{spec:?}");
+        }
+        assert!(text.lines().filter(|line| line.starts_with(' ')).all(|line| line.len() <= WIDTH));
+    }
+
+    /// To bring the page up to date, paste what this test prints.
+    #[test]
+    fn the_manual_has_the_options_of_the_table() {
+        let options = MANUAL.split_once("## OPTIONS\n\n").and_then(|(_, rest)| rest.split_once("\n## "));
+        let (options, _) = options.expect("the page has a section OPTIONS and more behind it");
+        assert!(options.trim() == manual().trim(), "the section should be:\n{}", manual());
+    }
+
+    #[test]
+    fn version_names_the_level() {
+        assert!(version().starts_with("bulkhead ") && version().contains("QEMU 5.1.0"));
+    }
+}

@@ -1,0 +1,311 @@
+//! The option table: parsing, `-h`, error messages and the manual page come from it.
+//!
+//! Names, groups and parameter types are QEMU's (`query-command-line-options` will answer from it).
+
+/// Identity of an option.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Opt {
+    Help,
+    Version,
+    Machine,
+    Accel,
+    EnableKvm,
+    Cpu,
+    Smp,
+    Memory,
+    Name,
+    Uuid,
+    Kernel,
+    Initrd,
+    Append,
+    Serial,
+    Chardev,
+    Monitor,
+    Qmp,
+    Stopped,
+    NoReboot,
+    NoShutdown,
+    NoDefaults,
+    NoUserConfig,
+    Display,
+    NoGraphic,
+    PidFile,
+}
+
+/// An option.
+#[derive(Debug)]
+pub struct Spec {
+    /// Identity.
+    pub opt: Opt,
+    /// Names without dashes, the usual one first.
+    pub names: &'static [&'static str],
+    /// Its value.
+    pub takes: Takes,
+    /// Syntax of the value, empty if it takes none.
+    pub syntax: &'static str,
+    /// One or a few sentences for `-h` and the manual.
+    pub help: &'static str,
+}
+
+/// The value of an option.
+#[derive(Clone, Copy, Debug)]
+pub enum Takes {
+    /// None.
+    Nothing,
+    /// Text that is taken as it is.
+    Text,
+    /// `key=value,...`
+    Params(&'static Group),
+}
+
+/// A group of parameters, under QEMU's name.
+#[derive(Debug)]
+pub struct Group {
+    /// QEMU's name for it.
+    #[expect(dead_code, reason = "query-command-line-options answers with it")]
+    pub name: &'static str,
+    /// The parameter whose name may be left out if it comes first.
+    pub implied: Option<&'static str>,
+    /// The parameters.
+    pub params: &'static [Param],
+}
+
+/// A parameter.
+#[derive(Debug)]
+pub struct Param {
+    /// Its name.
+    pub name: &'static str,
+    /// Its type.
+    pub kind: Kind,
+    /// What it is for.
+    pub help: &'static str,
+}
+
+/// Type of a parameter (QAPI `CommandLineParameterType`, plus the identifier of an object).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kind {
+    /// The object's identifier, which QEMU does not list as a parameter.
+    Id,
+    /// Any text.
+    Text,
+    /// `on` or `off`.
+    Flag,
+    /// An unsigned integer.
+    Number,
+    /// A number of bytes with an optional suffix.
+    Size,
+}
+
+/// The option of that name (without dashes).
+pub fn find(name: &str) -> Option<&'static Spec> {
+    OPTIONS.iter().find(|spec| spec.names.contains(&name))
+}
+
+const fn param(name: &'static str, kind: Kind, help: &'static str) -> Param {
+    Param { name, kind, help }
+}
+
+static MACHINE: Group = Group {
+    name: "machine",
+    implied: Some("type"),
+    params: &[
+        param("type", Kind::Text, "machine type: bulkhead"),
+        param("accel", Kind::Text, "accelerator: kvm"),
+    ],
+};
+
+static ACCEL: Group = Group {
+    name: "accel",
+    implied: Some("accel"),
+    params: &[param("accel", Kind::Text, "accelerator: kvm")],
+};
+
+static SMP: Group = Group {
+    name: "smp-opts",
+    implied: Some("cpus"),
+    params: &[
+        param("cpus", Kind::Number, "number of vCPUs, 1 to 64"),
+        param("sockets", Kind::Number, "number of sockets"),
+        param("dies", Kind::Number, "dies per socket: 1"),
+        param("cores", Kind::Number, "cores per socket"),
+        param("threads", Kind::Number, "threads per core"),
+        param("maxcpus", Kind::Number, "places in the topology; those beyond cpus stay empty"),
+    ],
+};
+
+static MEMORY: Group = Group {
+    name: "memory",
+    implied: Some("size"),
+    params: &[
+        param("size", Kind::Size, "initial memory; a plain number is MiB"),
+        param("slots", Kind::Number, "slots for memory devices (checked; there are no such devices yet)"),
+        param("maxmem", Kind::Size, "memory with all slots filled; a plain number is bytes"),
+    ],
+};
+
+static NAME: Group = Group {
+    name: "name",
+    implied: Some("guest"),
+    params: &[
+        param("guest", Kind::Text, "name of the VM, as query-name answers it"),
+        param("debug-threads", Kind::Flag, "accepted; threads always bear their names"),
+    ],
+};
+
+/// Parameters of a character device.
+pub static CHARDEV: Group = Group {
+    name: "chardev",
+    implied: Some("backend"),
+    params: &[
+        param("backend", Kind::Text, "socket, stdio, file or null"),
+        param("id", Kind::Id, "its identifier"),
+        param("path", Kind::Text, "socket, file: path"),
+        param("fd", Kind::Text, "socket: number of an inherited socket instead of a path"),
+        param("server", Kind::Flag, "socket: listen (default off: connect)"),
+        param("wait", Kind::Flag, "socket: start the VM when a client has connected (default on)"),
+        param("append", Kind::Flag, "file: keep what is there (default off: truncate)"),
+        param("signal", Kind::Flag, "stdio: control keys send signals to the VM's processes (default on)"),
+    ],
+};
+
+static MON: Group = Group {
+    name: "mon",
+    implied: Some("chardev"),
+    params: &[
+        param("id", Kind::Id, "its identifier"),
+        param("mode", Kind::Text, "control: QMP"),
+        param("chardev", Kind::Text, "identifier of its character device"),
+        param("pretty", Kind::Flag, "off"),
+    ],
+};
+
+const fn flag(opt: Opt, names: &'static [&'static str], help: &'static str) -> Spec {
+    Spec { opt, names, takes: Takes::Nothing, syntax: "", help }
+}
+
+const fn text(opt: Opt, names: &'static [&'static str], syntax: &'static str, help: &'static str) -> Spec {
+    Spec { opt, names, takes: Takes::Text, syntax, help }
+}
+
+const fn group(
+    opt: Opt,
+    names: &'static [&'static str],
+    group: &'static Group,
+    syntax: &'static str,
+    help: &'static str,
+) -> Spec {
+    Spec { opt, names, takes: Takes::Params(group), syntax, help }
+}
+
+/// All options in the order of the manual.
+pub static OPTIONS: &[Spec] = &[
+    flag(Opt::Help, &["h", "help"], "Prints the options and exits."),
+    flag(Opt::Version, &["version"], "Prints the version and exits."),
+    group(
+        Opt::Machine,
+        &["machine", "M"],
+        &MACHINE,
+        "[type=]bulkhead[,accel=kvm]",
+        "Selects the machine; there is one.",
+    ),
+    group(Opt::Accel, &["accel"], &ACCEL, "[accel=]kvm", "Selects the accelerator; there is one."),
+    flag(Opt::EnableKvm, &["enable-kvm"], "The same as -accel kvm."),
+    text(Opt::Cpu, &["cpu"], "host", "Selects the CPU model; there is one: what KVM offers of the host's."),
+    group(
+        Opt::Smp,
+        &["smp"],
+        &SMP,
+        "[[cpus=]n][,sockets=n][,dies=1][,cores=n][,threads=n][,maxcpus=n]",
+        "Sets the number of vCPUs (default 1) and their topology. What is left out is computed, sockets before \
+         cores before threads.",
+    ),
+    group(
+        Opt::Memory,
+        &["m"],
+        &MEMORY,
+        "[size=]megs[,slots=n,maxmem=size]",
+        "Sets the guest's memory (default 128 MiB). Suffixes are b, k, M, G, T, P and E.",
+    ),
+    group(Opt::Name, &["name"], &NAME, "[guest=]string[,debug-threads=on|off]", "Names the VM."),
+    text(Opt::Uuid, &["uuid"], "uuid", "Sets the UUID of the VM (default all zero)."),
+    text(
+        Opt::Kernel,
+        &["kernel"],
+        "file",
+        "Boots this kernel: a bzImage or an ELF file with a PVH note. Without it the native guest boots.",
+    ),
+    text(Opt::Initrd, &["initrd"], "file", "Gives the kernel this initial RAM disk."),
+    text(Opt::Append, &["append"], "cmdline", "Gives the kernel, or the native guest, this command line."),
+    text(
+        Opt::Serial,
+        &["serial"],
+        "stdio|null|none|file:path|unix:path[,server=on|off][,wait=on|off]|chardev:id",
+        "Connects the serial port. Without -serial it is stdio, or with -nodefaults there is no port.",
+    ),
+    group(
+        Opt::Chardev,
+        &["chardev"],
+        &CHARDEV,
+        "socket,id=id,path=path|fd=n[,server=on|off][,wait=on|off] | stdio,id=id[,signal=on|off] | \
+         file,id=id,path=path[,append=on|off] | null,id=id",
+        "Defines a character device for -serial or -mon.",
+    ),
+    group(
+        Opt::Monitor,
+        &["mon"],
+        &MON,
+        "[chardev=]id,mode=control[,pretty=off]",
+        "Speaks QMP on a character device of type socket or stdio.",
+    ),
+    text(
+        Opt::Qmp,
+        &["qmp"],
+        "unix:path[,server=on|off][,wait=on|off]|stdio|chardev:id",
+        "Short for -chardev and -mon with mode=control; may be given several times.",
+    ),
+    flag(Opt::Stopped, &["S"], "Does not start the vCPUs: QMP cont does."),
+    flag(Opt::NoReboot, &["no-reboot"], "Shuts down where the guest would reset."),
+    flag(Opt::NoShutdown, &["no-shutdown"], "Keeps the VM, stopped, when the guest shuts down."),
+    flag(Opt::NoDefaults, &["nodefaults"], "Connects no serial port by default."),
+    flag(Opt::NoUserConfig, &["no-user-config"], "Accepted: no configuration file is ever read."),
+    text(Opt::Display, &["display"], "none", "Accepted: there is no display."),
+    flag(
+        Opt::NoGraphic,
+        &["nographic"],
+        "Connects the serial port to stdio, even with -nodefaults, if there is no -serial.",
+    ),
+    text(Opt::PidFile, &["pidfile"], "file", "Writes the launcher's process id there and locks the file."),
+];
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_are_unique_and_parameters_too() {
+        let mut names: Vec<&str> = OPTIONS.iter().flat_map(|spec| spec.names).copied().collect();
+        let count = names.len();
+        names.sort_unstable();
+        names.dedup();
+        assert_eq!(names.len(), count);
+        for spec in OPTIONS {
+            assert_eq!(spec.syntax.is_empty(), matches!(spec.takes, Takes::Nothing), "{spec:?}");
+            if let Takes::Params(group) = spec.takes {
+                assert!(group.implied.is_none_or(|name| group.params.iter().any(|p| p.name == name)));
+                for (i, param) in group.params.iter().enumerate() {
+                    assert!(group.params.iter().skip(i + 1).all(|p| p.name != param.name));
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn every_parameter_is_in_the_syntax() {
+        for spec in OPTIONS {
+            let Takes::Params(group) = spec.takes else { continue };
+            for param in group.params.iter().filter(|p| !matches!(p.name, "backend") && p.kind != Kind::Id) {
+                assert!(spec.syntax.contains(&format!("{}=", param.name)), "{} {}", spec.syntax, param.name);
+            }
+        }
+    }
+}

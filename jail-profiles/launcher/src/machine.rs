@@ -1,0 +1,316 @@
+//! From options to a plan: what each process is configured with and what is to be opened for it.
+//!
+//! A pure function; `opener` carries the plan out.
+
+use bulkhead_control_api::config;
+
+use crate::cli::{Error, Problem};
+use crate::options::{At, Backend, Options, Place, Target};
+
+/// Name of the native guest in messages.
+const NATIVE_GUEST: &str = "the native guest";
+
+/// A VM as the command line describes it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Plan {
+    /// Configuration of core.
+    pub core: config::Core,
+    /// Configuration of the loader.
+    pub loader: config::Loader,
+    /// Configuration of the console.
+    pub console: config::Console,
+    /// Configuration of the broker.
+    pub broker: config::Broker,
+    /// What to open, in this order: what changes nothing comes first.
+    pub opens: Vec<Open>,
+    /// How the user's terminal is to behave, if a character device is connected to it.
+    pub terminal: Option<Terminal>,
+}
+
+/// A descriptor to open.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Open {
+    /// Its name at the process.
+    pub name: String,
+    /// Whose it is: a name in the topology.
+    pub process: &'static str,
+    /// The option that asks for it, for messages.
+    pub at: String,
+    /// What it is.
+    pub what: What,
+}
+
+/// What to open.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum What {
+    /// /dev/kvm.
+    Kvm,
+    /// A regular file to read.
+    Input(String),
+    /// The embedded native guest.
+    NativeGuest,
+    /// Standard input.
+    StandardInput,
+    /// Standard output.
+    StandardOutput,
+    /// A file to write.
+    Output {
+        /// Where.
+        path: String,
+        /// Keep what is there.
+        append: bool,
+    },
+    /// A unix socket to listen on.
+    Listener(String),
+    /// A unix socket to connect to.
+    Connection(String),
+    /// A socket that was inherited.
+    Inherited {
+        /// Its number.
+        fd: u32,
+        /// It listens.
+        listening: bool,
+    },
+    /// The file that holds the launcher's process id; stays with the launcher.
+    PidFile(String),
+}
+
+/// State of the user's terminal while the VM runs: no echo, no line editing.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Terminal {
+    /// Control keys send signals.
+    pub signal: bool,
+}
+
+/// Process that owns a descriptor which no process is given.
+pub const LAUNCHER: &str = "launcher";
+const CORE: &str = "core";
+const LOADER: &str = "loader";
+const CONSOLE: &str = "console";
+const BROKER: &str = "broker";
+
+/// Makes the plan.
+///
+/// # Errors
+/// The first option that contradicts another one.
+pub fn plan(options: &Options) -> Result<Plan, Error> {
+    let mut devices = Devices::of(options)?;
+    let monitors = options.monitors.iter().map(|target| monitor(target, &mut devices));
+    let monitors = monitors.collect::<Result<Vec<_>, _>>()?;
+    let serial = match &options.serial {
+        Some(target) => devices.take(target, CONSOLE)?,
+        None => default_serial(options, &mut devices)?,
+    };
+    let autostart = !options.stopped;
+    Ok(Plan {
+        core: config::Core {
+            ram: options.ram,
+            cpus: options.cpus,
+            no_reboot: options.no_reboot,
+            no_shutdown: options.no_shutdown,
+            autostart,
+        },
+        loader: loader(options)?,
+        console: config::Console {
+            chardevs: devices.all.iter().filter(|d| d.process == CONSOLE).map(Device::config).collect(),
+            serial: serial.map(|device| device.id),
+        },
+        broker: config::Broker { name: options.name.clone(), uuid: options.uuid, monitors, autostart },
+        terminal: devices.terminal(),
+        opens: opens(options, &devices),
+    })
+}
+
+fn loader(options: &Options) -> Result<config::Loader, Error> {
+    if let (None, Some(initrd)) = (&options.kernel, &options.initrd) {
+        return Err(initrd.error(Problem::InitrdWithoutKernel));
+    }
+    Ok(config::Loader {
+        kernel: options.kernel.as_ref().map_or_else(|| NATIVE_GUEST.to_owned(), |k| k.value.clone()),
+        initrd: options.initrd.as_ref().map(|initrd| initrd.value.clone()),
+        cmdline: options.append.clone().unwrap_or_default(),
+        cpus: options.cpus,
+    })
+}
+
+/// There is no graphical console, so that the serial port is the user's, if they let it.
+fn default_serial(options: &Options, devices: &mut Devices) -> Result<Option<config::Chardev>, Error> {
+    if options.nodefaults && !options.nographic {
+        return Ok(None);
+    }
+    let free = devices.terminal().is_none();
+    let backend = if free { Backend::Stdio { signal: true } } else { Backend::Null };
+    let target = At { at: "default -serial".to_owned(), value: Target::Own(backend) };
+    devices.take(&target, CONSOLE)
+}
+
+fn monitor(target: &At<Target>, devices: &mut Devices) -> Result<config::Monitor, Error> {
+    let chardev = devices.take(target, BROKER)?;
+    let chardev = chardev.ok_or_else(|| target.error(Problem::MonitorBackend))?;
+    match chardev.kind {
+        config::ChardevKind::Socket { .. } | config::ChardevKind::Stdio => {
+            Ok(config::Monitor { chardev, role: config::Role::Operator })
+        }
+        config::ChardevKind::Null | config::ChardevKind::File { .. } => {
+            Err(target.error(Problem::MonitorBackend))
+        }
+    }
+}
+
+/// A character device, and which process has it.
+struct Device {
+    at: String,
+    id: String,
+    backend: Backend,
+    process: &'static str,
+    in_use: bool,
+}
+
+impl Device {
+    fn fd(&self) -> String {
+        format!("chardev.{}", self.id)
+    }
+
+    fn config(&self) -> config::Chardev {
+        let kind = match &self.backend {
+            Backend::Null => config::ChardevKind::Null,
+            Backend::Stdio { .. } => config::ChardevKind::Stdio,
+            Backend::File { .. } => config::ChardevKind::File { fd: self.fd() },
+            Backend::Socket { place, server, wait } => config::ChardevKind::Socket {
+                fd: self.fd(),
+                address: match place {
+                    Place::Path(path) => path.clone(),
+                    Place::Fd(fd) => format!("fd:{fd}"),
+                },
+                server: *server,
+                wait: *wait,
+            },
+        };
+        config::Chardev { id: self.id.clone(), kind }
+    }
+
+    fn opens(&self) -> Vec<Open> {
+        let open = |name: String, what| Open { name, process: self.process, at: self.at.clone(), what };
+        match &self.backend {
+            Backend::Null => Vec::new(),
+            Backend::Stdio { .. } => vec![
+                open("stdio.in".to_owned(), What::StandardInput),
+                open("stdio.out".to_owned(), What::StandardOutput),
+            ],
+            Backend::File { path, append } => {
+                vec![open(self.fd(), What::Output { path: path.clone(), append: *append })]
+            }
+            Backend::Socket { place: Place::Fd(fd), server, .. } => {
+                vec![open(self.fd(), What::Inherited { fd: *fd, listening: *server })]
+            }
+            Backend::Socket { place: Place::Path(path), server: true, .. } => {
+                vec![open(self.fd(), What::Listener(path.clone()))]
+            }
+            Backend::Socket { place: Place::Path(path), server: false, .. } => {
+                vec![open(self.fd(), What::Connection(path.clone()))]
+            }
+        }
+    }
+}
+
+/// The character devices in the order in which they were defined.
+struct Devices {
+    all: Vec<Device>,
+    monitors: u32,
+}
+
+impl Devices {
+    fn of(options: &Options) -> Result<Self, Error> {
+        let mut devices = Self { all: Vec::new(), monitors: 0 };
+        for chardev in &options.chardevs {
+            devices.add(&chardev.at, chardev.value.id.clone(), chardev.value.backend.clone())?;
+        }
+        Ok(devices)
+    }
+
+    fn add(&mut self, at: &str, id: String, backend: Backend) -> Result<(), Error> {
+        for other in &self.all {
+            let problem = match (&other.backend, &backend) {
+                _ if other.id == id => Problem::DuplicateChardev(id),
+                (Backend::Stdio { .. }, Backend::Stdio { .. }) => Problem::StdioTwice,
+                (
+                    Backend::Socket { place: Place::Fd(a), .. },
+                    Backend::Socket { place: Place::Fd(b), .. },
+                ) if a == b => Problem::FdTwice(*a),
+                _ => continue,
+            };
+            return Err(Error::at(at, problem));
+        }
+        self.all.push(Device { at: at.to_owned(), id, backend, process: CONSOLE, in_use: false });
+        Ok(())
+    }
+
+    /// Gives the device to `process`; none if the target is nothing.
+    fn take(&mut self, target: &At<Target>, process: &'static str) -> Result<Option<config::Chardev>, Error> {
+        let id = match &target.value {
+            Target::Nothing => return Ok(None),
+            Target::Chardev(id) => id.clone(),
+            Target::Own(backend) => {
+                let id = self.own_id(process);
+                self.add(&target.at, id.clone(), backend.clone())?;
+                id
+            }
+        };
+        let Some(device) = self.all.iter_mut().find(|device| device.id == id) else {
+            return Err(target.error(Problem::ChardevNotFound(id)));
+        };
+        if device.in_use {
+            return Err(target.error(Problem::ChardevInUse(id)));
+        }
+        (device.process, device.in_use) = (process, true);
+        Ok(Some(device.config()))
+    }
+
+    /// QEMU's names for devices that the user gave none.
+    fn own_id(&mut self, process: &str) -> String {
+        if process == CONSOLE {
+            return "serial0".to_owned();
+        }
+        let id = format!("compat_monitor{}", self.monitors);
+        self.monitors += 1;
+        id
+    }
+
+    fn terminal(&self) -> Option<Terminal> {
+        self.all.iter().find_map(|device| match device.backend {
+            Backend::Stdio { signal } => Some(Terminal { signal }),
+            Backend::Null | Backend::File { .. } | Backend::Socket { .. } => None,
+        })
+    }
+}
+
+/// What changes nothing is opened first, then what another VM could hold, then what truncates.
+fn opens(options: &Options, devices: &Devices) -> Vec<Open> {
+    let (mut opens, changing): (Vec<_>, Vec<_>) =
+        devices.all.iter().flat_map(Device::opens).partition(|open| {
+            matches!(open.what, What::Inherited { .. } | What::StandardInput | What::StandardOutput)
+        });
+    let open = |name: &str, process, at: &str, what| Open {
+        name: name.to_owned(),
+        process,
+        at: at.to_owned(),
+        what,
+    };
+    opens.push(match &options.kernel {
+        Some(kernel) => open("kernel", LOADER, &kernel.at, What::Input(kernel.value.clone())),
+        None => open("kernel", LOADER, NATIVE_GUEST, What::NativeGuest),
+    });
+    if let Some(initrd) = &options.initrd {
+        opens.push(open("initrd", LOADER, &initrd.at, What::Input(initrd.value.clone())));
+    }
+    opens.push(open("kvm", CORE, "/dev/kvm", What::Kvm));
+    if let Some(path) = &options.pidfile {
+        let at = format!("-pidfile {path}");
+        opens.push(open("pidfile", LAUNCHER, &at, What::PidFile(path.clone())));
+    }
+    opens.extend(changing);
+    opens
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,175 @@
+use bulkhead_control_api::config::{Chardev, ChardevKind, CpuTopology, Role};
+
+use super::*;
+use crate::cli::{Command, parse};
+
+fn try_plan(line: &str) -> Result<Plan, String> {
+    let args: Vec<String> = format!("run {line}").split_whitespace().map(str::to_owned).collect();
+    let Command::Run(given) = parse(&args).map_err(|e| e.to_string())? else { panic!("not a run: {line}") };
+    let options = Options::new(&given).map_err(|e| e.to_string())?;
+    plan(&options).map_err(|e| e.to_string())
+}
+
+fn planned(line: &str) -> Plan {
+    try_plan(line).unwrap_or_else(|e| panic!("{line}: {e}"))
+}
+
+/// The descriptors as `process/name`, in their order.
+fn opened(plan: &Plan) -> Vec<String> {
+    plan.opens.iter().map(|open| format!("{}/{}", open.process, open.name)).collect()
+}
+
+#[test]
+fn run_alone_boots_the_native_guest_on_the_terminal() {
+    let plan = planned("");
+    let cpus = CpuTopology { cpus: 1, sockets: 1, cores: 1, threads: 1 };
+    assert_eq!(
+        plan.core,
+        config::Core { ram: 128 << 20, cpus, no_reboot: false, no_shutdown: false, autostart: true }
+    );
+    let kernel = "the native guest".to_owned();
+    assert_eq!(plan.loader, config::Loader { kernel, initrd: None, cmdline: String::new(), cpus });
+    let serial = Chardev { id: "serial0".into(), kind: ChardevKind::Stdio };
+    assert_eq!(plan.console, config::Console { chardevs: vec![serial], serial: Some("serial0".into()) });
+    assert_eq!(plan.broker, config::Broker { name: None, uuid: [0; 16], monitors: vec![], autostart: true });
+    assert_eq!(opened(&plan), ["console/stdio.in", "console/stdio.out", "loader/kernel", "core/kvm"]);
+    assert_eq!(plan.opens[2].what, What::NativeGuest);
+    assert_eq!(plan.terminal, Some(Terminal { signal: true }));
+}
+
+#[test]
+fn the_documented_command_line() {
+    let plan = planned(
+        "-m 512M -smp 2 -kernel /vmlinuz -initrd /initrd -append console=ttyS0 -serial stdio \
+         -qmp unix:q.sock,server=on,wait=off -name vm -S -no-reboot -no-shutdown -pidfile p",
+    );
+    assert_eq!((plan.core.ram, plan.core.cpus.cpus), (512 << 20, 2));
+    assert!(plan.core.no_reboot && plan.core.no_shutdown && !plan.core.autostart && !plan.broker.autostart);
+    assert_eq!((plan.loader.kernel.as_str(), plan.loader.initrd.as_deref()), ("/vmlinuz", Some("/initrd")));
+    assert_eq!((plan.loader.cmdline.as_str(), plan.loader.cpus), ("console=ttyS0", plan.core.cpus));
+    assert_eq!(plan.broker.name.as_deref(), Some("vm"));
+    let kind = ChardevKind::Socket {
+        fd: "chardev.compat_monitor0".into(),
+        address: "q.sock".into(),
+        server: true,
+        wait: false,
+    };
+    let chardev = Chardev { id: "compat_monitor0".into(), kind };
+    assert_eq!(plan.broker.monitors, [config::Monitor { chardev, role: Role::Operator }]);
+    assert_eq!(
+        opened(&plan),
+        [
+            "console/stdio.in",
+            "console/stdio.out",
+            "loader/kernel",
+            "loader/initrd",
+            "core/kvm",
+            "launcher/pidfile",
+            "broker/chardev.compat_monitor0",
+        ]
+    );
+    assert_eq!(plan.opens[2].at, "-kernel /vmlinuz");
+    assert_eq!(plan.opens[6].what, What::Listener("q.sock".into()));
+}
+
+#[test]
+fn the_command_line_of_libvirt() {
+    let plan = planned(
+        "-name guest=vm,debug-threads=on -machine bulkhead,accel=kvm -cpu host -m size=1048576k -no-user-config \
+         -nodefaults -display none -mon chardev=m,id=monitor,mode=control \
+         -chardev socket,id=m,fd=26,server=on,wait=off -chardev file,id=c,path=/log,append=on -serial chardev:c",
+    );
+    assert_eq!(plan.core.ram, 1 << 30);
+    assert_eq!(plan.broker.monitors[0].chardev.id, "m");
+    assert_eq!(plan.console.serial.as_deref(), Some("c"));
+    assert_eq!(
+        plan.console.chardevs,
+        [Chardev { id: "c".into(), kind: ChardevKind::File { fd: "chardev.c".into() } }]
+    );
+    assert_eq!(plan.terminal, None);
+    assert_eq!(opened(&plan), ["broker/chardev.m", "loader/kernel", "core/kvm", "console/chardev.c"]);
+    assert_eq!(plan.opens[0].what, What::Inherited { fd: 26, listening: true });
+    assert_eq!(plan.opens[3].what, What::Output { path: "/log".into(), append: true });
+}
+
+#[test]
+fn the_serial_port() {
+    for (line, serial, devices) in [
+        ("-nodefaults", None, 0),
+        ("-serial none", None, 0),
+        ("-serial none -nographic", None, 0),
+        ("-nodefaults -nographic", Some("serial0"), 1),
+        ("-nodefaults -serial null", Some("serial0"), 1),
+        ("-chardev null,id=a -serial chardev:a", Some("a"), 1),
+        ("-chardev null,id=a -nodefaults", None, 1),
+        ("-qmp stdio", Some("serial0"), 1),
+    ] {
+        let plan = planned(line);
+        assert_eq!(plan.console.serial.as_deref(), serial, "{line}");
+        assert_eq!(plan.console.chardevs.len(), devices, "{line}");
+    }
+    // Something else has the terminal.
+    assert_eq!(planned("-qmp stdio").console.chardevs[0].kind, ChardevKind::Null);
+    let raw = planned("-chardev stdio,id=a,signal=off -serial chardev:a");
+    assert_eq!(raw.terminal, Some(Terminal { signal: false }));
+}
+
+#[test]
+fn monitors_keep_their_order() {
+    let plan = planned(
+        "-qmp unix:a,server,nowait -mon b,mode=control -chardev socket,id=b,path=b -qmp stdio -qmp chardev:c \
+         -chardev socket,id=c,path=c,server=on",
+    );
+    let ids: Vec<&str> = plan.broker.monitors.iter().map(|m| m.chardev.id.as_str()).collect();
+    assert_eq!(ids, ["compat_monitor0", "b", "compat_monitor1", "c"]);
+    assert!(matches!(
+        &plan.broker.monitors[1].chardev.kind,
+        ChardevKind::Socket { server: false, wait: false, .. }
+    ));
+    assert!(matches!(
+        &plan.broker.monitors[3].chardev.kind,
+        ChardevKind::Socket { server: true, wait: true, .. }
+    ));
+}
+
+#[test]
+fn every_descriptor_is_in_the_topology() {
+    let plan = planned(
+        "-kernel k -initrd i -serial file:f -chardev socket,id=a,path=a -qmp unix:q,server=on -qmp stdio",
+    );
+    for open in plan.opens.iter().filter(|open| open.process != LAUNCHER) {
+        let process = bulkhead_jail::topology::PROCESSES.iter().find(|p| p.name == open.process).unwrap();
+        assert!(process.may_have(&open.name), "{open:?}");
+    }
+}
+
+#[test]
+fn contradictions() {
+    for (line, error) in [
+        ("-initrd y", "-initrd y: -initrd only allowed with -kernel option"),
+        ("-chardev null,id=a -chardev null,id=a", "-chardev null,id=a: Duplicate ID 'a' for chardev"),
+        ("-chardev null,id=serial0", "default -serial: Duplicate ID 'serial0' for chardev"),
+        ("-serial stdio -qmp stdio", "-serial stdio: cannot use stdio by multiple character devices"),
+        (
+            "-chardev socket,id=a,fd=5 -chardev socket,id=b,fd=5",
+            "-chardev socket,id=b,fd=5: file descriptor 5 is used twice",
+        ),
+        ("-mon nope,mode=control", "-mon nope,mode=control: chardev \"nope\" not found"),
+        ("-serial chardev:nope", "-serial chardev:nope: chardev \"nope\" not found"),
+        (
+            "-chardev socket,id=a,path=p -mon a,mode=control -mon a,mode=control",
+            "-mon a,mode=control: Device 'a' is in use",
+        ),
+        (
+            "-chardev socket,id=a,path=p -serial chardev:a -mon a,mode=control",
+            "-serial chardev:a: Device 'a' is in use",
+        ),
+        (
+            "-chardev null,id=a -mon a,mode=control",
+            "-mon a,mode=control: a QMP monitor needs a character device of type socket or stdio",
+        ),
+        ("-qmp file:/x", "-qmp file:/x: a QMP monitor needs a character device of type socket or stdio"),
+    ] {
+        assert_eq!(try_plan(line).unwrap_err(), error, "{line}");
+    }
+}

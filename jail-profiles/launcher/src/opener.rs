@@ -1,0 +1,95 @@
+//! The one place that sees paths: opens what a plan asks for, with the invoking user's rights.
+//!
+//! Runs before any process of the VM is started. What it creates in the file system is reported as
+//! it comes into being, so that whoever cleans up after a kill knows it.
+
+mod error;
+mod files;
+mod inherited;
+mod sockets;
+
+pub use error::Error;
+pub use files::Created;
+pub use inherited::Inherited;
+
+use std::collections::BTreeMap;
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+
+use crate::machine::{Open, What};
+
+/// What was opened.
+#[derive(Debug, Default)]
+pub struct Opened {
+    /// Descriptors by process and name, all close-on-exec.
+    pub fds: BTreeMap<(&'static str, String), OwnedFd>,
+    /// What is to be removed when the VM ends.
+    pub created: Vec<Created>,
+}
+
+impl Opened {
+    /// Removes what was created, as far as it is still ours. Descriptors stay open.
+    pub fn remove_created(&mut self) {
+        for created in self.created.drain(..) {
+            created.remove();
+        }
+    }
+}
+
+/// Opens everything, in order; tells `created` of each new path at once.
+///
+/// # Errors
+/// The first one that fails; whatever was created until then is removed again.
+pub fn open(
+    opens: &[Open],
+    mut inherited: Inherited,
+    created: &mut dyn FnMut(&Created),
+) -> Result<Opened, Error> {
+    let mut opened = Opened::default();
+    for request in opens {
+        match open_one(request, &mut inherited) {
+            Ok((fd, new)) => {
+                if let Some(new) = new {
+                    created(&new);
+                    opened.created.push(new);
+                }
+                opened.fds.insert((request.process, request.name.clone()), fd);
+            }
+            Err(error) => {
+                opened.remove_created();
+                return Err(error.of(&request.at));
+            }
+        }
+    }
+    Ok(opened)
+}
+
+fn open_one(request: &Open, inherited: &mut Inherited) -> Result<(OwnedFd, Option<Created>), Error> {
+    let fd = match &request.what {
+        What::Kvm => files::kvm()?,
+        What::Input(path) => files::input(path)?,
+        What::NativeGuest => files::sealed("native-guest", bulkhead_guest::ELF)?,
+        What::StandardInput => duplicate(io::stdin())?,
+        What::StandardOutput => duplicate(io::stdout())?,
+        What::Output { path, append } => files::output(path, *append)?,
+        What::Connection(path) => sockets::connect(path)?,
+        What::Inherited { fd, listening } => inherited.claim(*fd, *listening)?,
+        What::Listener(path) => {
+            let (fd, created) = sockets::listen(path)?;
+            return Ok((fd, Some(created)));
+        }
+        What::PidFile(path) => {
+            let (fd, created) = files::pid_file(path)?;
+            return Ok((fd, Some(created)));
+        }
+    };
+    Ok((fd, None))
+}
+
+/// The copy shares its file description, and so O_NONBLOCK, with the user's shell: leave that alone.
+fn duplicate(stream: impl AsFd) -> Result<OwnedFd, Error> {
+    stream.as_fd().try_clone_to_owned().map_err(|e| Error::Io(e.into()))
+}
+
+#[cfg(test)]
+mod tests;

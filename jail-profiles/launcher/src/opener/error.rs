@@ -1,0 +1,88 @@
+//! Why something could not be opened: one line with cause and, where there is one, remedy.
+
+use std::{fmt, io};
+
+use nix::errno::Errno;
+
+/// Why something could not be opened.
+#[derive(Debug, PartialEq, Eq, thiserror::Error)]
+pub enum Error {
+    /// Any of the others, with the option that asked for it.
+    #[error("{0}: {1}")]
+    Of(String, Box<Error>),
+    #[error("{0}")]
+    Io(Cause),
+    #[error("not a regular file")]
+    NotRegular,
+    #[error("Could not open '{0}': {1}")]
+    Output(String, Cause),
+    #[error("Failed to bind socket to {0}: {1}")]
+    Bind(String, Cause),
+    #[error("Failed to bind socket to {0}: Address already in use: another process listens there")]
+    InUse(String),
+    #[error(
+        "Failed to bind socket to {0}: something that is not a socket is there: remove it or choose another path"
+    )]
+    NotASocket(String),
+    #[error("UNIX socket path '{0}' is too long: it must be less than 108 bytes")]
+    PathTooLong(String),
+    #[error("Failed to connect to '{0}': {1}")]
+    Connect(String, Cause),
+    #[error("File descriptor '{0}' is a standard stream: pass a socket as 3 or above")]
+    StandardStream(u32),
+    #[error("File descriptor '{0}' is not a socket: it is not open")]
+    NotOpen(u32),
+    #[error("File descriptor '{0}' is not a socket")]
+    FdNotASocket(u32),
+    #[error("File descriptor '{0}' is not a unix stream socket")]
+    NotUnixStream(u32),
+    #[error("File descriptor '{0}' does not listen: with server=on it must be a listening socket")]
+    NotListening(u32),
+    #[error("File descriptor '{0}' listens: use server=on")]
+    Listening(u32),
+    #[error("cannot create PID file: Could not create '{0}': {1}")]
+    PidFile(String, Cause),
+    #[error("cannot create PID file: Cannot lock pid file: another process holds it")]
+    PidFileLocked,
+    #[error(
+        "No such file or directory: KVM is not loaded: sudo modprobe kvm_intel (or kvm_amd); if that fails, enable \
+         virtualization in the firmware; `bulkhead doctor` says more"
+    )]
+    KvmMissing,
+    #[error(
+        "{0}: KVM is not available: enable virtualization in the firmware or for the enclosing VM; `bulkhead \
+         doctor` says more"
+    )]
+    KvmUnavailable(Cause),
+    #[error("Permission denied: add yourself to group kvm: sudo usermod -aG kvm {0}, then log in again")]
+    KvmPermission(String),
+}
+
+/// An error of the system.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Cause(pub Errno);
+
+impl fmt::Display for Cause {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.0.desc())
+    }
+}
+
+impl From<Errno> for Cause {
+    fn from(errno: Errno) -> Self {
+        Self(errno)
+    }
+}
+
+impl From<io::Error> for Cause {
+    fn from(error: io::Error) -> Self {
+        Self(error.raw_os_error().map_or(Errno::UnknownErrno, Errno::from_raw))
+    }
+}
+
+impl Error {
+    /// The same with the option that asked for it.
+    pub fn of(self, at: &str) -> Self {
+        Self::Of(at.to_owned(), Box::new(self))
+    }
+}
