@@ -58,8 +58,8 @@ impl Session {
     /// Reads up to the end of one request, which is queued, or returned if it is to be executed out
     /// of band. Returns the number of bytes used.
     pub fn feed(&mut self, input: &[u8]) -> (usize, Option<Item>) {
-        let free = MAX_HELD.saturating_sub(self.total.get()).max(MIN_HELD);
-        self.reader.set_limit(self.reader.held() + free);
+        let free = MAX_HELD.saturating_sub(self.total.get());
+        self.reader.set_budget((self.reader.held() + free).max(MIN_HELD));
         let (used, item) = self.reader.feed(input);
         self.since += used;
         let mut out_of_band = None;

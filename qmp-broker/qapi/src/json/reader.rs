@@ -37,7 +37,8 @@ pub struct Reader {
     text: Vec<u8>,
     braces: i32,
     brackets: i32,
-    limit: usize,
+    /// What may be held.
+    budget: usize,
 }
 
 impl Default for Reader {
@@ -49,7 +50,7 @@ impl Default for Reader {
             text: Vec::new(),
             braces: 0,
             brackets: 0,
-            limit: MAX_TOKEN_BYTES,
+            budget: usize::MAX,
         }
     }
 }
@@ -61,9 +62,9 @@ impl Reader {
         self.token.len() + self.text.len() + self.tokens.len() * size_of::<Token>()
     }
 
-    /// Lowers the limit on a value's text to `bytes`, at most [`MAX_TOKEN_BYTES`].
-    pub fn set_limit(&mut self, bytes: usize) {
-        self.limit = bytes.min(MAX_TOKEN_BYTES);
+    /// Limits what may be held; a value that needs more is an error like one that is too long.
+    pub fn set_budget(&mut self, bytes: usize) {
+        self.budget = bytes;
     }
 
     /// Reads from `input` up to the end of one item. Returns the number of bytes used and the item,
@@ -93,7 +94,9 @@ impl Reader {
     fn take_run(&mut self, rest: &[u8]) -> usize {
         let State::Text(quote) = self.state else { return 0 };
         let plain = |&byte: &u8| (0x20..=0xFD).contains(&byte) && byte != quote && byte != b'\\';
-        let room = (self.limit + 1).saturating_sub(self.token.len());
+        let room = (MAX_TOKEN_BYTES - self.token.len().min(MAX_TOKEN_BYTES))
+            .min(self.budget.saturating_sub(self.held()))
+            .saturating_add(1);
         let run = rest.iter().take(room).take_while(|byte| plain(byte)).count();
         self.token.extend_from_slice(rest.get(..run).unwrap_or_default());
         run
@@ -132,7 +135,7 @@ impl Reader {
 
     /// A single token may not grow beyond the limit; what follows is read as something new.
     fn check_token_size(&mut self) -> Option<Item> {
-        if self.token.len() <= self.limit {
+        if self.token.len() <= MAX_TOKEN_BYTES && self.held() <= self.budget {
             return None;
         }
         self.token.clear();
@@ -150,7 +153,7 @@ impl Reader {
             Kind::RightBracket => self.brackets -= 1,
             _ => (),
         }
-        let exceeded = if self.text.len() + self.token.len() + 1 > self.limit {
+        let exceeded = if self.text.len() + self.token.len() + 1 > MAX_TOKEN_BYTES {
             Some("JSON token size limit exceeded")
         } else if self.tokens.len() + 1 > MAX_TOKENS {
             Some("JSON token count limit exceeded")
