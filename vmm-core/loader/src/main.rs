@@ -1,2 +1,36 @@
-//! One-shot loader: kernel, initrd, command line and ACPI tables into guest memory
-fn main() {}
+//! `bulkhead-loader`: takes its descriptors, enters its jail, does one job, exits.
+
+use std::process::ExitCode;
+
+use bulkhead_control_api::config;
+use bulkhead_jail::start::{Start, StartError};
+use bulkhead_jail::topology;
+use bulkhead_loader::job::{Files, serve};
+
+/// Takes the descriptors and enters the jail.
+fn begin() -> Result<(Files, config::Loader, std::os::fd::OwnedFd), StartError> {
+    let mut start = Start::begin(&topology::LOADER)?;
+    let config: config::Loader = start.config()?;
+    let files =
+        Files { kernel: start.take("kernel")?.into(), initrd: start.take_optional("initrd").map(Into::into) };
+    let core = start.take("core")?;
+    start.enter()?;
+    Ok((files, config, core))
+}
+
+fn main() -> ExitCode {
+    let (files, config, core) = match begin() {
+        Ok(taken) => taken,
+        Err(error) => {
+            bulkhead_jail::error!("{error}");
+            return ExitCode::FAILURE;
+        }
+    };
+    match serve(&files, &config, core) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            bulkhead_jail::error!("link to core: {error}");
+            ExitCode::FAILURE
+        }
+    }
+}
