@@ -78,6 +78,28 @@ impl VmBuilder {
         self
     }
 
+    /// The command line, for people.
+    pub fn command_line(&self) -> String {
+        let quoted = |arg: OsString| {
+            let arg = arg.to_string_lossy().into_owned();
+            if arg.contains(' ') { format!("\"{arg}\"") } else { arg }
+        };
+        let args: Vec<String> = self.all_args().into_iter().map(quoted).collect();
+        format!("bulkhead {}", args.join(" "))
+    }
+
+    fn all_args(&self) -> Vec<OsString> {
+        let mut args = vec![OsString::from("run")];
+        args.extend_from_slice(&self.args);
+        if self.serial {
+            args.extend(["-serial", "stdio"].map(OsString::from));
+        }
+        if self.qmp {
+            args.extend(["-qmp", "unix:q.sock,server=on,wait=off"].map(OsString::from));
+        }
+        args
+    }
+
     /// Starts the VM.
     ///
     /// # Errors
@@ -85,13 +107,7 @@ impl VmBuilder {
     pub fn start(self) -> Result<Vm> {
         let dir = Scratch::new()?;
         let mut command = Command::new(&self.launcher);
-        command.current_dir(dir.path()).arg("run").args(&self.args);
-        if self.serial {
-            command.args(["-serial", "stdio"]);
-        }
-        if self.qmp {
-            command.args(["-qmp", "unix:q.sock,server=on,wait=off"]);
-        }
+        command.current_dir(dir.path()).args(self.all_args());
         if let Some((uid, gid)) = self.owner {
             std::os::unix::fs::chown(dir.path(), Some(uid), Some(gid))?;
             command.uid(uid).gid(gid);

@@ -93,12 +93,12 @@ mod tests {
         let scratch = bulkhead_framework::Scratch::new().unwrap();
         let file = scratch.path().join("a.cpio");
         std::fs::write(&file, archive.finish()).unwrap();
-        let listing =
-            std::process::Command::new("cpio").arg("-tv").stdin(std::fs::File::open(file).unwrap()).output();
-        let listing = String::from_utf8(listing.unwrap().stdout).unwrap();
+        let mut list = std::process::Command::new("busybox");
+        let output = list.args(["cpio", "-tv"]).stdin(std::fs::File::open(file).unwrap()).output().unwrap();
+        let listing = String::from_utf8(output.stdout).unwrap();
         let entries: Vec<(&str, &str)> = listing
             .lines()
-            .map(|line| (line.split_whitespace().next().unwrap(), line.split("1970 ").nth(1).unwrap()))
+            .map(|line| (line.split_whitespace().next().unwrap(), line.rsplit("00:00:00 ").next().unwrap()))
             .collect();
         let expected = [
             ("drwxr-xr-x", "dev"),

@@ -19,7 +19,17 @@ pub const SOON: Duration = Duration::from_secs(30);
 pub const UP: &str = "guest is up";
 
 /// The kernel's command line, but for what a case adds.
-const APPEND: &str = "console=ttyS0 quiet";
+pub const APPEND: &str = "console=ttyS0 quiet";
+
+/// Reads the next event of every input device and powers off when it is KEY_POWER pressed: 24 bytes, at the end
+/// type 1, code 116 (hexadecimal 74), value 1.
+const WATCH_BUTTON: &str = "for e in /dev/input/event*; do \
+    (dd if=$e bs=24 count=1 2>/dev/null | hexdump -v -e '12/2 \"%04x \"' | grep -q '0001 0074 0001 0000' && \
+    echo KEY_POWER pressed && poweroff -f) & done";
+
+/// Says so when all input devices are being read.
+const SAY_WATCHED: &str = "until [ $(ls -l /proc/[0-9]*/fd 2>/dev/null | grep -c /dev/input/event) = \
+    $(ls /dev/input/event* | wc -l) ]; do usleep 10000; done; echo waiting for the button";
 
 /// A Debian guest and a QMP session to it.
 pub struct Debian {
@@ -171,4 +181,13 @@ impl Debian {
     pub fn failure(&self, message: &str) -> Failure {
         self.vm.failure(message).with_logs(std::slice::from_ref(self.qmp.wire()))
     }
+}
+
+/// Makes the guest power off when its power button is pressed, after saying `KEY_POWER pressed`.
+///
+/// # Errors
+/// The guest does not answer.
+pub fn watch_button(vm: &mut Vm) -> Result<()> {
+    vm.type_in(&format!("{WATCH_BUTTON}\n{SAY_WATCHED}\n"))?;
+    vm.console().expect("waiting for the button", SOON)
 }

@@ -82,6 +82,17 @@ impl Drop for Image {
     }
 }
 
+/// Debian's kernel and, written below `dir`, the initrd of the Debian guest, for a host that can run it.
+///
+/// # Errors
+/// As [`Image::build`].
+pub fn debian(dir: &Path) -> Result<(PathBuf, PathBuf)> {
+    let kernel = Kernel::find()?;
+    let initrd = dir.join("initrd");
+    fs::write(&initrd, guest_initrd(&kernel, &Busybox::find()?)?)?;
+    Ok((kernel.image, initrd))
+}
+
 /// The initrd of the Debian guest.
 fn guest_initrd(kernel: &Kernel, busybox: &Busybox) -> Result<Vec<u8>> {
     let mut archive = Archive::default();

@@ -6,4 +6,5 @@ mod kernel;
 mod machine;
 mod runner;
 
+pub use image::debian;
 pub use runner::{Options, demo, native, run, shell};

@@ -4,17 +4,7 @@ use bulkhead_framework::Result;
 use serde_json::json;
 
 use super::super::Journal;
-use super::super::debian::Debian;
-
-/// Reads the next event of every input device and powers off when it is KEY_POWER pressed: 24 bytes, at the end
-/// type 1, code 116 (hexadecimal 74), value 1.
-const WAIT_FOR_BUTTON: &str = "for e in /dev/input/event*; do \
-    (dd if=$e bs=24 count=1 2>/dev/null | hexdump -v -e '12/2 \"%04x \"' | grep -q '0001 0074 0001 0000' && \
-    echo KEY_POWER pressed && poweroff -f) & done";
-
-/// Waits until all input devices are being read.
-const BUTTON_IS_WATCHED: &str = "until [ $(ls -l /proc/[0-9]*/fd 2>/dev/null | grep -c /dev/input/event) = \
-    $(ls /dev/input/event* | wc -l) ]; do usleep 10000; done; echo yes";
+use super::super::debian::{Debian, SOON, watch_button};
 
 pub fn reset(journal: &mut Journal) -> Result<()> {
     let mut guest = Debian::boot(journal, &["-m", "256M"], "")?;
@@ -49,12 +39,11 @@ pub fn panic(journal: &mut Journal) -> Result<()> {
 
 pub fn button(journal: &mut Journal) -> Result<()> {
     let mut guest = Debian::boot(journal, &["-m", "256M"], "")?;
-    guest.shell(WAIT_FOR_BUTTON)?;
     let devices = guest.ask_number("ls /dev/input/event* | wc -l")?;
     guest.check(devices > 0, "the guest has no input device")?;
-    guest.ask(BUTTON_IS_WATCHED)?;
+    watch_button(&mut guest.vm)?;
     guest.command("system_powerdown")?;
-    guest.qmp.event("POWERDOWN", super::super::debian::SOON)?;
+    guest.qmp.event("POWERDOWN", SOON)?;
     guest.expect("KEY_POWER pressed")?;
     guest.event("SHUTDOWN", &json!({"guest": true, "reason": "guest-shutdown"}))?;
     guest.ends()
