@@ -1,0 +1,9 @@
+//! The console of a VM: serial port, platform registers (RTC, power, reset) and character devices.
+
+pub mod bus;
+pub mod chardev;
+pub mod clock;
+pub mod device;
+pub mod machine;
+pub mod pump;
+pub mod server;
