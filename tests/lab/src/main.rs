@@ -18,8 +18,11 @@ const USAGE: &str = "usage: bulkhead-lab COMMAND [--jobs N] [--overlay DIR] [ARG
   native [ARG...]    run the native tests in L1; arguments go to the test programs
   demo               show a VM on this host's KVM where it can run one, and a Debian guest in L1 where it cannot
   shell COMMAND      run a shell command in L1
-  --jobs N           L1s side by side (default: one for each processor)
+  --jobs N           L1s side by side (default: one for each processor, at most 4)
   --overlay DIR      lay a directory tree over L1's root, for example a static strace";
+
+/// More L1s than this cost more memory than they save time.
+const MOST_JOBS: usize = 4;
 
 fn main() -> ExitCode {
     let args: Vec<String> = std::env::args().skip(1).collect();
@@ -54,7 +57,7 @@ fn command(args: &[String]) -> Result<bool> {
 
 /// Takes the options that stand before the arguments.
 fn options(mut args: &[String]) -> Result<(host::Options, &[String])> {
-    let jobs = std::thread::available_parallelism().map_or(1, usize::from);
+    let jobs = std::thread::available_parallelism().map_or(1, usize::from).min(MOST_JOBS);
     let mut options = host::Options { jobs, overlay: None };
     while let [option, value, rest @ ..] = args {
         match option.as_str() {

@@ -122,6 +122,17 @@ mod tests {
     }
 
     #[test]
+    fn modules_are_uncompressed() {
+        let scratch = bulkhead_framework::Scratch::new().unwrap();
+        let path = scratch.path().join("a.ko");
+        fs::write(&path, b"module").unwrap();
+        assert_eq!(uncompressed(&path).unwrap(), b"module");
+        assert!(Command::new("xz").arg(&path).status().unwrap().success());
+        assert_eq!(uncompressed(&scratch.path().join("a.ko.xz")).unwrap(), b"module");
+        assert!(uncompressed(&path).unwrap_err().message().contains("a.ko"));
+    }
+
+    #[test]
     fn reads_modules_dep() {
         let found = dependencies(
             "kernel/a/kvm-amd.ko.xz: kernel/a/kvm.ko.xz kernel/v/irqbypass.ko.xz\nkernel/b.ko:\n",
