@@ -1,5 +1,7 @@
 # Each target does its own set-up. `make help` lists them.
 
+LAB := cargo run -q -p bulkhead-lab --
+
 export PATH := $(PATH):$(HOME)/.cargo/bin
 
 .PHONY: help setup demo check bench lab fmt
@@ -16,19 +18,17 @@ setup:
 	@tests/setup.sh
 
 demo: setup
-	@echo "demo: building"
-	@cargo build --release -p bulkhead-launcher -p bulkhead-core -p bulkhead-loader -p bulkhead-console -p bulkhead-broker
-	@cargo run -q -p bulkhead-lab -- demo
+	@$(LAB) demo
 
 check: setup
 	@tests/check.sh
 
 bench: setup
-	@cargo build --release --workspace --bins
+	@$(LAB) build
 	@cargo run -q --release -p bulkhead-bench
 
 lab: setup
-	@cargo run -q -p bulkhead-lab -- run
+	@$(LAB) run
 
 fmt:
 	@cargo fmt --all

@@ -37,7 +37,7 @@ step() {
 own="--exclude bulkhead-native-tests --exclude bulkhead-qmp-tests"
 step format cargo fmt --all --check
 step lint cargo clippy --workspace --all-targets --locked -- -D warnings
-step build cargo build --release --workspace --bins --locked
+step build cargo run -q -p bulkhead-lab -- build
 # shellcheck disable=SC2086 # a list of options
 step unit cargo test --workspace $own --locked
 # "class: full" and "class: limited" run the native guest here; without KVM it runs in the lab.

@@ -29,6 +29,7 @@ pub fn on_host(options: &host::Options) -> Result<bool> {
         println!("{text}");
         Ok(())
     };
+    host::product()?;
     match doctor(say)?.as_str() {
         "full" => {
             say("\n== Debian's unmodified kernel on this host's KVM")?;

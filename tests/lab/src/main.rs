@@ -16,6 +16,7 @@ const USAGE: &str = "usage: bulkhead-lab COMMAND [--jobs N] [--overlay DIR] [ARG
   list               the cases
   run [CASE...]      run the cases, or those whose name contains one of the words
   native [ARG...]    run the native tests in L1; arguments go to the test programs
+  build              build the product's programs with the release profile
   demo               show a VM on this host's KVM where it can run one, and a Debian guest in L1 where it cannot
   shell COMMAND      run a shell command in L1
   --jobs N           L1s side by side (default: one for each processor, at most 4)
@@ -48,6 +49,7 @@ fn command(args: &[String]) -> Result<bool> {
         }
         ("run", words) => host::run(&agent::cases::matching(words)?, &options),
         ("native", args) => host::native(args, &options),
+        ("build", []) => host::product().map(|_| true),
         ("demo", []) => demo::on_host(&options),
         ("shell", words) if !words.is_empty() => host::shell(&words.join(" "), &options),
         ("agent", []) => agent::serve().map(|()| true),

@@ -6,5 +6,6 @@ mod kernel;
 mod machine;
 mod runner;
 
+pub use build::product;
 pub use image::debian;
 pub use runner::{Options, demo, native, run, shell};
