@@ -1,6 +1,6 @@
 # Each target does its own set-up. `make help` lists them.
 
-LAB := cargo run -q -p bulkhead-lab --
+LAB := cargo run -p bulkhead-lab --
 
 export PATH := $(PATH):$(HOME)/.cargo/bin
 
@@ -25,7 +25,7 @@ check: setup
 
 bench: setup
 	@$(LAB) build
-	@cargo run -q --release -p bulkhead-bench
+	@cargo run --release -p bulkhead-bench
 
 lab: setup
 	@$(LAB) run
