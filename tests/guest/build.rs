@@ -2,13 +2,13 @@
 
 use std::{env, path::Path, process::Command};
 
-fn main() {
+fn main() -> Result<(), String> {
     println!("cargo:rerun-if-changed=program");
     println!("cargo:rerun-if-changed=build.rs");
-    let variable = |name: &str| env::var(name).unwrap_or_else(|_| panic!("cargo sets {name}"));
-    let out = Path::new(&variable("OUT_DIR")).join("guest.elf");
-    let script = Path::new(&variable("CARGO_MANIFEST_DIR")).join("program/link.ld");
-    let status = Command::new(variable("RUSTC"))
+    let variable = |name: &str| env::var(name).map_err(|error| format!("{name}: {error}"));
+    let out = Path::new(&variable("OUT_DIR")?).join("guest.elf");
+    let script = Path::new(&variable("CARGO_MANIFEST_DIR")?).join("program/link.ld");
+    let status = Command::new(variable("RUSTC")?)
         .args(["--edition=2024", "--crate-type=bin", "--crate-name=guest", "program/main.rs"])
         .args(["--target=x86_64-unknown-linux-gnu", "-Cpanic=abort", "-Copt-level=s"])
         .args(["-Crelocation-model=static", "-Ccodegen-units=1", "-Cstrip=symbols"])
@@ -19,7 +19,8 @@ fn main() {
         .arg(&out)
         .status();
     match status {
-        Ok(status) if status.success() => {}
-        other => panic!("the native guest does not build: {other:?}"),
+        Ok(status) if status.success() => Ok(()),
+        Ok(status) => Err(format!("rustc cannot build the native guest: {status}")),
+        Err(error) => Err(format!("rustc: {error}")),
     }
 }

@@ -58,8 +58,13 @@ impl Ram {
         if regions.len() != fds.len() {
             return Err(Error::Ram("regions and descriptors differ in number"));
         }
-        let fd = fds.into_iter().next().ok_or(Error::Ram("there is none"))?;
-        Self::build(regions, Some(FileOffset::new(File::from(fd), 0)))
+        let first = validate(&regions)?;
+        let file = File::from(fds.into_iter().next().ok_or(Error::Ram("there is none"))?);
+        // Beyond the end of the file the mapping would fault.
+        if file.size()? != first.len {
+            return Err(Error::Ram("a region and its descriptor differ in size"));
+        }
+        Self::build(regions, Some(FileOffset::new(file, 0)))
     }
 
     /// The same map of fresh private memory, for tests.

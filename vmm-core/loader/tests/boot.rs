@@ -1,4 +1,9 @@
 //! Whole boots into private memory: what lies where, and what is refused.
+#![expect(
+    clippy::unwrap_used,
+    clippy::cast_possible_truncation,
+    reason = "helpers of tests: a failure is a failed test"
+)]
 
 use bulkhead_control_api::config::{CpuTopology, Loader};
 use bulkhead_control_api::loader::{Region, Start};
@@ -39,7 +44,7 @@ fn the_native_guest_boots_in_16_mib() {
     assert_eq!(&read::<8>(&ram, number(&ram, info + 32)), b"RSD PTR ");
     let module = number(&ram, info + 16);
     let (at, len) = (number(&ram, module), number(&ram, module + 8));
-    assert_eq!((at, len), ((16 << 20) - 100_000 & !0xfff, 100_000));
+    assert_eq!((at, len), (((16 << 20) - 100_000) & !0xfff, 100_000));
     let mut back = vec![0; initrd.len()];
     ram.read(at, &mut back).unwrap();
     assert!(back == initrd);

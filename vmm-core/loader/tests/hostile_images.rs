@@ -1,4 +1,9 @@
 //! Hundreds of damaged kernels: each is loaded within bounds or refused with one line, never a panic.
+#![expect(
+    clippy::unwrap_used,
+    clippy::indexing_slicing,
+    reason = "helpers of tests: a failure is a failed test"
+)]
 
 use bulkhead_control_api::config::{CpuTopology, Loader};
 use bulkhead_control_api::loader::{Region, Start};
