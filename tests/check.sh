@@ -39,13 +39,13 @@ step format cargo fmt --all --check
 step lint cargo clippy --workspace --all-targets --locked -- -D warnings
 step build cargo run -q -p bulkhead-lab -- build
 # shellcheck disable=SC2086 # a list of options
-step unit cargo test --workspace $own --locked
+step unit cargo test --workspace $own --locked --no-fail-fast
 # "class: full" and "class: limited" run the native guest here; without KVM it runs in the lab.
 case $("$target/release/bulkhead" doctor 2>/dev/null | tail -n 1) in
-*full* | *limited*) step native cargo test -p bulkhead-native-tests --locked ;;
+*full* | *limited*) step native cargo test -p bulkhead-native-tests --locked --no-fail-fast ;;
 *) step native cargo run -q -p bulkhead-lab -- native --test-threads=2 ;;
 esac
-step qmp cargo test -p bulkhead-qmp-tests --locked
+step qmp cargo test -p bulkhead-qmp-tests --locked --no-fail-fast
 step lab cargo run -q -p bulkhead-lab -- run
 
 echo "$passed passed, $failed failed"
