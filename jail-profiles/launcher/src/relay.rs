@@ -2,6 +2,7 @@
 
 use std::fs::File;
 use std::io::{Read as _, Write as _};
+use std::sync::OnceLock;
 use std::time::{Duration, Instant};
 
 /// The longest line that is passed on, in bytes.
@@ -34,8 +35,22 @@ fn journal() -> bool {
     std::env::var_os("JOURNAL_STREAM").is_some()
 }
 
+/// The least urgent level that is written: notices, or what `BULKHEAD_LOG=error|warning|notice|info` says.
+fn threshold() -> u8 {
+    static THRESHOLD: OnceLock<u8> = OnceLock::new();
+    *THRESHOLD.get_or_init(|| match std::env::var("BULKHEAD_LOG").as_deref() {
+        Ok("error") => b'3',
+        Ok("warning") => b'4',
+        Ok("info") => b'6',
+        _ => b'5',
+    })
+}
+
 /// Writes one line of the launcher itself or of a compartment. `level` is a prefix such as `<3>`.
 pub fn say(level: &str, name: &str, text: &str) {
+    if level.as_bytes().get(1).is_some_and(|level| *level > threshold()) {
+        return;
+    }
     let prefix = if journal() { level } else { "" };
     // Raw mode keeps output processing on, so a plain newline is right on a terminal, too.
     let _ = std::io::stderr().write_all(format!("{prefix}{name}: {text}\n").as_bytes());

@@ -70,6 +70,8 @@ struct Supervisor {
     status: u8,
     deadline: Option<Instant>,
     core_exit: Option<Instant>,
+    /// Everything has been killed: further ends explain nothing.
+    killed: bool,
 }
 
 /// Runs the VM to its end; returns the exit status of `bulkhead run`.
@@ -124,6 +126,7 @@ impl Supervisor {
             status: 0,
             deadline: None,
             core_exit: None,
+            killed: false,
         })
     }
 
@@ -315,6 +318,9 @@ impl Supervisor {
         };
         let code = if let WaitStatus::Exited(_, code) = status { Some(code) } else { None };
         say("<6>", NAME, &format!("{} {how} after {:.1} ms", process.binary, after.as_secs_f64() * 1e3));
+        if self.killed {
+            return;
+        }
         match (process.name, code) {
             ("core", _) => {
                 self.core_exit = None;
@@ -365,7 +371,8 @@ impl Supervisor {
         }
     }
 
-    fn kill_all(&self) {
+    fn kill_all(&mut self) {
+        self.killed = true;
         for running in &self.running {
             running.started.signal(Signal::SIGKILL);
         }
