@@ -6,6 +6,7 @@ use bulkhead_control_api::config;
 
 use crate::cli::{Error, Problem};
 use crate::options::{At, Backend, Options, Place, Target};
+use crate::terminal::Terminal;
 
 /// Name of the native guest in messages.
 const NATIVE_GUEST: &str = "the native guest";
@@ -30,10 +31,8 @@ pub struct Plan {
 /// A descriptor to open.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Open {
-    /// Its name at the process.
+    /// Its name, unique in the VM: by it the topology and the configurations say whose it is.
     pub name: String,
-    /// Whose it is: a name in the topology.
-    pub process: &'static str,
     /// The option that asks for it, for messages.
     pub at: String,
     /// What it is.
@@ -75,19 +74,12 @@ pub enum What {
     PidFile(String),
 }
 
-/// State of the user's terminal while the VM runs: no echo, no line editing.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Terminal {
-    /// Control keys send signals.
-    pub signal: bool,
+/// Which process has a character device.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Owner {
+    Console,
+    Broker,
 }
-
-/// Process that owns a descriptor which no process is given.
-pub const LAUNCHER: &str = "launcher";
-const CORE: &str = "core";
-const LOADER: &str = "loader";
-const CONSOLE: &str = "console";
-const BROKER: &str = "broker";
 
 /// Makes the plan.
 ///
@@ -98,7 +90,7 @@ pub fn plan(options: &Options) -> Result<Plan, Error> {
     let monitors = options.monitors.iter().map(|target| monitor(target, &mut devices));
     let monitors = monitors.collect::<Result<Vec<_>, _>>()?;
     let serial = match &options.serial {
-        Some(target) => devices.take(target, CONSOLE)?,
+        Some(target) => devices.take(target, Owner::Console)?,
         None => default_serial(options, &mut devices)?,
     };
     let autostart = !options.stopped;
@@ -112,7 +104,7 @@ pub fn plan(options: &Options) -> Result<Plan, Error> {
         },
         loader: loader(options)?,
         console: config::Console {
-            chardevs: devices.all.iter().filter(|d| d.process == CONSOLE).map(Device::config).collect(),
+            chardevs: devices.all.iter().filter(|d| d.owner == Owner::Console).map(Device::config).collect(),
             serial: serial.map(|device| device.id),
         },
         broker: config::Broker { name: options.name.clone(), uuid: options.uuid, monitors, autostart },
@@ -141,11 +133,11 @@ fn default_serial(options: &Options, devices: &mut Devices) -> Result<Option<con
     let free = devices.terminal().is_none();
     let backend = if free { Backend::Stdio { signal: true } } else { Backend::Null };
     let target = At { at: "default -serial".to_owned(), value: Target::Own(backend) };
-    devices.take(&target, CONSOLE)
+    devices.take(&target, Owner::Console)
 }
 
 fn monitor(target: &At<Target>, devices: &mut Devices) -> Result<config::Monitor, Error> {
-    let chardev = devices.take(target, BROKER)?;
+    let chardev = devices.take(target, Owner::Broker)?;
     let chardev = chardev.ok_or_else(|| target.error(Problem::MonitorBackend))?;
     match chardev.kind {
         config::ChardevKind::Socket { .. } | config::ChardevKind::Stdio => {
@@ -162,7 +154,7 @@ struct Device {
     at: String,
     id: String,
     backend: Backend,
-    process: &'static str,
+    owner: Owner,
     in_use: bool,
 }
 
@@ -190,7 +182,7 @@ impl Device {
     }
 
     fn opens(&self) -> Vec<Open> {
-        let open = |name: String, what| Open { name, process: self.process, at: self.at.clone(), what };
+        let open = |name: String, what| Open { name, at: self.at.clone(), what };
         match &self.backend {
             Backend::Null => Vec::new(),
             Backend::Stdio { .. } => vec![
@@ -241,17 +233,17 @@ impl Devices {
             };
             return Err(Error::at(at, problem));
         }
-        self.all.push(Device { at: at.to_owned(), id, backend, process: CONSOLE, in_use: false });
+        self.all.push(Device { at: at.to_owned(), id, backend, owner: Owner::Console, in_use: false });
         Ok(())
     }
 
-    /// Gives the device to `process`; none if the target is nothing.
-    fn take(&mut self, target: &At<Target>, process: &'static str) -> Result<Option<config::Chardev>, Error> {
+    /// Gives the device to `owner`; none if the target is nothing.
+    fn take(&mut self, target: &At<Target>, owner: Owner) -> Result<Option<config::Chardev>, Error> {
         let id = match &target.value {
             Target::Nothing => return Ok(None),
             Target::Chardev(id) => id.clone(),
             Target::Own(backend) => {
-                let id = self.own_id(process);
+                let id = self.own_id(owner);
                 self.add(&target.at, id.clone(), backend.clone())?;
                 id
             }
@@ -262,13 +254,13 @@ impl Devices {
         if device.in_use {
             return Err(target.error(Problem::ChardevInUse(id)));
         }
-        (device.process, device.in_use) = (process, true);
+        (device.owner, device.in_use) = (owner, true);
         Ok(Some(device.config()))
     }
 
     /// QEMU's names for devices that the user gave none.
-    fn own_id(&mut self, process: &str) -> String {
-        if process == CONSOLE {
+    fn own_id(&mut self, owner: Owner) -> String {
+        if owner == Owner::Console {
             return "serial0".to_owned();
         }
         let id = format!("compat_monitor{}", self.monitors);
@@ -278,7 +270,7 @@ impl Devices {
 
     fn terminal(&self) -> Option<Terminal> {
         self.all.iter().find_map(|device| match device.backend {
-            Backend::Stdio { signal } => Some(Terminal { signal }),
+            Backend::Stdio { signal } => Some(Terminal { signals: signal }),
             Backend::Null | Backend::File { .. } | Backend::Socket { .. } => None,
         })
     }
@@ -290,23 +282,17 @@ fn opens(options: &Options, devices: &Devices) -> Vec<Open> {
         devices.all.iter().flat_map(Device::opens).partition(|open| {
             matches!(open.what, What::Inherited { .. } | What::StandardInput | What::StandardOutput)
         });
-    let open = |name: &str, process, at: &str, what| Open {
-        name: name.to_owned(),
-        process,
-        at: at.to_owned(),
-        what,
-    };
+    let open = |name: &str, at: &str, what| Open { name: name.to_owned(), at: at.to_owned(), what };
     opens.push(match &options.kernel {
-        Some(kernel) => open("kernel", LOADER, &kernel.at, What::Input(kernel.value.clone())),
-        None => open("kernel", LOADER, NATIVE_GUEST, What::NativeGuest),
+        Some(kernel) => open("kernel", &kernel.at, What::Input(kernel.value.clone())),
+        None => open("kernel", NATIVE_GUEST, What::NativeGuest),
     });
     if let Some(initrd) = &options.initrd {
-        opens.push(open("initrd", LOADER, &initrd.at, What::Input(initrd.value.clone())));
+        opens.push(open("initrd", &initrd.at, What::Input(initrd.value.clone())));
     }
-    opens.push(open("kvm", CORE, "/dev/kvm", What::Kvm));
+    opens.push(open("kvm", "/dev/kvm", What::Kvm));
     if let Some(path) = &options.pidfile {
-        let at = format!("-pidfile {path}");
-        opens.push(open("pidfile", LAUNCHER, &at, What::PidFile(path.clone())));
+        opens.push(open("pidfile", &format!("-pidfile {path}"), What::PidFile(path.clone())));
     }
     opens.extend(changing);
     opens

@@ -1,41 +1,74 @@
 //! The `bulkhead` command: `run` starts and supervises the processes of a VM, `doctor` looks at the host.
 
 mod cli;
+mod config_blob;
+mod doctor;
+mod guard;
+mod jailed;
 mod machine;
 mod opener;
 mod options;
+mod relay;
+mod rendezvous;
+mod spawn;
+mod supervise;
+mod terminal;
 
+use std::ffi::OsString;
 use std::process::ExitCode;
 
-use cli::{Command, help};
+use cli::{Command, Given, help};
+use guard::Guard;
+use opener::Inherited;
+use supervise::Vm;
 
 fn main() -> ExitCode {
     // Before anything is opened: these are the descriptors that `fd=` may name.
-    let inherited = opener::Inherited::at_start().unwrap_or_default();
-    let args: Result<Vec<String>, _> =
-        std::env::args_os().skip(1).map(std::ffi::OsString::into_string).collect();
+    let inherited = Inherited::at_start().unwrap_or_default();
+    let args: Result<Vec<String>, _> = std::env::args_os().skip(1).map(OsString::into_string).collect();
     let outcome = match args {
-        Ok(args) => run(&args, inherited),
-        Err(arg) => Err(format!("{}: not valid UTF-8", arg.display())),
+        Ok(args) => execute(&args, inherited),
+        Err(arg) => Err(format!("{}: not valid UTF-8", arg.to_string_lossy())),
     };
-    outcome.unwrap_or_else(|message| {
+    ExitCode::from(outcome.unwrap_or_else(|message| {
         eprintln!("bulkhead: {message}");
-        ExitCode::FAILURE
-    })
+        1
+    }))
 }
 
-fn run(args: &[String], inherited: opener::Inherited) -> Result<ExitCode, String> {
-    match cli::parse(args).map_err(|e| e.to_string())? {
-        Command::Help => print!("{}", help::USAGE),
-        Command::RunHelp => print!("{}", help::options()),
-        Command::Version => print!("{}", help::version()),
-        Command::Doctor => {}
-        Command::Run(given) => {
-            let options = options::Options::new(&given).map_err(|e| e.to_string())?;
-            let plan = machine::plan(&options).map_err(|e| e.to_string())?;
-            let mut opened = opener::open(&plan.opens, inherited, &mut |_| {}).map_err(|e| e.to_string())?;
-            opened.remove_created();
+fn execute(args: &[String], inherited: Inherited) -> Result<u8, String> {
+    let text = match cli::parse(args).map_err(|e| e.to_string())? {
+        Command::Run(given) => return run(&given, inherited),
+        Command::Doctor => return doctor::run(),
+        Command::Help => help::USAGE.to_owned(),
+        Command::RunHelp => help::options(),
+        Command::Version => help::version(),
+    };
+    help::print(&text)
+}
+
+/// Opens what the command line names, then lets the supervisor run the VM to its end.
+fn run(given: &[Given], inherited: Inherited) -> Result<u8, String> {
+    let options = options::Options::new(given).map_err(|e| e.to_string())?;
+    let plan = machine::plan(&options).map_err(|e| e.to_string())?;
+    let guard = Guard::fork()?;
+    let mut remember = |new: &opener::Created| guard.path(&new.path, new.dev, new.ino);
+    match opener::open(&plan.opens, inherited, &mut remember) {
+        Ok(fds) => {
+            let vm = Vm {
+                name: plan.broker.name.clone(),
+                core: plan.core,
+                loader: plan.loader,
+                console: plan.console,
+                broker: plan.broker,
+                fds,
+                terminal: plan.terminal,
+            };
+            Ok(supervise::run(vm, guard))
+        }
+        Err(error) => {
+            guard.finish();
+            Err(error.to_string())
         }
     }
-    Ok(ExitCode::SUCCESS)
 }

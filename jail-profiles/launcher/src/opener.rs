@@ -9,7 +9,7 @@ mod inherited;
 mod sockets;
 
 pub use error::Error;
-pub use files::Created;
+pub use files::{Created, kvm, sealed};
 pub use inherited::Inherited;
 
 use std::collections::BTreeMap;
@@ -18,50 +18,25 @@ use std::os::fd::{AsFd, OwnedFd};
 
 use crate::machine::{Open, What};
 
-/// What was opened.
-#[derive(Debug, Default)]
-pub struct Opened {
-    /// Descriptors by process and name, all close-on-exec.
-    pub fds: BTreeMap<(&'static str, String), OwnedFd>,
-    /// What is to be removed when the VM ends.
-    pub created: Vec<Created>,
-}
-
-impl Opened {
-    /// Removes what was created, as far as it is still ours. Descriptors stay open.
-    pub fn remove_created(&mut self) {
-        for created in self.created.drain(..) {
-            created.remove();
-        }
-    }
-}
-
-/// Opens everything, in order; tells `created` of each new path at once.
+/// Opens everything, in order; tells `created` of each new path at once. The result is by name, all
+/// close-on-exec.
 ///
 /// # Errors
-/// The first one that fails; whatever was created until then is removed again.
+/// The first one that fails. What was created until then stays: whoever was told removes it.
 pub fn open(
     opens: &[Open],
     mut inherited: Inherited,
-    created: &mut dyn FnMut(&Created),
-) -> Result<Opened, Error> {
-    let mut opened = Opened::default();
+    created: &mut dyn FnMut(&Created) -> Result<(), String>,
+) -> Result<BTreeMap<String, OwnedFd>, Error> {
+    let mut fds = BTreeMap::new();
     for request in opens {
-        match open_one(request, &mut inherited) {
-            Ok((fd, new)) => {
-                if let Some(new) = new {
-                    created(&new);
-                    opened.created.push(new);
-                }
-                opened.fds.insert((request.process, request.name.clone()), fd);
-            }
-            Err(error) => {
-                opened.remove_created();
-                return Err(error.of(&request.at));
-            }
+        let (fd, new) = open_one(request, &mut inherited).map_err(|e| e.of(&request.at))?;
+        if let Some(new) = new {
+            created(&new).map_err(Error::Guard)?;
         }
+        fds.insert(request.name.clone(), fd);
     }
-    Ok(opened)
+    Ok(fds)
 }
 
 fn open_one(request: &Open, inherited: &mut Inherited) -> Result<(OwnedFd, Option<Created>), Error> {

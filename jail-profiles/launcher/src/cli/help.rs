@@ -1,6 +1,7 @@
 //! Help texts, from the option table.
 
-use std::fmt::Write;
+use std::fmt::Write as _;
+use std::io::{self, Write as _};
 
 use super::table::{Kind, OPTIONS, Spec, Takes};
 
@@ -21,6 +22,17 @@ usage: bulkhead run [OPTIONS]    start a VM; `bulkhead run -h` lists the options
 `bulkhead run` alone boots a small built-in guest on this terminal.
 Manual: docs/bulkhead.1.md
 ";
+
+/// Prints a text; a reader that has seen enough (`| head`) is no error.
+///
+/// # Errors
+/// One line.
+pub fn print(text: &str) -> Result<u8, String> {
+    match std::io::stdout().write_all(text.as_bytes()) {
+        Err(e) if e.kind() != io::ErrorKind::BrokenPipe => Err(format!("standard output: {e}")),
+        Ok(()) | Err(_) => Ok(0),
+    }
+}
 
 /// `bulkhead --version`.
 pub fn version() -> String {

@@ -14,9 +14,9 @@ fn planned(line: &str) -> Plan {
     try_plan(line).unwrap_or_else(|e| panic!("{line}: {e}"))
 }
 
-/// The descriptors as `process/name`, in their order.
-fn opened(plan: &Plan) -> Vec<String> {
-    plan.opens.iter().map(|open| format!("{}/{}", open.process, open.name)).collect()
+/// Names of the descriptors in their order.
+fn opened(plan: &Plan) -> Vec<&str> {
+    plan.opens.iter().map(|open| open.name.as_str()).collect()
 }
 
 #[test]
@@ -32,9 +32,9 @@ fn run_alone_boots_the_native_guest_on_the_terminal() {
     let serial = Chardev { id: "serial0".into(), kind: ChardevKind::Stdio };
     assert_eq!(plan.console, config::Console { chardevs: vec![serial], serial: Some("serial0".into()) });
     assert_eq!(plan.broker, config::Broker { name: None, uuid: [0; 16], monitors: vec![], autostart: true });
-    assert_eq!(opened(&plan), ["console/stdio.in", "console/stdio.out", "loader/kernel", "core/kvm"]);
+    assert_eq!(opened(&plan), ["stdio.in", "stdio.out", "kernel", "kvm"]);
     assert_eq!(plan.opens[2].what, What::NativeGuest);
-    assert_eq!(plan.terminal, Some(Terminal { signal: true }));
+    assert_eq!(plan.terminal, Some(Terminal { signals: true }));
 }
 
 #[test]
@@ -58,15 +58,7 @@ fn the_documented_command_line() {
     assert_eq!(plan.broker.monitors, [config::Monitor { chardev, role: Role::Operator }]);
     assert_eq!(
         opened(&plan),
-        [
-            "console/stdio.in",
-            "console/stdio.out",
-            "loader/kernel",
-            "loader/initrd",
-            "core/kvm",
-            "launcher/pidfile",
-            "broker/chardev.compat_monitor0",
-        ]
+        ["stdio.in", "stdio.out", "kernel", "initrd", "kvm", "pidfile", "chardev.compat_monitor0",]
     );
     assert_eq!(plan.opens[2].at, "-kernel /vmlinuz");
     assert_eq!(plan.opens[6].what, What::Listener("q.sock".into()));
@@ -87,7 +79,7 @@ fn the_command_line_of_libvirt() {
         [Chardev { id: "c".into(), kind: ChardevKind::File { fd: "chardev.c".into() } }]
     );
     assert_eq!(plan.terminal, None);
-    assert_eq!(opened(&plan), ["broker/chardev.m", "loader/kernel", "core/kvm", "console/chardev.c"]);
+    assert_eq!(opened(&plan), ["chardev.m", "kernel", "kvm", "chardev.c"]);
     assert_eq!(plan.opens[0].what, What::Inherited { fd: 26, listening: true });
     assert_eq!(plan.opens[3].what, What::Output { path: "/log".into(), append: true });
 }
@@ -111,7 +103,7 @@ fn the_serial_port() {
     // Something else has the terminal.
     assert_eq!(planned("-qmp stdio").console.chardevs[0].kind, ChardevKind::Null);
     let raw = planned("-chardev stdio,id=a,signal=off -serial chardev:a");
-    assert_eq!(raw.terminal, Some(Terminal { signal: false }));
+    assert_eq!(raw.terminal, Some(Terminal { signals: false }));
 }
 
 #[test]
@@ -137,9 +129,8 @@ fn every_descriptor_is_in_the_topology() {
     let plan = planned(
         "-kernel k -initrd i -serial file:f -chardev socket,id=a,path=a -qmp unix:q,server=on -qmp stdio",
     );
-    for open in plan.opens.iter().filter(|open| open.process != LAUNCHER) {
-        let process = bulkhead_jail::topology::PROCESSES.iter().find(|p| p.name == open.process).unwrap();
-        assert!(process.may_have(&open.name), "{open:?}");
+    for open in plan.opens.iter() {
+        assert!(bulkhead_jail::topology::PROCESSES.iter().any(|p| p.may_have(&open.name)), "{open:?}");
     }
 }
 

@@ -12,6 +12,8 @@ pub enum Error {
     Of(String, Box<Error>),
     #[error("{0}")]
     Io(Cause),
+    #[error("{0}")]
+    Guard(String),
     #[error("not a regular file")]
     NotRegular,
     #[error("Could not open '{0}': {1}")]

@@ -6,7 +6,6 @@ use std::os::unix::net::{UnixDatagram, UnixListener, UnixStream};
 use std::path::PathBuf;
 
 use super::*;
-use crate::machine::LAUNCHER;
 
 /// A directory of its own for each test, removed at its end.
 struct Dir(PathBuf);
@@ -30,19 +29,28 @@ impl Drop for Dir {
 }
 
 fn request(what: What) -> Open {
-    Open { name: "x".to_owned(), process: LAUNCHER, at: "-opt".to_owned(), what }
+    Open { name: "x".to_owned(), at: "-opt".to_owned(), what }
 }
 
-fn open_with(what: What, inherited: Inherited) -> Result<Opened, String> {
-    open(&[request(what)], inherited, &mut |_| {}).map_err(|e| e.to_string())
+/// The descriptor and the path that was created for it.
+type One = (OwnedFd, Option<Created>);
+
+fn open_with(what: What, inherited: Inherited) -> Result<One, String> {
+    let mut seen = None;
+    let mut created = |new: &Created| {
+        seen = Some(new.clone());
+        Ok(())
+    };
+    let mut fds = open(&[request(what)], inherited, &mut created).map_err(|e| e.to_string())?;
+    Ok((fds.remove("x").unwrap(), seen))
 }
 
-fn open_it(what: What) -> Result<Opened, String> {
+fn open_it(what: What) -> Result<One, String> {
     open_with(what, Inherited::default())
 }
 
-fn file_of(mut opened: Opened) -> fs::File {
-    fs::File::from(opened.fds.pop_first().unwrap().1)
+fn file_of(one: One) -> fs::File {
+    fs::File::from(one.0)
 }
 
 #[test]
@@ -90,16 +98,12 @@ fn the_native_guest_cannot_be_changed() {
 fn listeners_are_bound_and_removed() {
     let dir = Dir::new("listen");
     let path = dir.path("s");
-    let mut seen = Vec::new();
-    let mut opened =
-        open(&[request(What::Listener(path.clone()))], Inherited::default(), &mut |c| seen.push(c.clone()))
-            .unwrap();
-    assert_eq!(seen, opened.created);
+    let (_listener, created) = open_it(What::Listener(path.clone())).unwrap();
     UnixStream::connect(&path).unwrap();
     let error = open_it(What::Listener(path.clone())).unwrap_err();
     let expected = "Address already in use: another process listens there";
     assert_eq!(error, format!("-opt: Failed to bind socket to {path}: {expected}"));
-    opened.remove_created();
+    created.unwrap().remove();
     assert!(!fs::exists(&path).unwrap());
 }
 
@@ -143,16 +147,15 @@ fn connections() {
     let listener = UnixListener::bind(&path).unwrap();
     let opened = open_it(What::Connection(path)).unwrap();
     listener.accept().unwrap();
-    assert!(opened.created.is_empty());
+    assert_eq!(opened.1, None);
 }
 
 #[test]
-fn what_follows_a_failure_is_undone() {
-    let dir = Dir::new("undo");
-    let (first, second) = (dir.path("s"), dir.path("no/s"));
-    let opens = [request(What::Listener(first.clone())), request(What::Listener(second))];
-    assert!(open(&opens, Inherited::default(), &mut |_| {}).is_err());
-    assert!(!fs::exists(first).unwrap());
+fn a_lost_guard_is_an_error() {
+    let dir = Dir::new("guard");
+    let opens = [request(What::Listener(dir.path("s")))];
+    let error = open(&opens, Inherited::default(), &mut |_| Err("the guard died".into())).unwrap_err();
+    assert_eq!(error.to_string(), "the guard died");
 }
 
 #[test]
@@ -162,7 +165,7 @@ fn only_our_own_is_removed() {
     let opened = open_it(What::Listener(path.clone())).unwrap();
     fs::rename(&path, dir.path("moved")).unwrap();
     let _other = UnixListener::bind(&path).unwrap();
-    opened.created[0].remove();
+    opened.1.unwrap().remove();
     assert!(fs::symlink_metadata(&path).unwrap().file_type().is_socket());
 }
 
@@ -172,11 +175,11 @@ fn inherited_sockets() {
     let claim = |fd: i32, listening| {
         let fd = fd.unsigned_abs();
         let opened = open_with(What::Inherited { fd, listening }, Inherited::at_start().unwrap());
-        opened.map(|opened| opened.fds.len())
+        opened.map(drop)
     };
     let listener = || UnixListener::bind(dir.path("s")).unwrap().into_raw_fd();
     let fd = listener();
-    assert_eq!(claim(fd, true), Ok(1));
+    assert_eq!(claim(fd, true), Ok(()));
     fs::remove_file(dir.path("s")).unwrap();
     let fd = listener();
     assert_eq!(claim(fd, false).unwrap_err(), format!("-opt: File descriptor '{fd}' listens: use server=on"));
@@ -213,11 +216,11 @@ fn the_pid_file_is_locked() {
     let dir = Dir::new("pid");
     let path = dir.path("p");
     fs::write(&path, "left over from earlier, and longer").unwrap();
-    let mut opened = open_it(What::PidFile(path.clone())).unwrap();
+    let opened = open_it(What::PidFile(path.clone())).unwrap();
     assert_eq!(fs::read_to_string(&path).unwrap(), format!("{}\n", std::process::id()));
     let error = open_it(What::PidFile(path.clone())).unwrap_err();
     assert_eq!(error, "-opt: cannot create PID file: Cannot lock pid file: another process holds it");
-    opened.remove_created();
+    opened.1.unwrap().remove();
     assert!(!fs::exists(&path).unwrap());
     let path = dir.path("no/p");
     let error = open_it(What::PidFile(path.clone())).unwrap_err();
