@@ -35,10 +35,14 @@ pub fn write(out: &mut String, value: &Value) {
     }
 }
 
-/// A whole double is written without a point, as QEMU does: 1e3 is echoed as 1000.
+/// A whole double is written without a point, as QEMU does: 1e3 is echoed as 1000. Like C's `%.17g`,
+/// very large and very small ones have an exponent; other than there, the shortest digits are used.
 fn write_number(out: &mut String, number: &Number) {
     let result = match number.as_f64() {
-        Some(double) if number.is_f64() => write!(out, "{double}"),
+        Some(double) if number.is_f64() => match double.abs() {
+            0.0 | 1e-5..1e17 => write!(out, "{double}"),
+            _ => write!(out, "{double:e}"),
+        },
         _ => write!(out, "{number}"),
     };
     debug_assert!(result.is_ok(), "a string takes everything");

@@ -1,0 +1,160 @@
+//! Our broker in a thread of the test, between a fake core and a fake console.
+
+use std::collections::BTreeMap;
+use std::os::fd::OwnedFd;
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
+use std::rc::Rc;
+use std::thread::JoinHandle;
+
+use bulkhead_broker::fd::watch;
+use bulkhead_broker::hub::Hub;
+use bulkhead_broker::monitor;
+use bulkhead_broker::run::{Sources, run};
+use bulkhead_control_api::config;
+use bulkhead_framework::{Result, Scratch};
+use nix::sys::socket::{
+    AddressFamily, Backlog, SockFlag, SockType, UnixAddr, bind, connect, listen, socket, socketpair,
+};
+use std::os::fd::AsRawFd;
+
+use crate::fake;
+
+/// A running broker with one or more monitors.
+pub struct Broker {
+    scratch: Scratch,
+    /// The fake core.
+    pub core: fake::Core,
+    thread: Option<JoinHandle<std::result::Result<(), String>>>,
+}
+
+/// How a monitor of a test gets its clients.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kind {
+    /// `server=on,wait=off` on a path.
+    Server,
+    /// `server=on,wait=on` on a path.
+    Waiting,
+    /// An inherited listener: `fd=N,server=on`.
+    Inherited,
+}
+
+impl Broker {
+    /// Starts a broker that starts the machine by itself if `autostart`. Monitor `n` is at
+    /// [`Self::path`]`(n)`.
+    ///
+    /// # Errors
+    /// Sockets cannot be made.
+    pub fn start(kinds: &[Kind], autostart: bool) -> Result<Self> {
+        Self::start_with(kinds, None, autostart, true)
+    }
+
+    /// Starts a broker that, too, has a monitor over `connected` (`server=off`), with or without a
+    /// console.
+    ///
+    /// # Errors
+    /// Sockets cannot be made.
+    pub fn start_with(
+        kinds: &[Kind],
+        connected: Option<UnixStream>,
+        autostart: bool,
+        console: bool,
+    ) -> Result<Self> {
+        let scratch = Scratch::new()?;
+        let mut fds: BTreeMap<String, OwnedFd> = BTreeMap::new();
+        let mut monitors = Vec::new();
+        for (number, kind) in kinds.iter().enumerate() {
+            let path = socket_path(scratch.path(), number);
+            let name = format!("chardev.{number}");
+            fds.insert(name.clone(), UnixListener::bind(&path)?.into());
+            let address =
+                if *kind == Kind::Inherited { "fd:7".to_owned() } else { path.display().to_string() };
+            monitors.push(socket_monitor(number, name, address, true, *kind == Kind::Waiting));
+        }
+        if let Some(stream) = connected {
+            fds.insert("chardev.client".to_owned(), stream.into());
+            let (number, address) = (kinds.len(), "/client".to_owned());
+            monitors.push(socket_monitor(number, "chardev.client".to_owned(), address, false, false));
+        }
+        let config = config::Broker { name: None, uuid: [0; 16], monitors, autostart };
+        let pair = socketpair(AddressFamily::Unix, SockType::SeqPacket, None, SockFlag::SOCK_CLOEXEC);
+        let (ours, theirs) = pair.map_err(std::io::Error::from)?;
+        let core = fake::Core::start(theirs.try_clone()?, theirs);
+        let path = scratch.path().join("console");
+        let listener = seqpacket()?;
+        let address = UnixAddr::new(&path).map_err(std::io::Error::from)?;
+        bind(listener.as_raw_fd(), &address).map_err(std::io::Error::from)?;
+        listen(&listener, Backlog::MAXCONN).map_err(std::io::Error::from)?;
+        if console {
+            let fd = seqpacket()?;
+            connect(fd.as_raw_fd(), &address).map_err(std::io::Error::from)?;
+            fake::console(fd);
+        }
+        let thread = std::thread::spawn(move || serve(config, ours, listener, fds));
+        Ok(Self { scratch, core, thread: Some(thread) })
+    }
+
+    /// Path of monitor `number`.
+    #[must_use]
+    pub fn path(&self, number: usize) -> PathBuf {
+        socket_path(self.scratch.path(), number)
+    }
+
+    /// Whether the broker has ended.
+    #[must_use]
+    pub fn has_ended(&self) -> bool {
+        self.thread.as_ref().is_none_or(JoinHandle::is_finished)
+    }
+
+    /// Waits for the broker's end.
+    ///
+    /// # Errors
+    /// It failed.
+    pub fn join(mut self) -> Result<()> {
+        match self.thread.take().map(JoinHandle::join) {
+            Some(Ok(ended)) => Ok(ended?),
+            Some(Err(_)) => Err("the broker panicked".into()),
+            None => Ok(()),
+        }
+    }
+}
+
+fn seqpacket() -> Result<OwnedFd> {
+    let fd = socket(AddressFamily::Unix, SockType::SeqPacket, SockFlag::SOCK_CLOEXEC, None);
+    Ok(fd.map_err(std::io::Error::from)?)
+}
+
+fn socket_path(dir: &Path, number: usize) -> PathBuf {
+    dir.join(format!("qmp{number}"))
+}
+
+fn socket_monitor(number: usize, fd: String, address: String, server: bool, wait: bool) -> config::Monitor {
+    let kind = config::ChardevKind::Socket { fd, address, server, wait };
+    let chardev = config::Chardev { id: format!("compat_monitor{number}"), kind };
+    config::Monitor { chardev, role: config::Role::Operator }
+}
+
+/// The life of the process, less its jail.
+fn serve(
+    config: config::Broker,
+    core: OwnedFd,
+    console: OwnedFd,
+    mut fds: BTreeMap<String, OwnedFd>,
+) -> std::result::Result<(), String> {
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_io()
+        .enable_time()
+        .build()
+        .map_err(|error| error.to_string())?;
+    let sources = {
+        let _context = runtime.enter();
+        let mut take = |name: &str| fds.remove(name).ok_or("no such descriptor");
+        let open = |monitor| monitor::open(monitor, &mut take).map_err(|error| error.to_string());
+        let monitors = config.monitors.iter().map(open).collect::<std::result::Result<_, _>>()?;
+        let console = watch(console).map_err(|(_, error)| error.to_string())?;
+        Sources { core, console, monitors }
+    };
+    let hub = Rc::new(Hub::new(config));
+    tokio::task::LocalSet::new().block_on(&runtime, run(hub, sources));
+    Ok(())
+}
