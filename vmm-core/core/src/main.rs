@@ -1,2 +1,65 @@
-//! The microkernel of a VM: vCPUs, memory slots and exits on KVM
-fn main() {}
+//! The microkernel of a VM: vCPUs, memory slots and exits on KVM.
+//!
+//! It emulates no device and parses nothing that a tenant supplies. Exits go over the bus to the
+//! daemon that claims the address; the broker asks for run-state changes; a one-shot loader fills the
+//! guest's memory. It is the only process that holds /dev/kvm.
+
+mod boot;
+mod bus;
+mod coalesce;
+mod console;
+mod control;
+mod cpuid;
+mod door;
+mod error;
+mod gate;
+mod machine;
+mod memory;
+mod notice;
+mod power_on;
+mod registers;
+mod signals;
+mod snapshot;
+mod state;
+mod sys;
+#[cfg(test)]
+mod tests;
+mod threads;
+mod vcpu;
+mod vm;
+
+use std::process::ExitCode;
+
+use bulkhead_jail::start::Start;
+use bulkhead_jail::topology;
+
+use crate::power_on::Parts;
+
+fn main() -> ExitCode {
+    match run() {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            bulkhead_jail::error!("{error}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run() -> error::Result<()> {
+    sys::one_heap();
+    let mut start = Start::begin(&topology::CORE)?;
+    let parts = Parts {
+        config: start.config()?,
+        kvm: start.take("kvm")?,
+        console: start.take("bus-console")?,
+        broker: start.take("control-broker")?,
+        loader: start.take("loader")?,
+        boot: start.take("boot")?,
+        tasks: start.take_optional("proc"),
+        coalesce: true,
+    };
+    let machine = power_on::power_on(parts)?;
+    // All threads are made: from here on the filter holds for every one of them.
+    start.enter()?;
+    machine.run()
+}

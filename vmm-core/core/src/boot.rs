@@ -1,0 +1,121 @@
+//! Loader runs: one datagram asks the starter for a loader, the loader connects, gets the RAM and
+//! answers where to start.
+
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::time::{Duration, Instant};
+
+use bulkhead_control_api::loader::{Job, MAX_FAILURE, Mode, Outcome, Start};
+use bulkhead_jail::link::LinkError;
+use nix::sys::socket::{MsgFlags, send};
+
+use crate::door::{Arrival, Door};
+use crate::memory::Ram;
+
+/// A loader run takes no longer; then the boot has failed.
+const PATIENCE: Duration = Duration::from_secs(60);
+
+/// How far the boot is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Phase {
+    /// A loader was asked for and has not answered.
+    Loading(Instant),
+    /// The guest is in memory, the first vCPU not yet at its start.
+    Ready(Start),
+    /// The guest runs, or ran.
+    Started,
+    /// The loader failed; only a reset tries again.
+    Failed,
+}
+
+/// The loader's door and the way to ask for a loader.
+#[derive(Debug)]
+pub struct Boot {
+    /// Where loaders connect.
+    pub door: Door,
+    /// How far the boot is.
+    pub phase: Phase,
+    trigger: OwnedFd,
+}
+
+impl Boot {
+    /// Asks for the first loader run.
+    ///
+    /// # Errors
+    /// The starter cannot be reached.
+    pub fn new(door: Door, trigger: OwnedFd) -> Result<Self, String> {
+        let mut boot = Self { door, phase: Phase::Started, trigger };
+        boot.begin()?;
+        Ok(boot)
+    }
+
+    /// Asks for a loader run, unless one is under way or its result was never used.
+    ///
+    /// # Errors
+    /// The starter cannot be reached.
+    pub fn begin(&mut self) -> Result<(), String> {
+        if matches!(self.phase, Phase::Loading(_) | Phase::Ready(_)) {
+            return Ok(());
+        }
+        self.phase = Phase::Loading(Instant::now());
+        let flags = MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_NOSIGNAL;
+        send(self.trigger.as_raw_fd(), b"boot", flags)
+            .map(drop)
+            .map_err(|errno| self.failed(format!("the starter cannot be asked for a loader: {errno}")))
+    }
+
+    fn failed(&mut self, why: String) -> String {
+        self.phase = Phase::Failed;
+        self.door.close();
+        why
+    }
+
+    /// Goes on when the door is readable.
+    ///
+    /// # Errors
+    /// Why the boot failed, in one line.
+    pub fn advance(&mut self, ram: &[Ram]) -> Result<(), String> {
+        let arrival = self.door.advance();
+        if arrival == Arrival::Nothing {
+            return Ok(());
+        }
+        if !matches!(self.phase, Phase::Loading(_)) {
+            // Nobody asked for this one.
+            self.door.close();
+            return Ok(());
+        }
+        let Some(link) = self.door.link() else { return Ok(()) };
+        if arrival == Arrival::Connected {
+            let job = Job { mode: Mode::Boot, regions: ram.iter().map(|r| r.region).collect() };
+            let fds: Vec<_> = ram.iter().map(|r| r.fd.as_fd()).collect();
+            return match link.send_with(&job, &fds, MsgFlags::MSG_DONTWAIT) {
+                Ok(()) => Ok(()),
+                Err(error) => Err(self.failed(error.to_string())),
+            };
+        }
+        match link.recv::<Outcome>() {
+            Err(LinkError::WouldBlock) => Ok(()),
+            Ok(Ok(start)) => {
+                self.phase = Phase::Ready(start);
+                self.door.close();
+                Ok(())
+            }
+            Ok(Err(text)) => Err(self.failed(text.chars().take(MAX_FAILURE).collect())),
+            Err(LinkError::Closed) => Err(self.failed("it ended without an answer".into())),
+            Err(error) => Err(self.failed(error.to_string())),
+        }
+    }
+
+    /// Ends a run that takes too long.
+    ///
+    /// # Errors
+    /// It did.
+    pub fn expire(&mut self) -> Result<(), String> {
+        self.door.expire();
+        match self.phase {
+            Phase::Loading(since) if since.elapsed() > PATIENCE => {
+                Err(self.failed(format!("no answer in {} seconds", PATIENCE.as_secs())))
+            }
+            _ => Ok(()),
+        }
+    }
+}

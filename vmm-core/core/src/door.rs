@@ -1,0 +1,121 @@
+//! A listener and the one peer that is connected through it.
+
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::time::{Duration, Instant};
+
+use bulkhead_jail::link::{Link, LinkError};
+use bulkhead_jail::warn;
+use nix::sys::socket::{SockFlag, accept4};
+
+use crate::sys;
+
+/// A peer that has connected says hello within this time.
+const GREETING: Duration = Duration::from_secs(1);
+
+#[derive(Debug)]
+enum Peer {
+    Nobody,
+    /// Connected; its hello is not there yet.
+    Greeting(OwnedFd, Instant),
+    Linked(Link),
+    /// Nobody is let in any more.
+    Shut,
+}
+
+/// One listener. While a peer is connected no other is accepted; a later one waits in the queue.
+#[derive(Debug)]
+pub struct Door {
+    name: &'static str,
+    version: u16,
+    listener: OwnedFd,
+    peer: Peer,
+}
+
+/// What a readable door means.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Arrival {
+    /// Nothing that concerns anybody.
+    Nothing,
+    /// A peer has connected and said hello.
+    Connected,
+    /// The link has a message, or its end.
+    Message,
+}
+
+impl Door {
+    /// A door with nobody in it.
+    pub fn new(name: &'static str, version: u16, listener: OwnedFd) -> Self {
+        Self { name, version, listener, peer: Peer::Nobody }
+    }
+
+    /// What to poll.
+    pub fn poll_fd(&self) -> Option<BorrowedFd<'_>> {
+        match &self.peer {
+            Peer::Nobody => Some(self.listener.as_fd()),
+            Peer::Greeting(fd, _) => Some(fd.as_fd()),
+            Peer::Linked(link) => Some(link.as_fd()),
+            Peer::Shut => None,
+        }
+    }
+
+    /// The link, if a peer is there.
+    pub fn link(&mut self) -> Option<&mut Link> {
+        match &mut self.peer {
+            Peer::Linked(link) => Some(link),
+            _ => None,
+        }
+    }
+
+    /// Whether a peer is there.
+    pub fn is_linked(&self) -> bool {
+        matches!(self.peer, Peer::Linked(_))
+    }
+
+    /// Whether a peer has connected and not yet said hello.
+    pub fn is_greeting(&self) -> bool {
+        matches!(self.peer, Peer::Greeting(..))
+    }
+
+    /// Ends the link with the present peer; the next one may come.
+    pub fn close(&mut self) {
+        self.peer = Peer::Nobody;
+    }
+
+    /// Ends the link and lets nobody in any more.
+    pub fn shut(&mut self) {
+        self.peer = Peer::Shut;
+    }
+
+    /// Goes on after `poll_fd` became readable.
+    pub fn advance(&mut self) -> Arrival {
+        let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
+        match std::mem::replace(&mut self.peer, Peer::Nobody) {
+            Peer::Nobody => match accept4(self.listener.as_raw_fd(), flags) {
+                Ok(fd) => self.peer = Peer::Greeting(sys::own(fd), Instant::now()),
+                Err(errno) => warn!("{}: accept: {errno}", self.name),
+            },
+            Peer::Greeting(fd, _) => match Link::accept(fd, self.version) {
+                Ok(link) => {
+                    self.peer = Peer::Linked(link);
+                    return Arrival::Connected;
+                }
+                Err(LinkError::Closed) => {}
+                Err(error) => warn!("{}: {error}", self.name),
+            },
+            linked @ Peer::Linked(_) => {
+                self.peer = linked;
+                return Arrival::Message;
+            }
+            Peer::Shut => self.peer = Peer::Shut,
+        }
+        Arrival::Nothing
+    }
+
+    /// Drops a peer that does not say hello.
+    pub fn expire(&mut self) {
+        if matches!(&self.peer, Peer::Greeting(_, since) if since.elapsed() > GREETING) {
+            warn!("{}: a peer connected and said nothing", self.name);
+            self.peer = Peer::Nobody;
+        }
+    }
+}

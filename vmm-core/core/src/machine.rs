@@ -1,0 +1,491 @@
+//! The main thread: one loop over signals, vCPU messages, console, broker and loader.
+
+use std::os::fd::AsFd;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use bulkhead_bus_api::platform::CONSOLE_GSIS;
+use bulkhead_control_api::core::{Answer, Cause, Counters, Cpu, Event, FromCore, Op, Refusal, Request, RunState};
+use bulkhead_jail::error;
+use kvm_bindings::kvm_clock_data;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::signalfd::SignalFd;
+
+use crate::boot::{Boot, Phase};
+use crate::bus::AccessLink;
+use crate::coalesce::{IDLE_PERIODS, PERIOD_MS};
+use crate::console::Console;
+use crate::control::{Broker, permitted};
+use crate::door::{Arrival, Door};
+use crate::error::{Error, Result, kvm, system};
+use crate::gate::lock;
+use crate::notice::{Notice, What};
+use crate::registers;
+use crate::snapshot::{Chips, VcpuState};
+use crate::state::{Effect, State};
+use crate::vcpu::{Shared, Vcpu};
+use crate::vm::Vm;
+
+/// How long vCPUs may take to come out before the console is given up for holding one.
+const STOP_PATIENCE: Duration = Duration::from_secs(6);
+/// The same before an exit.
+const EXIT_PATIENCE: Duration = Duration::from_secs(1);
+/// How long they may take after that.
+const LAST_PATIENCE: Duration = Duration::from_secs(10);
+/// How long the broker has to tell its clients before core exits, in milliseconds.
+const FAREWELL: Duration = Duration::from_secs(1);
+/// How often deadlines are looked at while there are any, in milliseconds.
+const DEADLINE_STEP_MS: u16 = 250;
+
+/// State to which a reset returns.
+#[derive(Debug)]
+pub struct PowerOn {
+    /// Interrupt controllers and timer.
+    pub chips: Chips,
+    /// The vCPUs by index.
+    pub vcpus: Vec<VcpuState>,
+}
+
+/// What core knows of its surroundings.
+#[derive(Debug)]
+pub struct Host {
+    /// SIGTERM, SIGINT and SIGHUP.
+    pub signals: SignalFd,
+    /// Host thread ids of the vCPUs by index.
+    pub threads: Vec<u32>,
+    /// Process id inside the pid namespace.
+    pub process: i32,
+}
+
+/// The machine.
+#[derive(Debug)]
+pub struct Machine {
+    host: Host,
+    vm: Vm,
+    vcpus: Vec<Arc<Vcpu>>,
+    shared: Arc<Shared>,
+    power_on: PowerOn,
+    boot: Boot,
+    console: Console,
+    broker: Broker,
+    state: State,
+    drainer: AccessLink,
+    /// kvmclock as of the last halt.
+    clock: Option<kvm_clock_data>,
+    /// The gate is open.
+    released: bool,
+    /// The first boot is not through yet: a loader failure is the end.
+    first_boot: bool,
+    exiting: bool,
+    /// A `start` that waits for loader and console.
+    held_start: Option<u32>,
+    resets: u64,
+    idle_looks: u32,
+}
+
+/// What became readable.
+#[derive(Clone, Copy, Debug, Default)]
+struct Readable {
+    signals: bool,
+    notices: bool,
+    loader: bool,
+    console: bool,
+    broker: bool,
+}
+
+impl Machine {
+    /// A machine whose vCPUs wait at the gate.
+    pub fn new(
+        host: Host,
+        (vm, vcpus, shared): (Vm, Vec<Arc<Vcpu>>, Arc<Shared>),
+        power_on: PowerOn,
+        (boot, console, broker): (Boot, Console, Door),
+        (state, drainer): (State, AccessLink),
+    ) -> Self {
+        Self {
+            host,
+            vm,
+            vcpus,
+            shared,
+            power_on,
+            boot,
+            console,
+            broker: Broker { door: broker },
+            state,
+            drainer,
+            clock: None,
+            released: false,
+            first_boot: true,
+            exiting: false,
+            held_start: None,
+            resets: 0,
+            idle_looks: 0,
+        }
+    }
+
+    /// Runs until the machine is shut down.
+    ///
+    /// # Errors
+    /// The first boot failed, or KVM cannot do what it did before.
+    pub fn run(mut self) -> Result<()> {
+        let result = self.serve();
+        self.farewell();
+        result
+    }
+
+    fn serve(&mut self) -> Result<()> {
+        while !self.exiting {
+            let readable = self.wait()?;
+            if readable.signals {
+                self.on_signal()?;
+            }
+            if readable.notices {
+                self.on_notices()?;
+            }
+            if self.shared.bus.coalescer.is_active() {
+                self.drain_output()?;
+            }
+            if readable.loader {
+                let ended = self.boot.advance(&self.vm.ram);
+                self.after_loader(ended)?;
+            }
+            if readable.console {
+                self.on_console();
+            }
+            if readable.broker && !self.exiting {
+                if let Some(request) = self.broker.advance() {
+                    self.on_request(request)?;
+                }
+            }
+            self.look_at_deadlines()?;
+            self.try_start()?;
+            self.release()?;
+        }
+        Ok(())
+    }
+
+    fn wait(&self) -> Result<Readable> {
+        let timeout = if self.shared.bus.coalescer.is_active() {
+            PollTimeout::from(PERIOD_MS)
+        } else if self.has_deadlines() {
+            PollTimeout::from(DEADLINE_STEP_MS)
+        } else {
+            PollTimeout::NONE
+        };
+        let sources = [
+            Some(self.host.signals.as_fd()),
+            Some(self.shared.notices.as_fd()),
+            self.boot.door.poll_fd(),
+            self.console.door.poll_fd(),
+            self.broker.door.poll_fd(),
+        ];
+        let mut fds: Vec<_> =
+            sources.iter().flatten().map(|fd| PollFd::new(*fd, PollFlags::POLLIN)).collect();
+        match poll(&mut fds, timeout) {
+            Ok(_) | Err(nix::errno::Errno::EINTR) => {}
+            Err(errno) => return Err(system("poll")(errno)),
+        }
+        let mut polled = fds.iter();
+        // A door that is shut was not polled; any event counts, also the end of a link.
+        let [signals, notices, loader, console, broker] = sources.map(|source| {
+            source.is_some() && polled.next().is_some_and(|p| p.revents().is_some_and(|e| !e.is_empty()))
+        });
+        Ok(Readable { signals, notices, loader, console, broker })
+    }
+
+    fn has_deadlines(&self) -> bool {
+        let doors = [&self.boot.door, &self.console.door, &self.broker.door];
+        matches!(self.boot.phase, Phase::Loading(_)) || doors.iter().any(|door| door.is_greeting())
+    }
+
+    fn look_at_deadlines(&mut self) -> Result<()> {
+        if self.has_deadlines() {
+            self.console.door.expire();
+            self.broker.door.expire();
+            let expired = self.boot.expire();
+            self.after_loader(expired)?;
+        }
+        Ok(())
+    }
+
+    /// Carries out what the state machine decided.
+    fn apply(&mut self, change: impl FnOnce(&mut State, &mut Vec<Effect>)) -> Result<()> {
+        let mut effects = Vec::new();
+        change(&mut self.state, &mut effects);
+        let last = effects.contains(&Effect::Exit);
+        for effect in effects {
+            match effect {
+                Effect::Halt => self.halt(last)?,
+                Effect::Release => self.release()?,
+                Effect::Reset => self.reset()?,
+                Effect::Tell(event, state) => self.broker.tell(event, state),
+                Effect::Exit => self.exiting = true,
+            }
+        }
+        Ok(())
+    }
+
+    /// Stops all vCPUs, delivers what they wrote, then stops the devices and kvmclock.
+    fn halt(&mut self, last: bool) -> Result<()> {
+        if !std::mem::take(&mut self.released) {
+            return Ok(());
+        }
+        self.shared.gate.close();
+        for vcpu in &self.vcpus {
+            vcpu.kick(self.host.process);
+        }
+        let patience = if last { EXIT_PATIENCE } else { STOP_PATIENCE };
+        if !self.shared.gate.wait_idle(patience) {
+            self.shared.bus.fail_console("it held up a stop");
+            if !self.shared.gate.wait_idle(LAST_PATIENCE) {
+                return Err(Error::Stuck);
+            }
+        }
+        // Twice, because one request may not hold all of a full ring; then it is empty.
+        while self.shared.bus.flush(&mut self.drainer) {}
+        if !last && !self.shared.bus.console_failed() {
+            let paused = self.console.pause();
+            self.judge_console(paused);
+        }
+        self.clock = Some(self.vm.fd.get_clock().map_err(kvm("KVM_GET_CLOCK"))?);
+        Ok(())
+    }
+
+    /// Lets the vCPUs run if the state says so and guest and console are there.
+    fn release(&mut self) -> Result<()> {
+        let ready = self.state.run() == RunState::Running && self.console.door.is_linked();
+        if self.released || self.exiting || !ready || self.shared.bus.console_failed() {
+            return Ok(());
+        }
+        match self.boot.phase {
+            Phase::Ready(start) => {
+                let Some(first) = self.vcpus.first() else { return Ok(()) };
+                let applied = registers::apply(&lock(&first.fd), &start);
+                if let Err(error) = applied {
+                    self.boot.phase = Phase::Failed;
+                    return self.after_loader(Err(format!("its start is impossible: {error}")));
+                }
+                self.boot.phase = Phase::Started;
+            }
+            Phase::Started => {}
+            Phase::Loading(_) | Phase::Failed => return Ok(()),
+        }
+        let resumed = self.console.resume();
+        if resumed.is_err() {
+            self.judge_console(resumed);
+            return Ok(());
+        }
+        if let Some(clock) = self.clock.take() {
+            let clock = kvm_clock_data { clock: clock.clock, ..Default::default() };
+            self.vm.fd.set_clock(&clock).map_err(kvm("KVM_SET_CLOCK"))?;
+            for vcpu in &self.vcpus {
+                // EINVAL: the guest does not use kvmclock on this vCPU.
+                let _ = lock(&vcpu.fd).kvmclock_ctrl();
+            }
+        }
+        self.shared.gate.open();
+        self.released = true;
+        Ok(())
+    }
+
+    /// Returns to power-on. The vCPUs are halted.
+    fn reset(&mut self) -> Result<()> {
+        self.resets += 1;
+        self.shared.gate.next_epoch();
+        if !self.shared.bus.console_failed() {
+            let reset = self.console.reset();
+            self.judge_console(reset);
+        }
+        for vcpu in &self.vcpus {
+            vcpu.forget_nmi();
+        }
+        if matches!(self.boot.phase, Phase::Started | Phase::Failed) {
+            self.power_on.chips.restore(&self.vm.fd)?;
+            for (vcpu, state) in self.vcpus.iter().zip(&self.power_on.vcpus) {
+                state.restore(&lock(&vcpu.fd))?;
+            }
+            let asked = self.boot.begin();
+            self.after_loader(asked)?;
+        }
+        Ok(())
+    }
+
+    fn after_loader(&mut self, ended: std::result::Result<(), String>) -> Result<()> {
+        match ended {
+            Ok(()) => {
+                self.first_boot &= !matches!(self.boot.phase, Phase::Ready(_));
+                Ok(())
+            }
+            Err(text) if self.first_boot => Err(Error::Loader(text)),
+            Err(text) => {
+                error!("loader: {text}");
+                self.apply(State::internal_error)
+            }
+        }
+    }
+
+    fn judge_console(&self, result: std::result::Result<(), &'static str>) {
+        if let Err(why) = result {
+            self.shared.bus.fail_console(why);
+        }
+    }
+
+    fn on_console(&mut self) {
+        let result = match self.console.door.advance() {
+            Arrival::Nothing => return,
+            Arrival::Connected => self.console.welcome(),
+            Arrival::Message => self.console.unasked(),
+        };
+        self.judge_console(result);
+    }
+
+    fn on_signal(&mut self) -> Result<()> {
+        match self.host.signals.read_signal() {
+            Ok(Some(_)) => self.apply(|state, out| state.shutdown(Cause::HostSignal, out)),
+            _ => Ok(()),
+        }
+    }
+
+    fn on_notices(&mut self) -> Result<()> {
+        for notice in self.shared.notices.take() {
+            if self.exiting {
+                break;
+            }
+            match notice {
+                // What happened before a reset is no longer of interest.
+                Notice::Vcpu(epoch, what) if epoch == self.shared.gate.epoch() => self.on_vcpu(what)?,
+                Notice::Vcpu(..) => {}
+                Notice::PeerFailed(peer, why) => {
+                    error!("{peer} is given up: {why}; the machine cannot go on without it");
+                    self.console.door.shut();
+                    self.apply(State::internal_error)?;
+                }
+                Notice::Output => self.shared.bus.coalescer.start(&self.vm.fd)?,
+            }
+        }
+        Ok(())
+    }
+
+    fn on_vcpu(&mut self, what: What) -> Result<()> {
+        match what {
+            What::Reset => self.apply(|state, out| state.reset(Cause::GuestReset, out)),
+            What::PowerOff => self.apply(|state, out| state.shutdown(Cause::GuestShutdown, out)),
+            What::Panicked => self.apply(State::panicked),
+            What::KvmError(text) => {
+                error!("{text}");
+                self.apply(State::internal_error)
+            }
+        }
+    }
+
+    /// Delivers collected output; ends collecting when there has been none for a while.
+    fn drain_output(&mut self) -> Result<()> {
+        let Self { shared, drainer, vm, .. } = self;
+        if shared.bus.flush(drainer) {
+            self.idle_looks = 0;
+        } else {
+            self.idle_looks += 1;
+            if self.idle_looks >= IDLE_PERIODS {
+                self.idle_looks = 0;
+                shared.bus.coalescer.stop(&vm.fd, || while shared.bus.flush(drainer) {})?;
+            }
+        }
+        Ok(())
+    }
+
+    fn try_start(&mut self) -> Result<()> {
+        let ready = matches!(self.boot.phase, Phase::Ready(_)) && self.console.door.is_linked();
+        if let Some(id) = self.held_start.take_if(|_| ready || !self.state.to_start() || self.exiting) {
+            self.apply(State::start)?;
+            self.reply(id, Ok(Answer::Done));
+        }
+        Ok(())
+    }
+
+    fn reply(&mut self, id: u32, result: std::result::Result<Answer, Refusal>) {
+        self.broker.send(&FromCore::Reply { id, result });
+    }
+
+    fn on_request(&mut self, Request { id, op }: Request) -> Result<()> {
+        let result = match permitted(op, self.state.run()) {
+            Ok(()) => self.carry_out(id, op)?,
+            Err(refusal) => Some(Err(refusal)),
+        };
+        if let Some(result) = result {
+            self.reply(id, result);
+        }
+        Ok(())
+    }
+
+    /// The result of a request; none if it is held.
+    fn carry_out(&mut self, id: u32, op: Op) -> Result<Option<std::result::Result<Answer, Refusal>>> {
+        match op {
+            Op::Status => return Ok(Some(Ok(Answer::Status(self.state.run())))),
+            Op::Cpus => return Ok(Some(Ok(Answer::Cpus(self.cpus())))),
+            Op::Counters => return Ok(Some(Ok(Answer::Counters(self.counters())))),
+            Op::Start => {
+                // A broker that asks again gets its first answer now.
+                if let Some(earlier) = self.held_start.replace(id) {
+                    self.reply(earlier, Ok(Answer::Done));
+                }
+                return Ok(None);
+            }
+            Op::Stop => self.apply(State::stop)?,
+            Op::Cont => {
+                let mut answer = Ok(());
+                self.apply(|state, out| answer = state.cont(out))?;
+                return Ok(Some(answer.map(|()| Answer::Done)));
+            }
+            Op::Reset => self.apply(|state, out| state.reset(Cause::HostQmpSystemReset, out))?,
+            Op::Quit => self.apply(|state, out| state.shutdown(Cause::HostQmpQuit, out))?,
+            Op::InjectNmi => {
+                for vcpu in &self.vcpus {
+                    vcpu.request_nmi();
+                    vcpu.kick(self.host.process);
+                }
+            }
+        }
+        Ok(Some(Ok(Answer::Done)))
+    }
+
+    fn cpus(&self) -> Vec<Cpu> {
+        let cpu = |(vcpu, thread_id): (&Arc<Vcpu>, &u32)| Cpu {
+            thread_id: *thread_id,
+            socket: vcpu.place.socket,
+            core: vcpu.place.core,
+            thread: vcpu.place.thread,
+        };
+        self.vcpus.iter().zip(&self.host.threads).map(cpu).collect()
+    }
+
+    fn counters(&self) -> Counters {
+        Counters { resets: self.resets, ..self.shared.bus.counters() }
+    }
+
+    /// Says good-bye and lets the broker pass on what is queued.
+    fn farewell(&mut self) {
+        self.broker.tell(Event::Exiting, self.state.run());
+        let start = Instant::now();
+        while let Some(left) = FAREWELL.checked_sub(start.elapsed()) {
+            if !self.broker.door.is_linked() {
+                return;
+            }
+            let Some(fd) = self.broker.door.poll_fd() else { return };
+            let timeout = PollTimeout::try_from(left).unwrap_or(PollTimeout::ZERO);
+            if poll(&mut [PollFd::new(fd, PollFlags::POLLIN)], timeout) == Ok(0) {
+                return;
+            }
+            // Requests that come now are no longer answered; only the end counts.
+            let _ = self.broker.advance();
+        }
+    }
+}
+
+/// The console's interrupts must have pins of the I/O APIC.
+const _: () = {
+    let mut i = 0;
+    while i < CONSOLE_GSIS.len() {
+        assert!(CONSOLE_GSIS[i] < crate::vm::IOAPIC_PINS);
+        i += 1;
+    }
+};

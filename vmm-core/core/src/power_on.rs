@@ -1,0 +1,151 @@
+//! Making the machine, in the order that lets the loader work at the same time.
+
+use std::os::fd::OwnedFd;
+use std::sync::{Arc, Barrier};
+
+use bulkhead_bus_api::platform::CONSOLE_GSIS;
+use bulkhead_control_api::config::{Core, CpuTopology};
+use kvm_ioctls::{Cap, Kvm};
+
+use crate::boot::Boot;
+use crate::bus::{AccessLink, Bus};
+use crate::coalesce::Coalescer;
+use crate::console::Console;
+use crate::cpuid::Template;
+use crate::door::Door;
+use crate::error::{Error, Result, kvm, system};
+use crate::gate::{Gate, lock};
+use crate::machine::{Host, Machine, PowerOn};
+use crate::notice::Notices;
+use crate::snapshot::{self, Chips, MsrSet, VcpuState};
+use crate::state::State;
+use crate::sys::Ring;
+use crate::vcpu::{self, Shared, Vcpu};
+use crate::vm::{self, Vm};
+use crate::{memory, signals, threads};
+
+/// What core is started with.
+#[derive(Debug)]
+pub struct Parts {
+    /// Configuration.
+    pub config: Core,
+    /// /dev/kvm.
+    pub kvm: OwnedFd,
+    /// Listener for the console.
+    pub console: OwnedFd,
+    /// Listener for the broker.
+    pub broker: OwnedFd,
+    /// Listener for loaders.
+    pub loader: OwnedFd,
+    /// Datagram socket that asks for a loader.
+    pub boot: OwnedFd,
+    /// This process's `task` directory in the host's procfs.
+    pub tasks: Option<OwnedFd>,
+    /// Whether console output is collected.
+    pub coalesce: bool,
+}
+
+/// Makes everything up to vCPU threads that wait at the gate.
+///
+/// # Errors
+/// [`Error`], one line for the log.
+pub fn power_on(parts: Parts) -> Result<Machine> {
+    let signals = signals::set_up()?;
+    let config = parts.config;
+    check(&config.cpus)?;
+    let ram = memory::create(config.ram)?;
+    let loader = Door::new("loader", bulkhead_control_api::VERSION, parts.loader);
+    let boot = Boot::new(loader, parts.boot).map_err(Error::Loader)?;
+
+    let host = vm::open(parts.kvm, config.cpus.cpus)?;
+    let vm = Vm::new(&host, ram)?;
+    let template = Template::new(&host, config.cpus)?;
+    vm.check_addresses(template.physical_bits())?;
+    let vcpus = make_vcpus(&vm, &template, config.cpus)?;
+    let power_on = read_power_on(&host, &vm, &vcpus)?;
+    let ring = make_ring(&host, &vcpus, parts.coalesce)?;
+
+    let notices = Arc::new(Notices::new()?);
+    let bus = Bus::new(Arc::clone(&notices), Coalescer::new(ring));
+    let shared = Arc::new(Shared { gate: Gate::default(), notices, bus });
+    let mut links = Vec::new();
+    let mut ends = Vec::new();
+    for _ in 0..=vcpus.len() {
+        let (ours, theirs) = AccessLink::pair()?;
+        links.push(ours);
+        ends.push(theirs);
+    }
+    let drainer = links.pop().ok_or(Error::Config("no access link"))?;
+    let interrupts = CONSOLE_GSIS.iter().map(|gsi| vm.interrupt(*gsi)).collect::<Result<Vec<_>>>()?;
+    let door = Door::new("bus-console", bulkhead_bus_api::VERSION, parts.console);
+    let console = Console::new(door, ends, interrupts);
+
+    start_threads(&vcpus, &shared, links)?;
+    let threads = thread_ids(&vcpus, parts.tasks)?;
+    let state = State::new(config.autostart, config.no_reboot, config.no_shutdown);
+    let broker = Door::new("control-broker", bulkhead_control_api::VERSION, parts.broker);
+    let host = Host { signals, threads, process: nix::unistd::getpid().as_raw() };
+    Ok(Machine::new(host, (vm, vcpus, shared), power_on, (boot, console, broker), (state, drainer)))
+}
+
+fn check(cpus: &CpuTopology) -> Result<()> {
+    let places = [cpus.sockets, cpus.cores, cpus.threads].iter().try_fold(1u32, |n, by| n.checked_mul(*by));
+    if cpus.cpus == 0 || cpus.cpus > CpuTopology::MAX_CPUS {
+        return Err(Error::Config("the number of vCPUs is not 1 to 64"));
+    }
+    match places {
+        // More places than vCPUs are fine as long as the APIC ids fit eight bits.
+        Some(places) if places >= cpus.cpus && cpus.core_bits() < 8 => {}
+        _ => return Err(Error::Config("sockets, cores and threads do not hold the vCPUs")),
+    }
+    if cpus.place(cpus.cpus - 1).apic_id >= 255 {
+        return Err(Error::Config("the topology needs APIC ids above 254"));
+    }
+    Ok(())
+}
+
+fn make_vcpus(vm: &Vm, template: &Template, cpus: CpuTopology) -> Result<Vec<Arc<Vcpu>>> {
+    let make = |index| {
+        let place = cpus.place(index);
+        let fd = vm.fd.create_vcpu(u64::from(place.apic_id)).map_err(kvm("KVM_CREATE_VCPU"))?;
+        fd.set_cpuid2(&template.at(place)?).map_err(kvm("KVM_SET_CPUID2"))?;
+        snapshot::power_on(&fd, index == 0)?;
+        Ok(Arc::new(Vcpu::new(fd, place)))
+    };
+    (0..cpus.cpus).map(make).collect()
+}
+
+fn read_power_on(host: &Kvm, vm: &Vm, vcpus: &[Arc<Vcpu>]) -> Result<PowerOn> {
+    let first = vcpus.first().ok_or(Error::Config("no vCPU"))?;
+    let msrs = MsrSet::probe(host, &lock(&first.fd))?;
+    let states = vcpus.iter().map(|v| VcpuState::take(&lock(&v.fd), &msrs, vm.xsave_size));
+    Ok(PowerOn { chips: Chips::take(&vm.fd)?, vcpus: states.collect::<Result<Vec<_>>>()? })
+}
+
+fn make_ring(host: &Kvm, vcpus: &[Arc<Vcpu>], wanted: bool) -> Result<Option<Ring>> {
+    match vcpus.first() {
+        Some(first) if wanted && host.check_extension(Cap::CoalescedPio) => {
+            Ring::map(&lock(&first.fd)).map(Some).map_err(system("mmap of the coalesced ring"))
+        }
+        _ => Ok(None),
+    }
+}
+
+fn start_threads(vcpus: &[Arc<Vcpu>], shared: &Arc<Shared>, links: Vec<AccessLink>) -> Result<()> {
+    // A thread allocates and sets itself up before it waits here: nothing of that is in the filter.
+    let ready = Arc::new(Barrier::new(vcpus.len() + 1));
+    for (index, (vcpu, link)) in vcpus.iter().zip(links).enumerate() {
+        vcpu::spawn(index, Arc::clone(vcpu), Arc::clone(shared), link, Arc::clone(&ready))?;
+    }
+    ready.wait();
+    Ok(())
+}
+
+fn thread_ids(vcpus: &[Arc<Vcpu>], tasks: Option<OwnedFd>) -> Result<Vec<u32>> {
+    let outside = tasks.map(threads::outside).transpose()?.unwrap_or_default();
+    let id = |vcpu: &Arc<Vcpu>| {
+        let inside = vcpu.thread();
+        outside.get(&inside).copied().unwrap_or(inside.cast_unsigned())
+    };
+    Ok(vcpus.iter().map(id).collect())
+}

@@ -1,0 +1,299 @@
+//! The unsafe corner: mappings, KVM calls that take addresses, and the kick of a vCPU thread.
+#![expect(unsafe_code, reason = "mmap, KVM structures with unions, tgkill, mallopt")]
+
+use std::num::NonZeroUsize;
+use std::os::fd::{AsFd, AsRawFd, FromRawFd, IntoRawFd, OwnedFd};
+use std::ptr::NonNull;
+use std::sync::atomic::{AtomicU8, AtomicU32, Ordering};
+
+use kvm_bindings::{
+    KVM_COALESCED_MMIO_PAGE_OFFSET, KVM_MEM_READONLY, Xsave, kvm_coalesced_mmio, kvm_coalesced_mmio_ring,
+    kvm_userspace_memory_region,
+};
+use kvm_ioctls::{Kvm, VcpuExit, VcpuFd, VmFd};
+use nix::errno::Errno;
+use nix::sys::mman::{MapFlags, MmapAdvise, ProtFlags, madvise, mmap, munmap};
+
+use crate::memory::PAGE;
+
+/// The signal that takes a vCPU thread out of `KVM_RUN` or out of a wait.
+pub const KICK_SIGNAL: libc::c_int = libc::SIGUSR1;
+
+/// Makes all threads share one heap that grows by `brk`: the jail has no `mprotect`.
+pub fn one_heap() {
+    // SAFETY: called while the process has one thread; mallopt takes plain integers.
+    unsafe { libc::mallopt(libc::M_ARENA_MAX, 1) };
+}
+
+/// Takes over the descriptor of /dev/kvm that the starter opened.
+pub fn adopt_kvm(fd: OwnedFd) -> Kvm {
+    // SAFETY: the descriptor is owned, so nobody else closes it; that it is /dev/kvm is checked by
+    // KVM_GET_API_VERSION, which only /dev/kvm answers with 12.
+    unsafe { Kvm::from_raw_fd(fd.into_raw_fd()) }
+}
+
+/// Takes over a descriptor that the kernel has just made.
+pub fn own(fd: std::os::fd::RawFd) -> OwnedFd {
+    // SAFETY: both callers pass the number that `accept4` or `eventfd` has just returned to them and
+    // keep no other owner of it.
+    unsafe { OwnedFd::from_raw_fd(fd) }
+}
+
+/// A shared mapping, unmapped on drop.
+#[derive(Debug)]
+pub struct Mapping {
+    addr: NonNull<libc::c_void>,
+    len: usize,
+}
+
+// SAFETY: a mapping is not bound to the thread that made it, and `Mapping` gives out no reference
+// into itself.
+unsafe impl Send for Mapping {}
+// SAFETY: as above; all methods take addresses only.
+unsafe impl Sync for Mapping {}
+
+impl Mapping {
+    fn new(fd: impl AsFd, len: usize, offset: i64, flags: MapFlags) -> Result<Self, Errno> {
+        let size = NonZeroUsize::new(len).ok_or(Errno::EINVAL)?;
+        let prot = ProtFlags::PROT_READ | ProtFlags::PROT_WRITE;
+        // SAFETY: the kernel chooses the address, so no existing mapping is touched.
+        let addr = unsafe { mmap(None, size, prot, MapFlags::MAP_SHARED | flags, fd, offset) }?;
+        Ok(Self { addr, len })
+    }
+
+    /// Maps `len` bytes of a memfd, left out of core dumps.
+    ///
+    /// # Errors
+    /// The kernel's.
+    pub fn of_ram(fd: impl AsFd, len: usize) -> Result<Self, Errno> {
+        let mapping = Self::new(fd, len, 0, MapFlags::MAP_NORESERVE)?;
+        // SAFETY: the range is exactly the mapping made above; DONTDUMP does not change its content.
+        unsafe { madvise(mapping.addr, len, MmapAdvise::MADV_DONTDUMP) }?;
+        Ok(mapping)
+    }
+
+    /// Makes the mapping slot `slot` of the VM at guest physical `gpa`. The caller keeps the mapping
+    /// as long as the VM.
+    ///
+    /// # Errors
+    /// KVM's.
+    pub fn set_slot(&self, vm: &VmFd, slot: u32, gpa: u64, readonly: bool) -> Result<(), kvm_ioctls::Error> {
+        let region = kvm_userspace_memory_region {
+            slot,
+            flags: if readonly { KVM_MEM_READONLY } else { 0 },
+            guest_phys_addr: gpa,
+            memory_size: self.len as u64,
+            userspace_addr: self.addr.as_ptr() as u64,
+        };
+        // SAFETY: the range is exactly this live mapping of shared memory, to which Rust holds no
+        // reference; when it is unmapped KVM is told (MMU notifier) and the guest's access fails.
+        unsafe { vm.set_user_memory_region(region) }
+    }
+}
+
+impl Drop for Mapping {
+    fn drop(&mut self) {
+        // SAFETY: exactly the range that `new` mapped; no reference into it exists.
+        let _ = unsafe { munmap(self.addr, self.len) };
+    }
+}
+
+/// KVM's ring of coalesced writes, one per VM. Reading it is the caller's to serialize.
+#[derive(Debug)]
+pub struct Ring {
+    page: Mapping,
+}
+
+impl Ring {
+    /// Entries that fit into the page after the two indices.
+    const ENTRIES: u32 = {
+        let room = PAGE as usize - size_of::<kvm_coalesced_mmio_ring>();
+        #[expect(clippy::cast_possible_truncation, reason = "a page holds 170")]
+        let entries = (room / size_of::<kvm_coalesced_mmio>()) as u32;
+        entries
+    };
+
+    /// Maps the ring through any vCPU of the VM.
+    ///
+    /// # Errors
+    /// The kernel's; without coalescing there is no such page.
+    pub fn map(vcpu: &VcpuFd) -> Result<Self, Errno> {
+        let page = usize::try_from(PAGE).map_err(|_| Errno::EINVAL)?;
+        let offset = i64::from(KVM_COALESCED_MMIO_PAGE_OFFSET) * PAGE.cast_signed();
+        // SAFETY: the borrow ends with this call, while `vcpu` is borrowed and so open.
+        let fd = unsafe { std::os::fd::BorrowedFd::borrow_raw(vcpu.as_raw_fd()) };
+        Ok(Self { page: Mapping::new(fd, page, offset, MapFlags::empty())? })
+    }
+
+    fn ring(&self) -> *mut kvm_coalesced_mmio_ring {
+        self.page.addr.as_ptr().cast()
+    }
+
+    fn first(&self) -> &AtomicU32 {
+        // SAFETY: the field lies in the live mapped page, is aligned, and core and the kernel access
+        // it by atomic loads and stores only.
+        unsafe { AtomicU32::from_ptr(&raw mut (*self.ring()).first) }
+    }
+
+    fn last(&self) -> &AtomicU32 {
+        // SAFETY: as in `first`.
+        unsafe { AtomicU32::from_ptr(&raw mut (*self.ring()).last) }
+    }
+
+    /// Whether the kernel has collected something.
+    pub fn is_empty(&self) -> bool {
+        self.first().load(Ordering::SeqCst) == self.last().load(Ordering::SeqCst)
+    }
+
+    /// Takes the oldest write. The caller holds the lock that makes it the only reader.
+    pub fn pop(&self) -> Option<kvm_coalesced_mmio> {
+        let first = self.first().load(Ordering::SeqCst);
+        if first == self.last().load(Ordering::SeqCst) || first >= Self::ENTRIES {
+            return None;
+        }
+        // SAFETY: the entries follow the two indices in the same page.
+        let entries = unsafe { self.ring().add(1) }.cast::<kvm_coalesced_mmio>();
+        // SAFETY: `first < ENTRIES`, so the entry lies inside the page.
+        let entry = unsafe { entries.add(first as usize) };
+        // SAFETY: the entry is aligned; the kernel wrote it before it moved `last` past it and does
+        // not touch it again before `first` has moved on.
+        let entry = unsafe { entry.read() };
+        self.first().store((first + 1) % Self::ENTRIES, Ordering::SeqCst);
+        Some(entry)
+    }
+}
+
+/// Takes one vCPU thread out of `KVM_RUN`, also if it is only about to enter.
+#[derive(Debug)]
+pub struct Kick {
+    immediate_exit: NonNull<u8>,
+    thread: libc::pid_t,
+}
+
+// SAFETY: the pointer goes to a page shared with the kernel that stays mapped as long as the vCPU;
+// it is used for atomic accesses only.
+unsafe impl Send for Kick {}
+// SAFETY: as above.
+unsafe impl Sync for Kick {}
+
+impl Kick {
+    /// Kick of `thread` (a kernel thread id of this process), which runs `vcpu`. The caller keeps the
+    /// vCPU open as long as the kick.
+    pub fn new(vcpu: &mut VcpuFd, thread: libc::pid_t) -> Self {
+        Self { immediate_exit: NonNull::from(&mut vcpu.get_kvm_run().immediate_exit), thread }
+    }
+
+    fn flag(&self) -> &AtomicU8 {
+        // SAFETY: the byte is part of the vCPU's mapped kvm_run, which outlives `self` by the
+        // contract of `new`; everybody accesses it by single-byte loads and stores.
+        unsafe { AtomicU8::from_ptr(self.immediate_exit.as_ptr()) }
+    }
+
+    /// Whether the next `KVM_RUN` only completes the pending operation and returns.
+    pub fn set(&self, exit: bool) {
+        self.flag().store(u8::from(exit), Ordering::SeqCst);
+    }
+
+    /// Makes the thread leave `KVM_RUN` soon, or not enter it.
+    pub fn kick(&self, process: libc::pid_t) {
+        self.set(true);
+        // SAFETY: tgkill takes plain integers; the thread lives as long as the process.
+        unsafe { libc::syscall(libc::SYS_tgkill, process, self.thread, KICK_SIGNAL) };
+    }
+}
+
+/// Reads the extended state into a buffer of the size that KVM asked for.
+///
+/// # Errors
+/// KVM's.
+pub fn get_xsave(vcpu: &VcpuFd, xsave: &mut Xsave) -> Result<(), kvm_ioctls::Error> {
+    // SAFETY: `xsave` was allocated for the size in KVM_CAP_XSAVE2 (snapshot.rs), and the process
+    // never asks for dynamic features, so the size stays.
+    unsafe { vcpu.get_xsave2(xsave) }
+}
+
+/// Sets the extended state that [`get_xsave`] read.
+///
+/// # Errors
+/// KVM's.
+pub fn set_xsave(vcpu: &VcpuFd, xsave: &Xsave) -> Result<(), kvm_ioctls::Error> {
+    // SAFETY: the buffer is the one that `get_xsave` filled, so it has the size that KVM reads.
+    unsafe { vcpu.set_xsave2(xsave) }
+}
+
+/// Why a vCPU came out of `KVM_RUN`, as far as core tells exits apart.
+#[derive(Debug)]
+pub enum Exit<'a> {
+    /// Port I/O: `data` is a whole number of items of `size` bytes.
+    Pio {
+        /// The port.
+        port: u16,
+        /// Bytes per item: 1, 2 or 4.
+        size: u8,
+        /// To the guest (`in`) rather than from it.
+        input: bool,
+        /// The items.
+        data: &'a mut [u8],
+    },
+    /// A read of memory where no RAM is.
+    MmioRead(u64, &'a mut [u8]),
+    /// A write of memory where no RAM is.
+    MmioWrite(u64, &'a [u8]),
+    /// A signal or `immediate_exit`, or nothing to do.
+    Interrupted,
+    /// Triple fault.
+    Shutdown,
+    /// `KVM_EXIT_SYSTEM_EVENT` of this type.
+    SystemEvent(u32),
+    /// `KVM_EXIT_INTERNAL_ERROR`: suberror and data.
+    InternalError(u32, [u64; 4]),
+    /// `KVM_EXIT_FAIL_ENTRY`: the hardware's reason.
+    FailEntry(u64),
+    /// An exit that nothing asked for.
+    Other(u32),
+    /// `KVM_RUN` failed.
+    Failed(Errno),
+}
+
+/// Runs the vCPU until something needs core.
+pub fn run(vcpu: &mut VcpuFd) -> Exit<'_> {
+    let (port, input, data, len) = match vcpu.run() {
+        Ok(VcpuExit::IoIn(port, data)) => (port, true, data.as_mut_ptr(), data.len()),
+        Ok(VcpuExit::IoOut(port, data)) => (port, false, data.as_ptr().cast_mut(), data.len()),
+        // The next three are re-borrowed so that the borrow does not outlive the other arms.
+        Ok(VcpuExit::MmioRead(addr, data)) => {
+            // SAFETY: the very slice that KVM's wrapper gave, for as long as `vcpu` stays borrowed.
+            return Exit::MmioRead(addr, unsafe {
+                std::slice::from_raw_parts_mut(data.as_mut_ptr(), data.len())
+            });
+        }
+        Ok(VcpuExit::MmioWrite(addr, data)) => {
+            // SAFETY: as above.
+            return Exit::MmioWrite(addr, unsafe { std::slice::from_raw_parts(data.as_ptr(), data.len()) });
+        }
+        Ok(VcpuExit::Intr) => return Exit::Interrupted,
+        Ok(VcpuExit::Shutdown) => return Exit::Shutdown,
+        Ok(VcpuExit::SystemEvent(kind, _)) => return Exit::SystemEvent(kind),
+        Ok(VcpuExit::FailEntry(reason, _)) => return Exit::FailEntry(reason),
+        Ok(VcpuExit::InternalError) => {
+            // SAFETY: for this exit reason the kernel fills `internal`; any bytes are valid integers.
+            let internal = unsafe { vcpu.get_kvm_run().__bindgen_anon_1.internal };
+            let [a, b, c, d, ..] = internal.data;
+            return Exit::InternalError(internal.suberror, [a, b, c, d]);
+        }
+        Ok(_) => return Exit::Other(vcpu.get_kvm_run().exit_reason),
+        Err(error) => {
+            return match Errno::from_raw(error.errno()) {
+                // EAGAIN: a vCPU that waits for its start was woken.
+                Errno::EINTR | Errno::EAGAIN => Exit::Interrupted,
+                errno => Exit::Failed(errno),
+            };
+        }
+    };
+    // SAFETY: for both port exits the kernel fills `io`; any bytes are valid integers.
+    let size = unsafe { vcpu.get_kvm_run().__bindgen_anon_1.io.size };
+    // SAFETY: the slice that KVM's wrapper gave lies in the mapped kvm_run pages behind `io`, and
+    // `vcpu` stays mutably borrowed as long as it lives.
+    let data = unsafe { std::slice::from_raw_parts_mut(data, len) };
+    Exit::Pio { port, size, input, data }
+}

@@ -1,0 +1,252 @@
+//! A vCPU thread: in at the gate, run, forward exits, out with nothing half done.
+
+use std::sync::atomic::{AtomicBool, AtomicI32, Ordering};
+use std::sync::{Arc, Barrier, Mutex, OnceLock};
+
+use bulkhead_bus_api::{Access, Action, Op, Space};
+use bulkhead_control_api::config::CpuPlace;
+use kvm_bindings::{KVM_SYSTEM_EVENT_CRASH, KVM_SYSTEM_EVENT_RESET, KVM_SYSTEM_EVENT_SHUTDOWN};
+use kvm_ioctls::VcpuFd;
+use nix::errno::Errno;
+
+use crate::bus::{AccessLink, Bus};
+use crate::error::{Result, io};
+use crate::gate::{Gate, lock};
+use crate::notice::{Notice, Notices, What};
+use crate::snapshot;
+use crate::sys::{self, Exit, Kick};
+
+/// What all vCPU threads share.
+#[derive(Debug)]
+pub struct Shared {
+    /// The gate that lets them run.
+    pub gate: Gate,
+    /// Their messages to the main thread.
+    pub notices: Arc<Notices>,
+    /// The bus.
+    pub bus: Bus,
+}
+
+/// A vCPU as the main thread sees it.
+#[derive(Debug)]
+pub struct Vcpu {
+    /// Its descriptor; the vCPU's thread holds the lock while it is inside the gate.
+    pub fd: Mutex<VcpuFd>,
+    /// Its place in the topology.
+    pub place: CpuPlace,
+    kick: OnceLock<Kick>,
+    thread: AtomicI32,
+    nmi: AtomicBool,
+}
+
+impl Vcpu {
+    /// A vCPU without a thread yet.
+    pub fn new(fd: VcpuFd, place: CpuPlace) -> Self {
+        Self {
+            fd: Mutex::new(fd),
+            place,
+            kick: OnceLock::new(),
+            thread: AtomicI32::new(0),
+            nmi: AtomicBool::new(false),
+        }
+    }
+
+    /// Thread id inside this pid namespace.
+    pub fn thread(&self) -> i32 {
+        self.thread.load(Ordering::SeqCst)
+    }
+
+    /// Makes the thread come out of KVM soon.
+    pub fn kick(&self, process: libc::pid_t) {
+        if let Some(kick) = self.kick.get() {
+            kick.kick(process);
+        }
+    }
+
+    /// Injects an NMI as soon as the vCPU runs; the caller kicks.
+    pub fn request_nmi(&self) {
+        self.nmi.store(true, Ordering::SeqCst);
+    }
+
+    /// Forgets an NMI that was not injected (a reset).
+    pub fn forget_nmi(&self) {
+        self.nmi.store(false, Ordering::SeqCst);
+    }
+}
+
+/// Starts the thread of vCPU `index`; when `ready` has met, all threads are set up for the jail.
+///
+/// # Errors
+/// No thread.
+pub fn spawn(
+    index: usize,
+    vcpu: Arc<Vcpu>,
+    shared: Arc<Shared>,
+    link: AccessLink,
+    ready: Arc<Barrier>,
+) -> Result<()> {
+    let thread = move || {
+        let tid = nix::unistd::gettid().as_raw();
+        vcpu.thread.store(tid, Ordering::SeqCst);
+        let _ = vcpu.kick.set(Kick::new(&mut lock(&vcpu.fd), tid));
+        ready.wait();
+        drop(ready);
+        Runner { vcpu: &vcpu, shared: &shared, link }.run();
+    };
+    std::thread::Builder::new().name(format!("vcpu{index}")).spawn(thread).map_err(io("vCPU thread"))?;
+    Ok(())
+}
+
+/// What is left to do after an exit.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Next {
+    /// Run on.
+    Run,
+    /// Run on; KVM completes an access first.
+    Complete,
+    /// Complete the access, then stay out until the next release.
+    CompleteAndHold,
+    /// Stay out until the next release.
+    Hold,
+}
+
+impl Next {
+    fn may_run(self) -> bool {
+        matches!(self, Self::Run | Self::Complete)
+    }
+
+    fn is_pending(self) -> bool {
+        matches!(self, Self::Complete | Self::CompleteAndHold)
+    }
+}
+
+struct Runner<'a> {
+    vcpu: &'a Vcpu,
+    shared: &'a Shared,
+    link: AccessLink,
+}
+
+impl Runner<'_> {
+    fn run(mut self) -> ! {
+        let mut epoch = 0;
+        loop {
+            epoch = self.shared.gate.enter(epoch);
+            self.execute(epoch);
+            self.shared.gate.leave();
+        }
+    }
+
+    fn exit_at_once(&self, exit: bool) {
+        if let Some(kick) = self.vcpu.kick.get() {
+            kick.set(exit);
+        }
+    }
+
+    /// Runs the guest until the gate closes or something has to be settled.
+    fn execute(&mut self, epoch: u64) {
+        let vcpu = self.vcpu;
+        let mut fd = lock(&vcpu.fd);
+        let mut next = Next::Run;
+        while next.may_run() {
+            if next == Next::Run {
+                // Clear before the looks below: whoever kicks sets its reason first, then this flag.
+                self.exit_at_once(false);
+            }
+            if !self.shared.gate.is_open(epoch) {
+                break;
+            }
+            if vcpu.nmi.swap(false, Ordering::SeqCst) && snapshot::takes_nmi(&fd).unwrap_or(false) {
+                // KVM has no reason to refuse; if it does, the guest misses an NMI and nothing else.
+                let _ = fd.nmi();
+            }
+            next = self.step(&mut fd, epoch);
+        }
+        // Let KVM complete what the last exit began, without running the guest. A string instruction
+        // may exit again meanwhile; after at most 1,024 rounds KVM looks at the flag in between.
+        self.exit_at_once(true);
+        while self.step(&mut fd, epoch).is_pending() {}
+    }
+
+    /// Enters KVM once and carries out what it comes back with.
+    fn step(&mut self, fd: &mut VcpuFd, epoch: u64) -> Next {
+        let what = match sys::run(fd) {
+            Exit::Interrupted => return Next::Run,
+            Exit::Pio { port, size, input, data } => {
+                return self.port_io(port, size, input, data, epoch);
+            }
+            Exit::MmioRead(addr, data) => return self.item(Space::Mmio, addr, Item::Read(data), epoch),
+            Exit::MmioWrite(addr, data) => return self.item(Space::Mmio, addr, Item::Write(data), epoch),
+            Exit::Shutdown | Exit::SystemEvent(KVM_SYSTEM_EVENT_RESET) => What::Reset,
+            Exit::SystemEvent(KVM_SYSTEM_EVENT_SHUTDOWN) => What::PowerOff,
+            Exit::SystemEvent(KVM_SYSTEM_EVENT_CRASH) => What::Panicked,
+            Exit::SystemEvent(kind) => self.kvm_error(fd, &format!("system event {kind}")),
+            Exit::InternalError(suberror, data) => {
+                self.kvm_error(fd, &format!("internal error, suberror {suberror}, data {data:x?}"))
+            }
+            Exit::FailEntry(reason) => {
+                self.kvm_error(fd, &format!("entry failed, hardware reason {reason:#x}"))
+            }
+            Exit::Other(reason) => self.kvm_error(fd, &format!("unexpected exit {reason}")),
+            Exit::Failed(errno @ (Errno::EFAULT | Errno::ENOMEM)) => {
+                self.kvm_error(fd, &format!("no memory for the guest's page ({errno})"))
+            }
+            Exit::Failed(errno) => self.kvm_error(fd, &format!("KVM_RUN: {errno}")),
+        };
+        self.post(epoch, what);
+        Next::Hold
+    }
+
+    fn kvm_error(&self, fd: &VcpuFd, text: &str) -> What {
+        let rip = fd.get_regs().map_or(0, |regs| regs.rip);
+        What::KvmError(format!("vCPU with APIC id {} at {rip:#x}: {text}", self.vcpu.place.apic_id))
+    }
+
+    fn post(&self, epoch: u64, what: What) {
+        self.shared.notices.post(Notice::Vcpu(epoch, what));
+    }
+
+    fn port_io(&mut self, port: u16, size: u8, input: bool, data: &mut [u8], epoch: u64) -> Next {
+        let mut next = Next::Complete;
+        // An item of no bytes would be a bug of KVM, but must not be a panic.
+        for item in data.chunks_mut(usize::from(size.max(1))) {
+            let item = if input { Item::Read(item) } else { Item::Write(item) };
+            if self.item(Space::Pio, u64::from(port), item, epoch) == Next::CompleteAndHold {
+                next = Next::CompleteAndHold;
+            }
+        }
+        next
+    }
+
+    fn item(&mut self, space: Space, addr: u64, item: Item<'_>, epoch: u64) -> Next {
+        let (op, len) = match &item {
+            Item::Read(data) => (Op::Read, data.len()),
+            Item::Write(data) => (Op::Write(low_bytes(data)), data.len()),
+        };
+        let access = Access { space, addr, size: u8::try_from(len).unwrap_or(u8::MAX), op };
+        let outcome = self.shared.bus.access(&mut self.link, &access);
+        if let Item::Read(data) = item {
+            for (slot, byte) in data.iter_mut().zip(outcome.data.to_le_bytes()) {
+                *slot = byte;
+            }
+        }
+        match outcome.action {
+            Some(Action::None) => return Next::Complete,
+            Some(Action::Reset) => self.post(epoch, What::Reset),
+            Some(Action::PowerOff) => self.post(epoch, What::PowerOff),
+            // The main thread knows already and halts the machine.
+            None => {}
+        }
+        Next::CompleteAndHold
+    }
+}
+
+/// One item of an access.
+enum Item<'a> {
+    Read(&'a mut [u8]),
+    Write(&'a [u8]),
+}
+
+/// Up to eight bytes, little-endian.
+fn low_bytes(data: &[u8]) -> u64 {
+    data.iter().take(8).rev().fold(0, |value, byte| value << 8 | u64::from(*byte))
+}
