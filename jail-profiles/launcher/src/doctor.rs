@@ -4,6 +4,7 @@
 
 mod kvm;
 mod sandbox;
+mod sys;
 
 use std::fmt::Write as _;
 use std::fs;
@@ -65,7 +66,7 @@ pub fn run() -> Result<u8, String> {
     let facts = Facts {
         kvm: kvm::look(),
         namespaces: sandbox::namespaces(),
-        landlock: sandbox::landlock_abi(),
+        landlock: sys::landlock_abi(),
         seccomp: sandbox::seccomp_actions(),
         memfd: sandbox::sealed_memfd(),
         cgroups: cgroups(),

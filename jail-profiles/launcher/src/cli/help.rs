@@ -1,6 +1,5 @@
 //! Help texts, from the option table.
 
-use std::fmt::Write as _;
 use std::io::{self, Write as _};
 
 use super::table::{Kind, OPTIONS, Spec, Takes};
@@ -43,8 +42,10 @@ pub fn version() -> String {
 pub fn options() -> String {
     let mut text = "usage: bulkhead run [OPTIONS]\n\n".to_owned();
     for spec in OPTIONS {
-        text.push_str(&usage(spec));
-        text.push('\n');
+        for usage in usages(spec) {
+            text.push_str(&usage);
+            text.push('\n');
+        }
         wrap(&mut text, spec.help);
         for param in params(spec) {
             wrap(&mut text, &format!("{}: {}", param.0, param.1));
@@ -56,9 +57,12 @@ pub fn options() -> String {
 /// The OPTIONS section of the manual page.
 #[cfg(test)]
 pub fn manual() -> String {
+    use std::fmt::Write as _;
+
     let mut text = String::new();
     for spec in OPTIONS {
-        let _ = writeln!(text, "`{}`\n:   {}\n", usage(spec), spec.help);
+        let usages: Vec<String> = usages(spec).map(|usage| format!("`{usage}`")).collect();
+        let _ = writeln!(text, "{}\n:   {}\n", usages.join("\\\n"), spec.help);
         for (name, help) in params(spec) {
             let _ = writeln!(text, "    - `{name}`: {help}");
         }
@@ -69,13 +73,11 @@ pub fn manual() -> String {
     text
 }
 
-fn usage(spec: &Spec) -> String {
+/// The ways to write an option.
+fn usages(spec: &Spec) -> impl Iterator<Item = String> {
     let names: Vec<String> = spec.names.iter().map(|name| format!("-{name}")).collect();
-    let mut usage = names.join(", ");
-    if !spec.syntax.is_empty() {
-        let _ = write!(usage, " {}", spec.syntax);
-    }
-    usage
+    let names = names.join(", ");
+    spec.syntax.split(" | ").map(move |syntax| format!("{names} {syntax}").trim_end().to_owned())
 }
 
 /// Names with types, and help, of an option's parameters.
@@ -123,7 +125,7 @@ mod tests {
     fn help_names_every_option_in_lines_that_fit() {
         let text = options();
         for spec in OPTIONS {
-            assert!(text.contains(&usage(spec)), "{spec:?}");
+            assert!(usages(spec).all(|usage| text.contains(&usage)), "{spec:?}");
         }
         assert!(text.lines().filter(|line| line.starts_with(' ')).all(|line| line.len() <= WIDTH));
     }

@@ -1,13 +1,12 @@
 //! What KVM can do: its capabilities, and a trial VM that tells hardware from emulation.
-#![expect(unsafe_code, reason = "KVM_SET_USER_MEMORY_REGION, and /dev/kvm by its number")]
 
 use std::fs;
-use std::os::fd::{FromRawFd, IntoRawFd};
 
 use bulkhead_control_api::config::CpuTopology;
-use kvm_bindings::{KVM_MAX_CPUID_ENTRIES, kvm_segment, kvm_userspace_memory_region};
+use kvm_bindings::{KVM_MAX_CPUID_ENTRIES, kvm_segment};
 use kvm_ioctls::{Cap, VcpuExit};
 
+use super::sys::{self, Pages};
 use crate::opener;
 
 /// What was found out about KVM.
@@ -74,8 +73,7 @@ const USEFUL: [(Cap, &str); 4] = [
 /// One line with cause and remedy, if it cannot be opened.
 pub fn look() -> Result<Kvm, String> {
     let fd = opener::kvm().map_err(|e| format!("/dev/kvm: {e}"))?;
-    // SAFETY: the number comes from an owned descriptor of /dev/kvm that is given up here.
-    let kvm = unsafe { kvm_ioctls::Kvm::from_raw_fd(fd.into_raw_fd()) };
+    let kvm = sys::adopt_kvm(fd);
     let lacks = |caps: &[(Cap, &'static str)]| {
         caps.iter().filter(|(cap, _)| !kvm.check_extension(*cap)).map(|(_, name)| *name).collect()
     };
@@ -109,42 +107,27 @@ const DATA: usize = 0x4800;
 /// `lock cmpxchg16b [rdi]; hlt`. Kernels use this instruction early; KVM's emulator lacks it.
 const PROGRAM: [u8; 6] = [0xf0, 0x48, 0x0f, 0xc7, 0x0f, 0xf4];
 
-#[repr(C, align(4096))]
-struct Ram([u8; RAM]);
-
-impl Ram {
-    /// The program, and page tables that map the first 2 MiB one to one.
-    fn new() -> Box<Self> {
-        const PRESENT_WRITABLE: u64 = 3;
-        const LARGE: u64 = 0x80;
-        let mut ram = Box::new(Self([0; RAM]));
-        let mut put = |at: usize, bytes: &[u8]| {
-            if let Some(slot) = ram.0.get_mut(at..at + bytes.len()) {
-                slot.copy_from_slice(bytes);
-            }
-        };
-        put(PML4, &(PDPT as u64 | PRESENT_WRITABLE).to_le_bytes());
-        put(PDPT, &(PD as u64 | PRESENT_WRITABLE).to_le_bytes());
-        put(PD, &(LARGE | PRESENT_WRITABLE).to_le_bytes());
-        put(CODE, &PROGRAM);
-        ram
-    }
+/// The program, and page tables that map the first 2 MiB one to one.
+fn guest_memory() -> Box<Pages<RAM>> {
+    const PRESENT_WRITABLE: u64 = 3;
+    const LARGE: u64 = 0x80;
+    let mut ram = Box::new(Pages([0; RAM]));
+    let mut put = |at: usize, bytes: &[u8]| {
+        if let Some(slot) = ram.0.get_mut(at..at + bytes.len()) {
+            slot.copy_from_slice(bytes);
+        }
+    };
+    put(PML4, &(PDPT as u64 | PRESENT_WRITABLE).to_le_bytes());
+    put(PDPT, &(PD as u64 | PRESENT_WRITABLE).to_le_bytes());
+    put(PD, &(LARGE | PRESENT_WRITABLE).to_le_bytes());
+    put(CODE, &PROGRAM);
+    ram
 }
 
 /// Runs the program in 64-bit ring 0.
 fn trial(kvm: &kvm_ioctls::Kvm) -> Result<Ring0, kvm_ioctls::Error> {
     let vm = kvm.create_vm()?;
-    // Five pages, given up for good: the guest may write to them as long as the VM exists.
-    let ram: &'static mut Ram = Box::leak(Ram::new());
-    let region = kvm_userspace_memory_region {
-        slot: 0,
-        flags: 0,
-        guest_phys_addr: 0,
-        memory_size: RAM as u64,
-        userspace_addr: std::ptr::from_mut(ram).expose_provenance() as u64,
-    };
-    // SAFETY: the region is exactly the leaked pages; nothing else uses them from here on.
-    unsafe { vm.set_user_memory_region(region)? };
+    sys::give_memory(&vm, Box::leak(guest_memory()))?;
     let mut vcpu = vm.create_vcpu(0)?;
     vcpu.set_cpuid2(&kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)?)?;
     enter_long_mode(&vcpu)?;
@@ -179,4 +162,25 @@ fn enter_long_mode(vcpu: &kvm_ioctls::VcpuFd) -> Result<(), kvm_ioctls::Error> {
     let mut regs = vcpu.get_regs()?;
     (regs.rip, regs.rdi, regs.rflags) = (CODE as u64, DATA as u64, 2);
     vcpu.set_regs(&regs)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Processes share no code beside their APIs, so that this list is core's by test.
+    #[test]
+    fn what_is_needed_is_what_core_needs() {
+        let source = include_str!("../../../../vmm-core/core/src/vm.rs");
+        let list = source.split_once("const NEEDED").and_then(|(_, rest)| rest.split_once("];")).unwrap().0;
+        let core: Vec<&str> = list.split('"').skip(1).step_by(2).collect();
+        assert_eq!(NEEDED.map(|(_, name)| name).as_slice(), core);
+    }
+
+    #[test]
+    fn the_program_is_where_the_vcpu_starts() {
+        let ram = guest_memory();
+        assert!(ram.0[CODE..].starts_with(&PROGRAM));
+        assert_eq!((ram.0[PML4..].first(), DATA % 16), (Some(&3), 0));
+    }
 }

@@ -1,5 +1,4 @@
 //! Whether the parts of a jail work, by using them.
-#![expect(unsafe_code, reason = "fork, _exit, and system calls without a wrapper")]
 
 use std::fs;
 
@@ -8,8 +7,9 @@ use nix::libc;
 use nix::mount::{MsFlags, mount};
 use nix::sched::{CloneFlags, unshare};
 use nix::sys::wait::{WaitStatus, waitpid};
-use nix::unistd::{ForkResult, fork, getgid, getuid};
+use nix::unistd::{getgid, getuid};
 
+use super::sys;
 use crate::opener;
 
 /// The step at which namespaces fail.
@@ -28,34 +28,28 @@ const STEPS: [&str; 3] = ["unshare", "mapping user ids", "mounting"];
 pub fn namespaces() -> Result<(), Blocked> {
     let failed = |step| move |errno| Blocked { step, errno };
     let (result, report) = nix::unistd::pipe().map_err(failed("pipe"))?;
-    // SAFETY: this process has one thread, so the child's copy is whole.
-    match unsafe { fork() }.map_err(failed("fork"))? {
-        ForkResult::Child => {
-            let (step, errno) = match enter() {
-                Ok(()) => (u8::MAX, 0),
-                Err((step, errno)) => (step, errno as i32),
-            };
-            let mut packet = vec![step];
-            packet.extend(errno.to_le_bytes());
-            let _ = nix::unistd::write(&report, &packet);
-            // SAFETY: does not return; the destructors are the parent's business.
-            unsafe { libc::_exit(0) }
-        }
-        ForkResult::Parent { child } => {
-            drop(report);
-            let mut packet = [0; 5];
-            let read = nix::unistd::read(&result, &mut packet);
-            let ended = waitpid(child, None);
-            match (read, ended, packet) {
-                (Ok(5), Ok(WaitStatus::Exited(_, 0)), [u8::MAX, ..]) => Ok(()),
-                (Ok(5), _, [step, a, b, c, d]) => Err(Blocked {
-                    step: STEPS.get(usize::from(step)).copied().unwrap_or("namespaces"),
-                    errno: Errno::from_raw(i32::from_le_bytes([a, b, c, d])),
-                }),
-                // A seccomp filter killed it.
-                _ => Err(Blocked { step: "unshare (killed)", errno: Errno::EPERM }),
-            }
-        }
+    let child = sys::in_child(|| {
+        let (step, errno) = match enter() {
+            Ok(()) => (u8::MAX, 0),
+            Err((step, errno)) => (step, errno as i32),
+        };
+        let [a, b, c, d] = errno.to_le_bytes();
+        // A parent that is not told takes it for killed.
+        let _ = nix::unistd::write(&report, &[step, a, b, c, d]);
+    });
+    let child = child.map_err(failed("fork"))?;
+    drop(report);
+    let mut packet = [0; 5];
+    let read = nix::unistd::read(&result, &mut packet);
+    let ended = waitpid(child, None);
+    match (read, ended, packet) {
+        (Ok(5), Ok(WaitStatus::Exited(_, 0)), [u8::MAX, ..]) => Ok(()),
+        (Ok(5), _, [step, a, b, c, d]) => Err(Blocked {
+            step: STEPS.get(usize::from(step)).copied().unwrap_or("namespaces"),
+            errno: Errno::from_raw(i32::from_le_bytes([a, b, c, d])),
+        }),
+        // A seccomp filter of whoever started us did that.
+        _ => Err(Blocked { step: "unshare (killed)", errno: Errno::EPERM }),
     }
 }
 
@@ -81,29 +75,15 @@ fn enter() -> Result<(), (u8, Errno)> {
     mount(None::<&str>, "/", None::<&str>, flags, None::<&str>).map_err(|errno| (2, errno))
 }
 
-/// The kernel's Landlock ABI.
-pub fn landlock_abi() -> Result<u32, Errno> {
-    /// `LANDLOCK_CREATE_RULESET_VERSION` of linux/landlock.h.
-    const VERSION: u32 = 1;
-    // SAFETY: asked for the version, the call takes no pointer.
-    let abi =
-        unsafe { libc::syscall(libc::SYS_landlock_create_ruleset, std::ptr::null::<u8>(), 0_usize, VERSION) };
-    Errno::result(abi).map(|abi| u32::try_from(abi).unwrap_or(0))
-}
-
 /// Names of the filter actions that the jails and their tests use.
 pub const ACTION_NAMES: [&str; 3] = ["kill_process", "trap", "errno"];
 const ACTIONS: [u32; 3] = [libc::SECCOMP_RET_KILL_PROCESS, libc::SECCOMP_RET_TRAP, libc::SECCOMP_RET_ERRNO];
 
 /// Whether the kernel has the filter actions; else the names of those it lacks.
 pub fn seccomp_actions() -> Result<(), Vec<&'static str>> {
-    let available = |action: &u32| {
-        let action: *const u32 = action;
-        // SAFETY: the call reads one u32 behind the pointer, which is one.
-        unsafe { libc::syscall(libc::SYS_seccomp, libc::SECCOMP_GET_ACTION_AVAIL, 0, action) == 0 }
-    };
+    let actions = ACTION_NAMES.iter().zip(ACTIONS);
     let missing: Vec<&'static str> =
-        ACTION_NAMES.iter().zip(&ACTIONS).filter(|(_, a)| !available(a)).map(|(name, _)| *name).collect();
+        actions.filter(|(_, action)| !sys::has_seccomp_action(*action)).map(|(name, _)| *name).collect();
     if missing.is_empty() { Ok(()) } else { Err(missing) }
 }
 
