@@ -9,9 +9,7 @@ use bulkhead_bus_api::{Access, Action, MAX_REQUEST_LEN, Op, REPLY_LEN, Reply, Re
 use bulkhead_control_api::core::Counters;
 use nix::errno::Errno;
 use nix::sys::socket::sockopt::ReceiveTimeout;
-use nix::sys::socket::{
-    AddressFamily, MsgFlags, SockFlag, SockType, send, setsockopt, socketpair,
-};
+use nix::sys::socket::{AddressFamily, MsgFlags, SockFlag, SockType, send, setsockopt, socketpair};
 use nix::sys::time::{TimeVal, TimeValLike};
 
 use crate::coalesce::Coalescer;

@@ -79,7 +79,8 @@ impl Console {
         link.send_with(&FromCore::Command { id, what }, &[], MsgFlags::MSG_DONTWAIT)
             .map_err(|_| "it does not read its main link")?;
         for _ in 0..MAX_WAIT_STEPS {
-            let _ = poll(&mut [PollFd::new(link.as_fd(), PollFlags::POLLIN)], PollTimeout::from(WAIT_STEP_MS));
+            let _ =
+                poll(&mut [PollFd::new(link.as_fd(), PollFlags::POLLIN)], PollTimeout::from(WAIT_STEP_MS));
             match link.recv::<ToCore>() {
                 Ok(ToCore::Done { id: done }) if done == id => return Ok(()),
                 Ok(ToCore::Done { .. }) => return Err("it answered another command"),

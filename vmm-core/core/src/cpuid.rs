@@ -3,9 +3,7 @@
 //! Leaves by Intel SDM vol. 2A (CPUID) and AMD APM vol. 3 appendix E.
 
 use bulkhead_control_api::config::{CpuPlace, CpuTopology};
-use kvm_bindings::{
-    CpuId, KVM_CPUID_FLAG_SIGNIFCANT_INDEX, KVM_MAX_CPUID_ENTRIES, kvm_cpuid_entry2,
-};
+use kvm_bindings::{CpuId, KVM_CPUID_FLAG_SIGNIFCANT_INDEX, KVM_MAX_CPUID_ENTRIES, kvm_cpuid_entry2};
 use kvm_ioctls::{Cap, Kvm};
 
 use crate::error::{Error, Result, kvm};
@@ -47,9 +45,8 @@ impl Template {
     /// # Errors
     /// KVM refused.
     pub fn new(host: &Kvm, topology: CpuTopology) -> Result<Self> {
-        let supported = host
-            .get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)
-            .map_err(kvm("KVM_GET_SUPPORTED_CPUID"))?;
+        let supported =
+            host.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES).map_err(kvm("KVM_GET_SUPPORTED_CPUID"))?;
         let deadline = host.check_extension(Cap::TscDeadlineTimer);
         Ok(Self::from_entries(supported.as_slice(), topology, deadline))
     }
@@ -191,9 +188,10 @@ mod tests {
     fn host(name: [u8; 12]) -> Vec<kvm_cpuid_entry2> {
         let word = |i: usize| u32::from_le_bytes(name[i..i + 4].try_into().unwrap());
         let zero = kvm_cpuid_entry2 { eax: 0xd, ebx: word(0), edx: word(4), ecx: word(8), ..entry(0, 0) };
-        let cache = |index, level| kvm_cpuid_entry2 { eax: 1 | level << 5, ..entry(4, index) };
+        let cache = |index, level: u32| kvm_cpuid_entry2 { eax: 1 | level << 5, ..entry(4, index) };
         let amd_cache = kvm_cpuid_entry2 { eax: 1 | 3 << 5, ..entry(0x8000_001d, 0) };
-        let mut list = vec![zero, entry(1, 0), cache(0, 1), cache(1, 3), entry(4, 2), entry(0xb, 0), amd_cache];
+        let mut list =
+            vec![zero, entry(1, 0), cache(0, 1), cache(1, 3), entry(4, 2), entry(0xb, 0), amd_cache];
         list.extend([0x8000_0001, 0x8000_0008, 0x8000_001e].map(|f| entry(f, 0)));
         list
     }
@@ -239,7 +237,8 @@ mod tests {
     #[test]
     fn a_single_vcpu_is_no_multiprocessor() {
         let topology = CpuTopology { cpus: 1, sockets: 1, cores: 1, threads: 1 };
-        let cpuid = Template::from_entries(&host(*b"GenuineIntel"), topology, true).at(topology.place(0)).unwrap();
+        let cpuid =
+            Template::from_entries(&host(*b"GenuineIntel"), topology, true).at(topology.place(0)).unwrap();
         assert_eq!(find(&cpuid, 1, 0).ebx >> 16, 1);
         assert_eq!(find(&cpuid, 1, 0).edx & 1 << 28, 0);
         assert_eq!(find(&cpuid, 0xb, 0).eax, 0);

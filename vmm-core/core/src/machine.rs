@@ -5,7 +5,9 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use bulkhead_bus_api::platform::CONSOLE_GSIS;
-use bulkhead_control_api::core::{Answer, Cause, Counters, Cpu, Event, FromCore, Op, Refusal, Request, RunState};
+use bulkhead_control_api::core::{
+    Answer, Cause, Counters, Cpu, Event, FromCore, Op, Refusal, Request, RunState,
+};
 use bulkhead_jail::error;
 use kvm_bindings::kvm_clock_data;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};

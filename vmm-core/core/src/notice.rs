@@ -48,8 +48,8 @@ impl Notices {
     /// # Errors
     /// No eventfd.
     pub fn new() -> Result<Self> {
-        let event = EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)
-            .map_err(system("eventfd"))?;
+        let event =
+            EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK).map_err(system("eventfd"))?;
         Ok(Self { queue: Mutex::default(), event })
     }
 

@@ -87,8 +87,14 @@ mod tests {
 
     #[test]
     fn long_mode_as_the_linux_boot_protocol_says() {
-        let start =
-            Start::Long64 { rip: 0x100_0200, rsp: 0, rsi: 0x7000, cr3: 0x9000, gdt_base: 0x500, gdt_limit: 31 };
+        let start = Start::Long64 {
+            rip: 0x100_0200,
+            rsp: 0,
+            rsi: 0x7000,
+            cr3: 0x9000,
+            gdt_base: 0x500,
+            gdt_limit: 31,
+        };
         let (sregs, regs) = at(&start, kvm_sregs::default());
         assert_eq!((regs.rip, regs.rsi, regs.rflags), (0x100_0200, 0x7000, 2));
         assert_eq!((sregs.cs.selector, sregs.cs.l, sregs.cs.db), (0x10, 1, 0));

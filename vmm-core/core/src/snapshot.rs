@@ -103,7 +103,8 @@ pub struct VcpuState {
     regs: kvm_regs,
     sregs: kvm_sregs,
     xsave: Xsave,
-    xcrs: kvm_xcrs,
+    /// None on a host without XSAVE.
+    xcrs: Option<kvm_xcrs>,
     debug: kvm_debugregs,
     msrs: Vec<kvm_msr_entry>,
     lapic: kvm_lapic_state,
@@ -120,8 +121,11 @@ pub fn power_on(vcpu: &VcpuFd, first: bool) -> Result<()> {
         .map_err(|_| Error::Capability("MSRs"))?;
     vcpu.get_msrs(&mut misc).map_err(kvm("KVM_GET_MSRS"))?;
     let enable = misc.as_slice().first().map_or(0, |e| e.data) | 1;
-    let entries = [(MSR_MISC_ENABLE, enable), MTRR_DEF_TYPE]
-        .map(|(index, data)| kvm_msr_entry { index, data, ..Default::default() });
+    let entries = [(MSR_MISC_ENABLE, enable), MTRR_DEF_TYPE].map(|(index, data)| kvm_msr_entry {
+        index,
+        data,
+        ..Default::default()
+    });
     each_accepted(&entries, |msrs| vcpu.set_msrs(msrs))?;
     if first {
         // Virtual wire mode of the first processor: PIC on LINT0, NMI on LINT1 (MP specification 3.6.2.1).
@@ -162,11 +166,15 @@ impl VcpuState {
             msrs.0.iter().map(|index| kvm_msr_entry { index: *index, ..Default::default() }).collect();
         let mut msrs = each_accepted(&wanted, |list| vcpu.get_msrs(list))?;
         msrs.push(kvm_msr_entry { index: MSR_TSC, ..Default::default() });
+        let xcrs = match vcpu.get_xcrs() {
+            Err(e) if e.errno() == libc::EINVAL => None,
+            other => Some(other.map_err(kvm("KVM_GET_XCRS"))?),
+        };
         Ok(Self {
             regs: vcpu.get_regs().map_err(kvm("KVM_GET_REGS"))?,
             sregs: vcpu.get_sregs().map_err(kvm("KVM_GET_SREGS"))?,
             xsave,
-            xcrs: vcpu.get_xcrs().map_err(kvm("KVM_GET_XCRS"))?,
+            xcrs,
             debug: vcpu.get_debug_regs().map_err(kvm("KVM_GET_DEBUGREGS"))?,
             msrs,
             lapic: vcpu.get_lapic().map_err(kvm("KVM_GET_LAPIC"))?,
@@ -183,7 +191,9 @@ impl VcpuState {
         vcpu.set_mp_state(self.mp_state).map_err(kvm("KVM_SET_MP_STATE"))?;
         vcpu.set_regs(&self.regs).map_err(kvm("KVM_SET_REGS"))?;
         sys::set_xsave(vcpu, &self.xsave).map_err(kvm("KVM_SET_XSAVE"))?;
-        vcpu.set_xcrs(&self.xcrs).map_err(kvm("KVM_SET_XCRS"))?;
+        if let Some(xcrs) = &self.xcrs {
+            vcpu.set_xcrs(xcrs).map_err(kvm("KVM_SET_XCRS"))?;
+        }
         // The APIC base in the special registers decides how the APIC's page is read.
         vcpu.set_sregs(&self.sregs).map_err(kvm("KVM_SET_SREGS"))?;
         vcpu.set_lapic(&self.lapic).map_err(kvm("KVM_SET_LAPIC"))?;

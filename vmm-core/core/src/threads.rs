@@ -32,7 +32,8 @@ pub fn outside(tasks: OwnedFd) -> Result<BTreeMap<i32, u32>> {
     let mut map = BTreeMap::new();
     for name in names {
         let path = [name.to_bytes(), b"/status"].concat();
-        let Ok(file) = openat(dir.as_fd(), path.as_slice(), OFlag::O_RDONLY | OFlag::O_CLOEXEC, Mode::empty())
+        let Ok(file) =
+            openat(dir.as_fd(), path.as_slice(), OFlag::O_RDONLY | OFlag::O_CLOEXEC, Mode::empty())
         else {
             continue; // "." and "..", which have no such file
         };

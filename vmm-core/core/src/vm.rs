@@ -21,7 +21,7 @@ pub const IOAPIC_PINS: u32 = 24;
 const PIC_PINS: u32 = 16;
 
 /// What a VM cannot do without, by the name that the message gives it.
-const NEEDED: [(Cap, &str); 15] = [
+const NEEDED: [(Cap, &str); 14] = [
     (Cap::UserMemory, "KVM_CAP_USER_MEMORY"),
     (Cap::Irqchip, "KVM_CAP_IRQCHIP"),
     (Cap::IrqRouting, "KVM_CAP_IRQ_ROUTING"),
@@ -35,7 +35,6 @@ const NEEDED: [(Cap, &str); 15] = [
     (Cap::VcpuEvents, "KVM_CAP_VCPU_EVENTS"),
     (Cap::MpState, "KVM_CAP_MP_STATE"),
     (Cap::Xsave2, "KVM_CAP_XSAVE2"),
-    (Cap::Xcrs, "KVM_CAP_XCRS"),
     (Cap::ImmediateExit, "KVM_CAP_IMMEDIATE_EXIT"),
 ];
 

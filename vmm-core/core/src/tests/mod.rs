@@ -1,1 +1,7 @@
+//! Core as a whole on this host's /dev/kvm, with the test as console, broker and loader.
 
+mod compute;
+mod hostile;
+mod life;
+mod program;
+mod rig;

@@ -1,0 +1,144 @@
+//! Peers that break the rules.
+
+use std::sync::Arc;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use bulkhead_bus_api::Action;
+use bulkhead_control_api::core::{Answer, Cause, Event, FromCore, Op, Refusal, Request, RunState};
+use bulkhead_jail::link::{Link, LinkError};
+use nix::sys::socket::{MsgFlags, send};
+use std::os::fd::AsRawFd;
+
+use super::program::Program;
+use super::rig::{Answerer, Rig, config, connect_to, good_reply, plain_console};
+
+/// Starts a guest that talks to such a console; the VM must stop with an internal error within
+/// `patience`, and core must stay in command.
+fn survives(console: Answerer, patience: Duration) {
+    let start = Instant::now();
+    let mut rig = Rig::started(config(2), Program::default().in8(0x3fd, 0).again(), console);
+    assert_eq!(rig.event(), (Event::Stop, RunState::InternalError));
+    assert!(start.elapsed() < patience, "{:?}", start.elapsed());
+    assert_eq!(rig.ask(Op::Cont).0, Err(Refusal::ResetRequired));
+    assert_eq!(rig.ask(Op::Stop).0, Ok(Answer::Done));
+    rig.quit();
+}
+
+#[test]
+fn a_console_that_replies_garbage_is_given_up() {
+    let soon = Duration::from_secs(3);
+    survives(Arc::new(|_| Some(vec![0xff; 16])), soon);
+    survives(Arc::new(|_| Some(vec![0; 15])), soon);
+    survives(Arc::new(|_| Some(vec![0; 4000])), soon);
+    survives(Arc::new(|request| good_reply(request.seq.wrapping_add(1), Action::None, 0)), soon);
+}
+
+#[test]
+fn a_console_that_never_replies_is_given_up() {
+    survives(Arc::new(|_| None), Duration::from_secs(9));
+}
+
+#[test]
+fn a_silent_console_holds_up_neither_stop_nor_quit() {
+    let silent: Answerer = Arc::new(|_| None);
+    let mut rig = Rig::started(config(1), Program::default().in8(0x3fd, 0).again(), Arc::clone(&silent));
+    thread::sleep(Duration::from_millis(100));
+    let start = Instant::now();
+    let (answer, _) = rig.ask(Op::Stop);
+    assert_eq!(answer, Ok(Answer::Done));
+    assert!(start.elapsed() < Duration::from_secs(8), "{:?}", start.elapsed());
+    assert_eq!(rig.status(), RunState::InternalError);
+    rig.quit();
+
+    let mut rig = Rig::started(config(1), Program::default().in8(0x3fd, 0).again(), silent);
+    thread::sleep(Duration::from_millis(100));
+    let start = Instant::now();
+    assert_eq!(rig.ask(Op::Quit).0, Ok(Answer::Done));
+    rig.expect_end(&[]);
+    assert!(start.elapsed() < Duration::from_secs(3), "{:?}", start.elapsed());
+}
+
+#[test]
+fn a_console_that_dies_stops_the_machine() {
+    let mut rig = Rig::bare(config(1), true, super::rig::load(Program::default().count(0).again()));
+    let mut main = Link::connect(connect_to(&rig.console), bulkhead_bus_api::VERSION).unwrap();
+    rig.connect_broker();
+    let (_, fds) = main.recv_with::<bulkhead_bus_api::main_link::FromCore>(MsgFlags::empty()).unwrap();
+    assert_eq!(rig.ask(Op::Start).0, Ok(Answer::Done));
+    rig.wait_result(0, |n| n > 10);
+    drop((main, fds));
+    assert_eq!(rig.event(), (Event::Stop, RunState::InternalError));
+    rig.quit();
+}
+
+#[test]
+fn a_console_that_says_what_nobody_asked_is_given_up() {
+    for garbage in [&[0u8, 7][..], &[0xff; 100], &[0; 65537]] {
+        let mut rig = Rig::bare(config(1), true, super::rig::load(Program::default().count(0).again()));
+        let mut main = Link::connect(connect_to(&rig.console), bulkhead_bus_api::VERSION).unwrap();
+        main.recv_with::<bulkhead_bus_api::main_link::FromCore>(MsgFlags::empty()).unwrap();
+        rig.connect_broker();
+        assert_eq!(rig.ask(Op::Start).0, Ok(Answer::Done));
+        send(main.as_raw_fd(), garbage, MsgFlags::empty()).unwrap();
+        assert_eq!(rig.event(), (Event::Stop, RunState::InternalError));
+        rig.quit();
+    }
+}
+
+#[test]
+fn a_broker_that_sends_garbage_loses_its_link_and_nothing_else() {
+    let mut rig = Rig::started(config(1), Program::default().count(0).again(), plain_console());
+    for garbage in [&[0xffu8; 3][..], &[], &[0; 65537], &[1, 99], &[1, 0, 0]] {
+        let link = rig.broker.as_mut().unwrap();
+        send(link.as_raw_fd(), garbage, MsgFlags::empty()).unwrap();
+        assert!(matches!(link.recv::<FromCore>(), Err(LinkError::Closed)), "{garbage:?}");
+        rig.connect_broker();
+        assert_eq!(rig.status(), RunState::Running);
+    }
+    // Descriptors are not welcome either.
+    let link = rig.broker.as_mut().unwrap();
+    let request = Request { id: 1, op: Op::Stop };
+    link.send_with(&request, &[std::os::fd::AsFd::as_fd(&std::io::stdin())], MsgFlags::empty()).unwrap();
+    assert!(matches!(link.recv::<FromCore>(), Err(LinkError::Closed)));
+    rig.connect_broker();
+    let before = rig.result(0);
+    rig.wait_result(0, |n| n != before);
+    rig.quit();
+}
+
+#[test]
+fn a_broker_that_floods_and_does_not_read_loses_its_link() {
+    let mut rig = Rig::started(config(1), Program::default().count(0).again(), plain_console());
+    let link = rig.broker.take().unwrap();
+    let start = Instant::now();
+    while link.send(&Request { id: 7, op: Op::Cpus }).is_ok() {
+        assert!(start.elapsed() < Duration::from_secs(20));
+    }
+    let before = rig.result(0);
+    rig.wait_result(0, |n| n != before);
+    rig.connect_broker();
+    assert_eq!(rig.status(), RunState::Running);
+    rig.quit();
+}
+
+#[test]
+fn a_second_broker_waits_and_one_of_another_version_is_sent_away() {
+    let mut rig = Rig::started(config(1), Program::default().halt(), plain_console());
+    let addr = rig.broker_addr;
+    let second = thread::spawn(move || Link::connect(connect_to(&addr), bulkhead_control_api::VERSION));
+    thread::sleep(Duration::from_millis(50));
+    assert!(!second.is_finished());
+    assert_eq!(rig.status(), RunState::Running);
+    rig.broker = None;
+    rig.broker = Some(second.join().unwrap().unwrap());
+    assert_eq!(rig.status(), RunState::Running);
+    rig.broker = None;
+    let other = Link::connect(connect_to(&rig.broker_addr), bulkhead_control_api::VERSION + 1);
+    assert!(matches!(other, Err(LinkError::Version { .. })));
+    // One that says nothing at all does not block the next one for long.
+    let _mute = connect_to(&rig.broker_addr);
+    rig.connect_broker();
+    assert_eq!(rig.ask(Op::Reset).1, [(Event::Reset(Cause::HostQmpSystemReset), RunState::Running)]);
+    rig.quit();
+}
