@@ -41,7 +41,7 @@ pub enum Ring0 {
 const API_VERSION: i32 = 12;
 
 /// What core refuses to run without.
-const NEEDED: [(Cap, &str); 15] = [
+const NEEDED: [(Cap, &str); 14] = [
     (Cap::UserMemory, "KVM_CAP_USER_MEMORY"),
     (Cap::Irqchip, "KVM_CAP_IRQCHIP"),
     (Cap::IrqRouting, "KVM_CAP_IRQ_ROUTING"),
@@ -55,7 +55,6 @@ const NEEDED: [(Cap, &str); 15] = [
     (Cap::VcpuEvents, "KVM_CAP_VCPU_EVENTS"),
     (Cap::MpState, "KVM_CAP_MP_STATE"),
     (Cap::Xsave2, "KVM_CAP_XSAVE2"),
-    (Cap::Xcrs, "KVM_CAP_XCRS"),
     (Cap::ImmediateExit, "KVM_CAP_IMMEDIATE_EXIT"),
 ];
 
