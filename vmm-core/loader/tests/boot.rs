@@ -86,7 +86,7 @@ fn command_lines_are_checked() {
 fn an_elf_file_without_a_note_says_what_to_do() {
     let program = std::fs::read("/proc/self/exe").unwrap();
     let failure = load(&program[..], None, &config(""), &ram(2 << 30)).unwrap_err();
-    assert!(failure.to_string().starts_with("kernel k: "), "{failure}");
+    assert!(failure.to_string().starts_with("kernel k: cannot be booted: "), "{failure}");
     let mut elf = bulkhead_guest::ELF.to_vec();
     let note = elf.windows(4).position(|bytes| bytes == b"Xen\0").unwrap();
     elf[note] = b'Y';
