@@ -4,7 +4,6 @@ use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use bulkhead_bus_api::platform::CONSOLE_GSIS;
 use bulkhead_control_api::core::{
     Answer, Cause, Counters, Cpu, Event, FromCore, Op, Refusal, Request, RunState,
 };
@@ -34,7 +33,7 @@ const STOP_PATIENCE: Duration = Duration::from_secs(6);
 const EXIT_PATIENCE: Duration = Duration::from_secs(1);
 /// How long they may take after that.
 const LAST_PATIENCE: Duration = Duration::from_secs(10);
-/// How long the broker has to tell its clients before core exits, in milliseconds.
+/// How long the broker has to tell its clients before core exits.
 const FAREWELL: Duration = Duration::from_secs(1);
 /// How often deadlines are looked at while there are any, in milliseconds.
 const DEADLINE_STEP_MS: u16 = 250;
@@ -243,7 +242,7 @@ impl Machine {
                 return Err(Error::Stuck);
             }
         }
-        // Twice, because one request may not hold all of a full ring; then it is empty.
+        // More than once, because one request may not hold all of a full ring; nobody fills it now.
         while self.shared.bus.flush(&mut self.drainer) {}
         if !last && !self.shared.bus.console_failed() {
             let paused = self.console.pause();
@@ -482,12 +481,3 @@ impl Machine {
         }
     }
 }
-
-/// The console's interrupts must have pins of the I/O APIC.
-const _: () = {
-    let mut i = 0;
-    while i < CONSOLE_GSIS.len() {
-        assert!(CONSOLE_GSIS[i] < crate::vm::IOAPIC_PINS);
-        i += 1;
-    }
-};

@@ -145,7 +145,7 @@ fn thread_ids(vcpus: &[Arc<Vcpu>], tasks: Option<OwnedFd>) -> Result<Vec<u32>> {
     let outside = tasks.map(threads::outside).transpose()?.unwrap_or_default();
     let id = |vcpu: &Arc<Vcpu>| {
         let inside = vcpu.thread();
-        outside.get(&inside).copied().unwrap_or(inside.cast_unsigned())
+        outside.get(&inside).copied().unwrap_or(inside.unsigned_abs())
     };
     Ok(vcpus.iter().map(id).collect())
 }

@@ -130,11 +130,11 @@ pub fn power_on(vcpu: &VcpuFd, first: bool) -> Result<()> {
     if first {
         // Virtual wire mode of the first processor: PIC on LINT0, NMI on LINT1 (MP specification 3.6.2.1).
         /// Register, delivery mode ExtINT or NMI.
-        const WIRES: [(usize, u8); 2] = [(LVT_LINT0, 7), (LVT_LINT1, 4)];
+        const WIRES: [(usize, i8); 2] = [(LVT_LINT0, 7), (LVT_LINT1, 4)];
         let mut lapic = vcpu.get_lapic().map_err(kvm("KVM_GET_LAPIC"))?;
         for (at, mode) in WIRES {
             for (slot, byte) in lapic.regs.iter_mut().skip(at).zip([0, mode, 0, 0]) {
-                *slot = byte.cast_signed();
+                *slot = byte;
             }
         }
         vcpu.set_lapic(&lapic).map_err(kvm("KVM_SET_LAPIC"))?;
@@ -148,7 +148,7 @@ pub fn power_on(vcpu: &VcpuFd, first: bool) -> Result<()> {
 /// KVM's.
 pub fn takes_nmi(vcpu: &VcpuFd) -> Result<bool> {
     let lapic = vcpu.get_lapic().map_err(kvm("KVM_GET_LAPIC"))?;
-    let byte = |at: usize| lapic.regs.get(at).map_or(0, |b| b.cast_unsigned());
+    let byte = |at: usize| lapic.regs.get(at).copied().unwrap_or(0);
     // Bits 8 to 10: delivery mode 4 is NMI; bit 16: masked.
     Ok(byte(LVT_LINT1 + 1) & 7 == 4 && byte(LVT_LINT1 + 2) & 1 == 0)
 }

@@ -72,6 +72,11 @@ impl Mapping {
         Ok(mapping)
     }
 
+    /// Length in bytes.
+    pub fn len(&self) -> u64 {
+        self.len as u64
+    }
+
     /// Makes the mapping slot `slot` of the VM at guest physical `gpa`. The caller keeps the mapping
     /// as long as the VM.
     ///
@@ -107,9 +112,11 @@ pub struct Ring {
 impl Ring {
     /// Entries that fit into the page after the two indices.
     const ENTRIES: u32 = {
-        let room = PAGE as usize - size_of::<kvm_coalesced_mmio_ring>();
-        #[expect(clippy::cast_possible_truncation, reason = "a page holds 170")]
-        let entries = (room / size_of::<kvm_coalesced_mmio>()) as u32;
+        #[expect(clippy::cast_possible_truncation, reason = "4096, and a page holds 170 entries")]
+        let entries =
+            (PAGE as usize - size_of::<kvm_coalesced_mmio_ring>()) / size_of::<kvm_coalesced_mmio>();
+        #[expect(clippy::cast_possible_truncation, reason = "170")]
+        let entries = entries as u32;
         entries
     };
 
@@ -119,7 +126,8 @@ impl Ring {
     /// The kernel's; without coalescing there is no such page.
     pub fn map(vcpu: &VcpuFd) -> Result<Self, Errno> {
         let page = usize::try_from(PAGE).map_err(|_| Errno::EINVAL)?;
-        let offset = i64::from(KVM_COALESCED_MMIO_PAGE_OFFSET) * PAGE.cast_signed();
+        let offset =
+            i64::from(KVM_COALESCED_MMIO_PAGE_OFFSET) * i64::try_from(PAGE).map_err(|_| Errno::EINVAL)?;
         // SAFETY: the borrow ends with this call, while `vcpu` is borrowed and so open.
         let fd = unsafe { std::os::fd::BorrowedFd::borrow_raw(vcpu.as_raw_fd()) };
         Ok(Self { page: Mapping::new(fd, page, offset, MapFlags::empty())? })
@@ -130,14 +138,17 @@ impl Ring {
     }
 
     fn first(&self) -> &AtomicU32 {
-        // SAFETY: the field lies in the live mapped page, is aligned, and core and the kernel access
-        // it by atomic loads and stores only.
-        unsafe { AtomicU32::from_ptr(&raw mut (*self.ring()).first) }
+        // SAFETY: the page is mapped as long as `self`, and the ring begins at its start.
+        let field = unsafe { &raw mut (*self.ring()).first };
+        // SAFETY: the field is aligned; core and the kernel access it by atomic loads and stores only.
+        unsafe { AtomicU32::from_ptr(field) }
     }
 
     fn last(&self) -> &AtomicU32 {
         // SAFETY: as in `first`.
-        unsafe { AtomicU32::from_ptr(&raw mut (*self.ring()).last) }
+        let field = unsafe { &raw mut (*self.ring()).last };
+        // SAFETY: as in `first`.
+        unsafe { AtomicU32::from_ptr(field) }
     }
 
     /// Whether the kernel has collected something.

@@ -5,7 +5,9 @@ use std::sync::{Arc, Barrier, Mutex, OnceLock};
 
 use bulkhead_bus_api::{Access, Action, Op, Space};
 use bulkhead_control_api::config::CpuPlace;
-use kvm_bindings::{KVM_SYSTEM_EVENT_CRASH, KVM_SYSTEM_EVENT_RESET, KVM_SYSTEM_EVENT_SHUTDOWN};
+use kvm_bindings::{
+    KVM_INTERNAL_ERROR_EMULATION, KVM_SYSTEM_EVENT_CRASH, KVM_SYSTEM_EVENT_RESET, KVM_SYSTEM_EVENT_SHUTDOWN,
+};
 use kvm_ioctls::VcpuFd;
 use nix::errno::Errno;
 
@@ -180,9 +182,7 @@ impl Runner<'_> {
             Exit::SystemEvent(KVM_SYSTEM_EVENT_SHUTDOWN) => What::PowerOff,
             Exit::SystemEvent(KVM_SYSTEM_EVENT_CRASH) => What::Panicked,
             Exit::SystemEvent(kind) => self.kvm_error(fd, &format!("system event {kind}")),
-            Exit::InternalError(suberror, data) => {
-                self.kvm_error(fd, &format!("internal error, suberror {suberror}, data {data:x?}"))
-            }
+            Exit::InternalError(suberror, data) => self.kvm_error(fd, &internal_error(suberror, data)),
             Exit::FailEntry(reason) => {
                 self.kvm_error(fd, &format!("entry failed, hardware reason {reason:#x}"))
             }
@@ -238,6 +238,19 @@ impl Runner<'_> {
         }
         Next::CompleteAndHold
     }
+}
+
+/// Details of `KVM_EXIT_INTERNAL_ERROR`.
+fn internal_error(suberror: u32, data: [u64; 4]) -> String {
+    let [flags, code @ .., _] = data;
+    // KVM_INTERNAL_ERROR_EMULATION with a length and up to 15 instruction bytes.
+    if suberror == KVM_INTERNAL_ERROR_EMULATION && flags & 1 != 0 {
+        let code: Vec<u8> = code.iter().flat_map(|word| word.to_le_bytes()).collect();
+        let (len, code) = code.split_first().unwrap_or((&0, &[]));
+        let shown = code.get(..usize::from(*len)).unwrap_or(code);
+        return format!("KVM cannot emulate the instruction {shown:02x?}");
+    }
+    format!("KVM internal error, suberror {suberror}, data {data:x?}")
 }
 
 /// One item of an access.

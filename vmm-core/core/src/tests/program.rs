@@ -68,8 +68,8 @@ impl Program {
 
     /// Jumps back to the start.
     pub fn again(self) -> Self {
-        let back = -i32::try_from(self.0.len() + 5).unwrap();
-        self.imm(&[0xe9], back.cast_unsigned())
+        let back = u32::try_from(self.0.len() + 5).unwrap().wrapping_neg();
+        self.imm(&[0xe9], back)
     }
 
     /// Halts for good.

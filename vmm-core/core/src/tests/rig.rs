@@ -284,14 +284,9 @@ fn answer_accesses(fd: &OwnedFd, answerer: &Answerer, seen: &Mutex<Vec<Seen>>) {
             seen.push(Seen { access: request.access, collected: false });
         }
         drop(seen);
-        match answerer(&request) {
-            Some(reply) if reply.is_empty() => return,
-            Some(reply) => {
-                if send(fd.as_raw_fd(), &reply, MsgFlags::MSG_NOSIGNAL).is_err() {
-                    return;
-                }
-            }
-            None => {}
+        let Some(reply) = answerer(&request) else { continue };
+        if send(fd.as_raw_fd(), &reply, MsgFlags::MSG_NOSIGNAL).is_err() {
+            return;
         }
     }
 }
