@@ -206,13 +206,13 @@ fn cgroups() -> String {
     if let Ok(controllers) = fs::read_to_string("/sys/fs/cgroup/cgroup.controllers") {
         return format!("v2 with {}", controllers.trim());
     }
-    let Ok(entries) = fs::read_dir("/sys/fs/cgroup") else {
-        return "none mounted: no limits by systemd slices".to_owned();
-    };
-    let mut names: Vec<String> =
-        entries.filter_map(|entry| entry.ok()?.file_name().into_string().ok()).collect();
+    let mut names: Vec<String> = fs::read_dir("/sys/fs/cgroup")
+        .map(|entries| entries.filter_map(|entry| entry.ok()?.file_name().into_string().ok()).collect())
+        .unwrap_or_default();
     names.sort_unstable();
-    format!("v1 ({}): no limits by systemd slices", names.join(", "))
+    let what =
+        if names.is_empty() { "none mounted".to_owned() } else { format!("v1 ({})", names.join(", ")) };
+    format!("{what}: no limits by systemd slices")
 }
 
 #[cfg(test)]

@@ -95,7 +95,7 @@ pub enum Problem {
     ChardevNoBackend(String),
     #[error("'{0}' is not a valid char driver name: socket, stdio, file and null exist")]
     ChardevBackend(String),
-    #[error("'{0}' is not a valid char driver: stdio, null, none, file:PATH, unix:PATH and chardev:ID exist")]
+    #[error("'{0}' is not a valid char driver: stdio, null, file:PATH, unix:PATH and chardev:ID exist")]
     CharDriver(String),
     #[error("Duplicate ID '{0}' for chardev")]
     DuplicateChardev(String),

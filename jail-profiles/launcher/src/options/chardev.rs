@@ -207,10 +207,10 @@ mod tests {
 
     #[test]
     fn short_syntax_refused() {
-        let not_valid =
-            "is not a valid char driver: stdio, null, none, file:PATH, unix:PATH and chardev:ID exist";
+        let not_valid = "is not a valid char driver: stdio, null, file:PATH, unix:PATH and chardev:ID exist";
         for (text, error) in [
             ("foo", format!("'foo' {not_valid}")),
+            ("none", format!("'none' {not_valid}")),
             ("vc:80x25", format!("'vc:80x25' {not_valid}")),
             ("mon:stdio", "mon: is not available: there is no human monitor; use -qmp".to_owned()),
             ("unix:", "one of 'path' and 'fd' is required".to_owned()),
