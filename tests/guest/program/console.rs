@@ -40,12 +40,11 @@ pub fn interactive(info: &StartInfo) -> ! {
             used = 0;
             print!("> ");
         }
-        8 | 127 => {
-            if used > 0 {
-                used -= 1;
-                print!("\x08 \x08");
-            }
+        8 | 127 if used > 0 => {
+            used -= 1;
+            print!("\x08 \x08");
         }
+        8 | 127 => {}
         _ if used < LINE => {
             line[used] = byte;
             used += 1;

@@ -78,8 +78,8 @@ impl StartInfo {
         self.cmdline
             .split_ascii_whitespace()
             .filter_map(|word| word.split_once('='))
-            .filter_map(|(key, value)| (key == name).then_some(value))
-            .last()
+            .rfind(|(key, _)| *key == name)
+            .map(|(_, value)| value)
     }
 
     /// The number after `name=`, or `default`.

@@ -40,9 +40,10 @@ pub fn write(bytes: &[u8]) {
     }
 }
 
-/// The next received byte, if there is one.
+/// The next received byte, if there is one. A port that is not there reads all ones.
 pub fn read() -> Option<u8> {
-    (inb(LSR) & LSR_DATA != 0).then(|| inb(BASE))
+    let status = inb(LSR);
+    (status & LSR_DATA != 0 && status != 0xff).then(|| inb(BASE))
 }
 
 /// `core::fmt` onto COM1, collected into FIFO-sized bursts.
