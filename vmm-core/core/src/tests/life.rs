@@ -114,6 +114,23 @@ fn the_guest_resets_itself() {
 }
 
 #[test]
+fn an_nmi_reaches_the_first_processor_only() {
+    // Without an interrupt table an NMI is a triple fault. It wakes a halted processor.
+    let mut rig = Rig::started(config(2), Program::default().count(0).halt(), plain_console());
+    rig.wait_result(0, |count| count == 1);
+    assert_eq!(rig.ask(Op::InjectNmi), (Ok(Answer::Done), vec![]));
+    assert_eq!(rig.event(), (Event::Reset(Cause::GuestReset), RunState::Running));
+    rig.wait_result(0, |count| count == 2);
+    // A stopped machine takes it when it goes on.
+    rig.ask(Op::Stop).0.unwrap();
+    rig.ask(Op::InjectNmi).0.unwrap();
+    assert_eq!(rig.status(), RunState::Paused);
+    rig.ask(Op::Cont).0.unwrap();
+    assert_eq!(rig.event(), (Event::Reset(Cause::GuestReset), RunState::Running));
+    rig.quit();
+}
+
+#[test]
 fn no_reboot_turns_a_reset_into_a_shutdown() {
     let config = Core { no_reboot: true, ..config(1) };
     let rig = Rig::started(config, Program::default().triple_fault(), plain_console());
