@@ -190,6 +190,7 @@ fn pm_offset(port: u64) -> Option<u64> {
 }
 
 #[cfg(test)]
+#[expect(clippy::cast_possible_truncation, reason = "patterns and small random numbers")]
 mod tests {
     use super::*;
 

@@ -6,7 +6,7 @@ use std::io;
 use std::net::Shutdown;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
-use std::sync::Arc;
+use std::sync::{Arc, Barrier};
 use std::thread;
 
 use bulkhead_jail::{info, warn};
@@ -26,16 +26,23 @@ const CHUNK: usize = 4096;
 pub fn start(label: &str, source: Option<OwnedFd>, sink: OwnedFd) -> io::Result<UnixStream> {
     let (near, far) = UnixStream::pair()?;
     let far = Arc::new(far);
+    // What a thread does to begin is over when this function returns: a filter may follow.
+    let begun = Arc::new(Barrier::new(if source.is_some() { 3 } else { 2 }));
     if let Some(source) = source {
-        let far = Arc::clone(&far);
-        thread::Builder::new().stack_size(STACK).spawn(move || pump_in(&source, &far))?;
+        let (far, begun) = (Arc::clone(&far), Arc::clone(&begun));
+        thread::Builder::new().stack_size(STACK).spawn(move || {
+            begun.wait();
+            pump_in(&source, &far);
+        })?;
     }
-    let label = label.to_owned();
+    let (label, here) = (label.to_owned(), Arc::clone(&begun));
     thread::Builder::new().stack_size(STACK).spawn(move || {
+        here.wait();
         pump_out(&label, &far, &sink);
         // The other side may be gone already.
         let _ = far.shutdown(Shutdown::Write);
     })?;
+    begun.wait();
     Ok(near)
 }
 

@@ -215,7 +215,7 @@ impl Server {
         match data & KIND {
             ACCESS => self.on_access(index(data))?,
             PEER => self.on_peer(index(data), flags)?,
-            LISTENER => self.on_listener(index(data)),
+            LISTENER => self.on_listener(index(data))?,
             _ if data == TIMER => {
                 // Only tells that it is over; what is due follows from the clock.
                 let _ = self.timer.wait();
@@ -359,12 +359,17 @@ impl Server {
         self.slots.iter().enumerate().map(describe).collect()
     }
 
-    fn on_listener(&mut self, index: usize) {
-        let Some(slot) = self.slots.get_mut(index) else { return };
+    fn on_listener(&mut self, index: usize) -> Result<(), ServerError> {
+        let Some(slot) = self.slots.get_mut(index) else { return Ok(()) };
+        if self.serial == Some(index) {
+            // What was said before the client came is not for it.
+            self.machine.with_serial(|serial| serial.consume(serial.output_len()))?;
+        }
         if let Err(error) = slot.chardev.accept() {
             slot.listener_armed = false;
             warn!("chardev {}: cannot accept: {error}; it takes no more clients", slot.chardev.label());
         }
+        Ok(())
     }
 
     fn on_peer(&mut self, index: usize, flags: EpollFlags) -> Result<(), ServerError> {

@@ -142,6 +142,7 @@ impl Pm {
 }
 
 #[cfg(test)]
+#[expect(clippy::cast_possible_truncation, reason = "the low part is what is compared")]
 mod tests {
     use super::*;
 

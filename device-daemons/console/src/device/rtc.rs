@@ -285,7 +285,7 @@ impl Rtc {
     }
 
     fn encode(&self, value: u8) -> u8 {
-        if self.load(REG_B) & B_BINARY != 0 { value } else { value / 10 % 10 << 4 | value % 10 }
+        if self.load(REG_B) & B_BINARY != 0 { value } else { ((value / 10 % 10) << 4) | (value % 10) }
     }
 
     /// The value of a register; digits beyond 9 count for what they are.

@@ -322,6 +322,7 @@ impl Serial {
 }
 
 #[cfg(test)]
+#[expect(clippy::cast_possible_truncation, reason = "patterns and small random numbers")]
 mod tests {
     use super::*;
 
