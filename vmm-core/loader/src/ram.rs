@@ -14,8 +14,9 @@ const PAGE: u64 = 4096;
 const MIN_RAM: u64 = 2 << 20;
 /// The most regions (`boot_params` has room for 128 memory map entries, a few are ours).
 const MAX_REGIONS: usize = 100;
-/// Images are copied in pieces of this size.
-const PIECE: usize = 256 << 10;
+/// Images are copied in pieces of this size: small enough to stay in the cache.
+const PIECE: usize = 64 << 10;
+static ZEROS: [u8; 4096] = [0; 4096];
 
 /// Guest RAM.
 #[derive(Debug)]
@@ -117,7 +118,7 @@ impl Ram {
     /// [`Error::Read`] of the source, [`Error::Memory`] outside the low RAM.
     pub fn copy<S: Source + ?Sized>(&self, source: &S, offset: u64, len: u64, gpa: u64) -> Result<(), Error> {
         let mut buffer = vec![0; PIECE];
-        pieces(len, |done, size| {
+        pieces(len, PIECE, |done, size| {
             let piece = buffer.get_mut(..size).unwrap_or_default();
             source.read_at(offset + done, piece)?;
             self.write(gpa + done, piece)
@@ -129,16 +130,15 @@ impl Ram {
     /// # Errors
     /// [`Error::Memory`] outside the low RAM.
     pub fn zero(&self, gpa: u64, len: u64) -> Result<(), Error> {
-        let zeros = vec![0; PIECE];
-        pieces(len, |done, size| self.write(gpa + done, zeros.get(..size).unwrap_or_default()))
+        pieces(len, ZEROS.len(), |done, size| self.write(gpa + done, ZEROS.get(..size).unwrap_or_default()))
     }
 }
 
-/// Calls `each` with offset and size of all pieces of `len` bytes.
-fn pieces(len: u64, mut each: impl FnMut(u64, usize) -> Result<(), Error>) -> Result<(), Error> {
+/// Calls `each` with offset and size of all pieces of `len` bytes, each of `most` bytes or less.
+fn pieces(len: u64, most: usize, mut each: impl FnMut(u64, usize) -> Result<(), Error>) -> Result<(), Error> {
     let mut done = 0;
     while done < len {
-        let size = usize::try_from(len - done).unwrap_or(PIECE).min(PIECE);
+        let size = usize::try_from(len - done).unwrap_or(most).min(most);
         each(done, size)?;
         done += size as u64;
     }
