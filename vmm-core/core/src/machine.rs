@@ -254,8 +254,13 @@ impl Machine {
 
     /// Lets the vCPUs run if the state says so and guest and console are there.
     fn release(&mut self) -> Result<()> {
-        let ready = self.state.run() == RunState::Running && self.console.door.is_linked();
-        if self.released || self.exiting || !ready || self.shared.bus.console_failed() {
+        if self.released || self.exiting || self.state.run() != RunState::Running {
+            return Ok(());
+        }
+        if self.shared.bus.console_failed() {
+            return self.apply(State::internal_error);
+        }
+        if !self.console.door.is_linked() {
             return Ok(());
         }
         match self.boot.phase {
@@ -395,6 +400,10 @@ impl Machine {
     }
 
     fn try_start(&mut self) -> Result<()> {
+        if !self.broker.door.is_linked() {
+            // The next broker asks again.
+            self.held_start = None;
+        }
         let ready = matches!(self.boot.phase, Phase::Ready(_)) && self.console.door.is_linked();
         if let Some(id) = self.held_start.take_if(|_| ready || !self.state.to_start() || self.exiting) {
             self.apply(State::start)?;

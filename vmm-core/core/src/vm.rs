@@ -74,17 +74,18 @@ impl Vm {
     /// KVM's.
     pub fn new(host: &Kvm, ram: Vec<Ram>) -> Result<Self> {
         let fd = host.create_vm().map_err(kvm("KVM_CREATE_VM"))?;
+        // Before the chips: after their ports are registered KVM takes milliseconds for a slot.
+        for (slot, ram) in (0..).zip(&ram) {
+            ram.mapping
+                .set_slot(&fd, slot, ram.region.gpa, false)
+                .map_err(kvm("KVM_SET_USER_MEMORY_REGION"))?;
+        }
         let tss = usize::try_from(KVM_TSS).map_err(|_| Error::Config("TSS address"))?;
         fd.set_identity_map_address(KVM_IDENTITY_MAP).map_err(kvm("KVM_SET_IDENTITY_MAP_ADDR"))?;
         fd.set_tss_address(tss).map_err(kvm("KVM_SET_TSS_ADDR"))?;
         fd.create_irq_chip().map_err(kvm("KVM_CREATE_IRQCHIP"))?;
         let pit = kvm_pit_config { flags: KVM_PIT_SPEAKER_DUMMY, ..Default::default() };
         fd.create_pit2(pit).map_err(kvm("KVM_CREATE_PIT2"))?;
-        for (slot, ram) in (0..).zip(&ram) {
-            ram.mapping
-                .set_slot(&fd, slot, ram.region.gpa, false)
-                .map_err(kvm("KVM_SET_USER_MEMORY_REGION"))?;
-        }
         let xsave_size = usize::try_from(fd.check_extension_int(Cap::Xsave2)).unwrap_or(0);
         let vm = Self { fd, ram, windows: Vec::new(), xsave_size };
         vm.route_interrupts()?;

@@ -22,6 +22,10 @@ fn survives(console: Answerer, patience: Duration) {
     assert!(start.elapsed() < patience, "{:?}", start.elapsed());
     assert_eq!(rig.ask(Op::Cont).0, Err(Refusal::ResetRequired));
     assert_eq!(rig.ask(Op::Stop).0, Ok(Answer::Done));
+    // A reset does not bring the console back.
+    assert_eq!(rig.ask(Op::Reset).1, [(Event::Reset(Cause::HostQmpSystemReset), RunState::Prelaunch)]);
+    let told = [(Event::Resume, RunState::Running), (Event::Stop, RunState::InternalError)];
+    assert_eq!(rig.ask(Op::Cont), (Ok(Answer::Done), told.to_vec()));
     rig.quit();
 }
 
@@ -119,6 +123,20 @@ fn a_broker_that_floods_and_does_not_read_loses_its_link() {
     rig.wait_result(0, |n| n != before);
     rig.connect_broker();
     assert_eq!(rig.status(), RunState::Running);
+    rig.quit();
+}
+
+#[test]
+fn a_held_start_dies_with_its_broker() {
+    let mut rig = Rig::bare(config(1), true, super::rig::load(Program::default().count(0).halt()));
+    rig.connect_broker();
+    rig.broker.as_mut().unwrap().send(&Request { id: 99, op: Op::Start }).unwrap();
+    assert_eq!(rig.status(), RunState::Prelaunch);
+    rig.connect_broker_again();
+    assert_eq!(rig.status(), RunState::Prelaunch);
+    rig.connect_console(plain_console());
+    assert_eq!(rig.ask(Op::Start), (Ok(Answer::Done), vec![(Event::Resume, RunState::Running)]));
+    rig.wait_result(0, |n| n == 1);
     rig.quit();
 }
 

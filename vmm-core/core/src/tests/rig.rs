@@ -164,6 +164,12 @@ impl Rig {
         self.broker = Some(Link::connect(fd, bulkhead_control_api::VERSION).unwrap());
     }
 
+    /// The broker dies and is started again.
+    pub fn connect_broker_again(&mut self) {
+        self.broker = None;
+        self.connect_broker();
+    }
+
     /// Connects a console that answers every access by `answerer` and carries out commands.
     pub fn connect_console(&self, answerer: Answerer) -> JoinHandle<()> {
         let mut main = Link::connect(connect_to(&self.console), bulkhead_bus_api::VERSION).unwrap();
