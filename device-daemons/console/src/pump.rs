@@ -75,10 +75,10 @@ fn pump_out(label: &str, far: &UnixStream, sink: &OwnedFd) {
     let mut buffer = [0; CHUNK];
     let mut dropped: u64 = 0;
     loop {
-        let bytes = match io::Read::read(&mut &*far, &mut buffer) {
+        let bytes = match nix::unistd::read(far, &mut buffer) {
             Ok(0) => break,
             Ok(len) => buffer.get(..len).unwrap_or_default(),
-            Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
+            Err(Errno::EINTR) => continue,
             Err(_) => break,
         };
         if let Err((errno, left)) = write_all(sink, bytes) {
