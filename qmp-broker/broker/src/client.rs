@@ -36,6 +36,7 @@ pub struct Client {
     written: Notify,
     /// The client is to be dropped.
     dropped: Notify,
+    is_dropped: Cell<bool>,
     /// The client sends no more.
     finished: Cell<bool>,
 }
@@ -53,6 +54,7 @@ impl Client {
             room: Notify::new(),
             written: Notify::new(),
             dropped: Notify::new(),
+            is_dropped: Cell::new(false),
             finished: Cell::new(false),
         }
     }
@@ -83,11 +85,12 @@ impl Client {
     /// Whether everything queued has been sent.
     #[must_use]
     pub fn is_flushed(&self) -> bool {
-        self.output.borrow().pending().is_empty()
+        self.is_dropped.get() || self.output.borrow().pending().is_empty()
     }
 
     /// Ends the connection.
     pub fn drop_it(&self) {
+        self.is_dropped.set(true);
         self.dropped.notify_one();
     }
 
@@ -99,7 +102,7 @@ impl Client {
 
     /// Queues an event; a client that has too much waiting is dropped.
     pub fn push_event(&self, line: &str) {
-        if !self.is_negotiated() {
+        if !self.is_negotiated() || self.is_dropped.get() {
             return;
         }
         if self.output.borrow_mut().push_event(line) {

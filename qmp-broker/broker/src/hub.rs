@@ -15,7 +15,7 @@ use bulkhead_qapi::types::run_state::{
 use bulkhead_qapi::{Error, json, request, table};
 use serde_json::{Value, json};
 use tokio::sync::{Mutex, Notify};
-use tokio::time::sleep;
+use tokio::time::{Instant, sleep_until};
 
 use crate::client::Client;
 use crate::commands::{self, Known, Reply, Step};
@@ -23,7 +23,9 @@ use crate::monitor::Monitor;
 use crate::peer::{NoAnswer, Peer};
 
 /// How long core may take to end the VM after `quit`.
-const QUIT: Duration = Duration::from_secs(10);
+const QUIT: Duration = Duration::from_secs(5);
+/// Refused clients are logged no more often than this.
+const REFUSALS: Duration = Duration::from_secs(1);
 
 /// What all clients share.
 #[derive(Debug)]
@@ -45,6 +47,8 @@ pub struct Hub {
     turn: Mutex<()>,
     clients: RefCell<BTreeMap<u64, Rc<Client>>>,
     next_client: Cell<u64>,
+    /// When refused clients may be logged again, and how many were refused since the last time.
+    refused: Cell<(Instant, u32)>,
 }
 
 impl Hub {
@@ -64,6 +68,7 @@ impl Hub {
             turn: Mutex::new(()),
             clients: RefCell::default(),
             next_client: Cell::default(),
+            refused: Cell::new((Instant::now(), 0)),
         }
     }
 
@@ -90,6 +95,18 @@ impl Hub {
     #[must_use]
     pub fn oldest_silent(&self) -> Option<Rc<Client>> {
         self.clients.borrow().values().find(|client| !client.is_negotiated()).cloned()
+    }
+
+    /// Logs a refused client, or counts it for the next line.
+    pub fn log_refusal(&self, why: &str) {
+        let (next, count) = self.refused.get();
+        let now = Instant::now();
+        if now < next {
+            self.refused.set((next, count + 1));
+        } else {
+            warn!("a QMP client is refused: {why} ({count} more since the last such line)");
+            self.refused.set((now + REFUSALS, 0));
+        }
     }
 
     /// Whether no client has output waiting.
@@ -199,11 +216,12 @@ impl Hub {
 
     /// Ends the VM: through core, and without it if core does not end.
     async fn quit(self: Rc<Self>) {
+        let end = Instant::now() + QUIT;
         let request = |id| core::Request { id, op: core::Op::Quit };
         if let Err(error) = self.core.ask(request).await {
             warn!("quit: core: {error}");
         }
-        sleep(QUIT).await;
+        sleep_until(end).await;
         warn!("quit: core has not ended; the broker ends without it");
         if !self.shutdown_sent.get() {
             self.shutdown(core::Cause::HostQmpQuit);

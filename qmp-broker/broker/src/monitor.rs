@@ -116,7 +116,7 @@ impl Monitor {
                     self.connected.notify_one();
                     spawn_local(Rc::clone(&self).serve(Rc::clone(&hub), Stream::Socket(stream)));
                 }
-                Ok((stream, _)) => refuse(&stream),
+                Ok((stream, _)) => refuse(&hub, &stream),
                 Err(error) => {
                     warn!("monitor {}: accept: {error}", self.label);
                     sleep(RETRY).await;
@@ -141,8 +141,8 @@ fn make_room(hub: &Hub) -> bool {
     }
 }
 
-fn refuse(stream: &UnixStream) {
-    warn!("a QMP client is refused: {MAX_CLIENTS} are connected");
+fn refuse(hub: &Hub, stream: &UnixStream) {
+    hub.log_refusal(&format!("{MAX_CLIENTS} are connected"));
     let line = format!(
         "{{\"error\": {{\"class\": \"GenericError\", \"desc\": \"Too many clients: {MAX_CLIENTS} are connected\"}}}}\r\n"
     );

@@ -12,7 +12,7 @@ use nix::errno::Errno;
 use nix::sys::socket::MsgFlags;
 use serde::{Serialize, de::DeserializeOwned};
 use tokio::io::unix::AsyncFd;
-use tokio::sync::oneshot;
+use tokio::sync::{Notify, oneshot};
 use tokio::time::timeout;
 
 use crate::fd::watch;
@@ -87,7 +87,7 @@ fn errno(error: &std::io::Error) -> Errno {
 /// Why a peer gave no answer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum NoAnswer {
-    /// It is not connected, or its link ended.
+    /// It is not connected, or its link ended meanwhile.
     #[error("not connected")]
     Away,
     /// It took too long.
@@ -99,13 +99,19 @@ pub enum NoAnswer {
 #[derive(Debug)]
 pub struct Peer<A> {
     link: RefCell<Option<Rc<Link>>>,
+    attached: Notify,
     waiting: RefCell<BTreeMap<u32, oneshot::Sender<A>>>,
     next: Cell<u32>,
 }
 
 impl<A> Default for Peer<A> {
     fn default() -> Self {
-        Self { link: RefCell::default(), waiting: RefCell::default(), next: Cell::default() }
+        Self {
+            link: RefCell::default(),
+            attached: Notify::new(),
+            waiting: RefCell::default(),
+            next: Cell::default(),
+        }
     }
 }
 
@@ -114,6 +120,7 @@ impl<A> Peer<A> {
     pub fn attach(&self, link: Rc<Link>) {
         self.detach();
         *self.link.borrow_mut() = Some(link);
+        self.attached.notify_waiters();
     }
 
     /// The peer is gone: whoever waits is told.
@@ -130,12 +137,24 @@ impl<A> Peer<A> {
         }
     }
 
-    /// Sends the request that `make` makes of an id, and waits for its answer as long as it takes.
+    async fn link(&self) -> Rc<Link> {
+        loop {
+            let attached = self.attached.notified();
+            let link = self.link.borrow().clone();
+            match link {
+                Some(link) => return link,
+                None => attached.await,
+            }
+        }
+    }
+
+    /// Sends the request that `make` makes of an id, as soon as the peer is there, and waits for its
+    /// answer as long as it takes.
     ///
     /// # Errors
-    /// [`NoAnswer::Away`].
+    /// [`NoAnswer::Away`]: the link ended meanwhile.
     pub async fn ask_patiently<R: Serialize>(&self, make: impl FnOnce(u32) -> R) -> Result<A, NoAnswer> {
-        let link = self.link.borrow().clone().ok_or(NoAnswer::Away)?;
+        let link = self.link().await;
         let id = self.next.get();
         self.next.set(id.wrapping_add(1));
         let (sender, receiver) = oneshot::channel();
@@ -150,7 +169,8 @@ impl<A> Peer<A> {
     /// # Errors
     /// See [`NoAnswer`].
     pub async fn ask<R: Serialize>(&self, make: impl FnOnce(u32) -> R) -> Result<A, NoAnswer> {
-        timeout(ANSWER, self.ask_patiently(make)).await.unwrap_or(Err(NoAnswer::Late))
+        let late = |_| Err(if self.link.borrow().is_some() { NoAnswer::Late } else { NoAnswer::Away });
+        timeout(ANSWER, self.ask_patiently(make)).await.unwrap_or_else(late)
     }
 }
 

@@ -56,7 +56,10 @@ fn prepare(path: &Path) -> Result<()> {
 }
 
 /// Sends a case and returns the lines that it caused.
-fn exchange(path: &Path, case: &Case) -> Result<Vec<Value>> {
+///
+/// # Errors
+/// The server closed the connection, or sent what is no line of QMP.
+pub fn exchange(path: &Path, case: &Case) -> Result<Vec<Value>> {
     let mut wire = Wire::connect(path)?;
     match case.start {
         Start::Fresh => {}

@@ -1,0 +1,291 @@
+//! Clients that misbehave, and peers that do.
+
+use std::io::{ErrorKind, IoSlice, Read, Write};
+use std::os::fd::AsRawFd;
+use std::os::unix::net::UnixStream;
+use std::thread::sleep;
+use std::time::{Duration, Instant};
+
+use bulkhead_control_api::core::{Cause, Event, RunState};
+use bulkhead_framework::Result;
+use bulkhead_qmp_tests::broker::{Broker, Kind};
+use bulkhead_qmp_tests::wire::Wire;
+use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg};
+use serde_json::{Value, json};
+
+const VERSION: &str = "{'execute': 'query-version'}";
+
+fn negotiated(broker: &Broker) -> Result<Wire> {
+    let mut wire = Wire::connect(&broker.path(0))?;
+    wire.negotiate(false)?;
+    Ok(wire)
+}
+
+/// Waits until `condition` holds.
+fn eventually(what: &str, condition: impl Fn() -> bool) -> Result<()> {
+    let end = Instant::now() + Duration::from_secs(10);
+    while !condition() {
+        if Instant::now() > end {
+            return Err(format!("not in time: {what}").into());
+        }
+        sleep(Duration::from_millis(2));
+    }
+    Ok(())
+}
+
+#[test]
+fn events_reach_every_negotiated_client() -> Result<()> {
+    let broker = Broker::start(&[Kind::Server, Kind::Inherited], false)?;
+    let mut first = negotiated(&broker)?;
+    let mut second = Wire::connect(&broker.path(1))?;
+    second.negotiate(true)?;
+    let mut silent = Wire::connect(&broker.path(0))?;
+    first.ask("{'execute': 'cont'}")?;
+    assert!(second.line()?.get("timestamp").is_some());
+    // Negotiation comes late: the first line is its reply, not the event.
+    silent.negotiate(false)?;
+    let cause = [
+        (Event::Stop, RunState::Paused, "STOP", Value::Null),
+        (
+            Event::Shutdown(Cause::GuestShutdown),
+            RunState::Shutdown,
+            "SHUTDOWN",
+            json!({"guest": true, "reason": "guest-shutdown"}),
+        ),
+        (
+            Event::Reset(Cause::GuestReset),
+            RunState::Running,
+            "RESET",
+            json!({"guest": true, "reason": "guest-reset"}),
+        ),
+        (Event::GuestPanicked, RunState::GuestPanicked, "GUEST_PANICKED", json!({"action": "pause"})),
+    ];
+    for (event, state, name, data) in cause {
+        broker.core.event(event, state);
+        for client in [&mut first, &mut second, &mut silent] {
+            let line = client.line()?;
+            assert_eq!(line.get("event"), Some(&json!(name)), "{line}");
+            assert_eq!(line.get("data").unwrap_or(&Value::Null), &data, "{line}");
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn some_states_need_a_reset() -> Result<()> {
+    let broker = Broker::start(&[Kind::Server], false)?;
+    let mut wire = negotiated(&broker)?;
+    for (state, name) in [(RunState::InternalError, "internal-error"), (RunState::Shutdown, "shutdown")] {
+        broker.core.event(Event::Stop, state);
+        wire.event("STOP")?;
+        let refused = wire.ask("{'execute': 'cont'}")?;
+        assert_eq!(refused.pointer("/error/desc"), Some(&json!("Resetting the Virtual Machine is required")));
+        let status = wire.ask("{'execute': 'query-status'}")?;
+        assert_eq!(status.pointer("/return/status"), Some(&json!(name)));
+        assert!(wire.ask("{'execute': 'system_powerdown'}")?.get("return").is_some());
+    }
+    Ok(())
+}
+
+#[test]
+fn quit_ends_everything() -> Result<()> {
+    let broker = Broker::start(&[Kind::Server], false)?;
+    let mut other = negotiated(&broker)?;
+    let mut wire = negotiated(&broker)?;
+    wire.send(b"{'execute': 'quit', 'id': 7}")?;
+    assert_eq!(wire.line()?, json!({"return": {}, "id": 7}));
+    for client in [&mut wire, &mut other] {
+        let event = client.event("SHUTDOWN")?;
+        assert_eq!(event.get("data"), Some(&json!({"guest": false, "reason": "host-qmp-quit"})));
+        assert_eq!(client.line().unwrap_err().message(), "the connection is closed");
+    }
+    broker.join()
+}
+
+#[test]
+fn a_core_that_does_not_answer_blocks_only_what_needs_it() -> Result<()> {
+    let broker = Broker::start(&[Kind::Server], false)?;
+    let mut stuck = negotiated(&broker)?;
+    broker.core.set_silent(true);
+    stuck.send(b"{'execute': 'stop'}")?;
+    let mut other = negotiated(&broker)?;
+    let began = Instant::now();
+    for request in [VERSION, "{'execute': 'query-status'}", "{'execute': 'query-qmp-schema'}"] {
+        assert!(other.ask(request)?.get("return").is_some());
+    }
+    assert_eq!(other.ask("{'execute': 'quit'}")?, json!({"return": {}}));
+    assert!(began.elapsed() < Duration::from_secs(2), "{:?}", began.elapsed());
+    let late = stuck.ask("")?;
+    assert_eq!(
+        late.pointer("/error/desc"),
+        Some(&json!("The machine cannot be reached: no answer within 5 seconds"))
+    );
+    // Core never answers: the broker ends without it, and says so to its clients.
+    let event = other.event("SHUTDOWN")?;
+    assert_eq!(event.pointer("/data/reason"), Some(&json!("host-qmp-quit")));
+    broker.join()
+}
+
+#[test]
+fn without_a_console_only_its_commands_fail() -> Result<()> {
+    let broker = Broker::start_with(&[Kind::Server], None, false, false)?;
+    let mut wire = negotiated(&broker)?;
+    for command in ["query-chardev", "system_powerdown"] {
+        let reply = wire.ask(&format!("{{'execute': '{command}'}}"))?;
+        assert_eq!(
+            reply.pointer("/error/desc"),
+            Some(&json!("The console cannot be reached: not connected"))
+        );
+    }
+    assert!(wire.ask("{'execute': 'stop'}")?.get("return").is_some());
+    Ok(())
+}
+
+#[test]
+fn a_waiting_monitor_holds_the_start() -> Result<()> {
+    let broker = Broker::start(&[Kind::Server, Kind::Waiting], true)?;
+    let _first = negotiated(&broker)?;
+    sleep(Duration::from_millis(100));
+    assert!(!broker.core.is_started());
+    let _second = Wire::connect(&broker.path(1))?;
+    eventually("start", || broker.core.is_started())
+}
+
+#[test]
+fn a_connected_socket_is_a_monitor() -> Result<()> {
+    let (ours, theirs) = UnixStream::pair()?;
+    let broker = Broker::start_with(&[], Some(theirs), true, true)?;
+    let mut wire = Wire::over(ours)?;
+    assert!(wire.line()?.get("QMP").is_some());
+    wire.negotiate(false)?;
+    eventually("start", || broker.core.is_started())?;
+    let reply = wire.ask("{'execute': 'query-chardev'}")?;
+    assert_eq!(reply.pointer("/return/0/filename"), Some(&json!("unix:/client")));
+    Ok(())
+}
+
+#[test]
+fn what_was_asked_before_the_end_is_answered() -> Result<()> {
+    let broker = Broker::start(&[Kind::Server], false)?;
+    let mut wire = negotiated(&broker)?;
+    wire.send(VERSION.repeat(100).as_bytes())?;
+    wire.stream().shutdown(std::net::Shutdown::Write)?;
+    for _ in 0..100 {
+        assert!(wire.line()?.get("return").is_some());
+    }
+    assert_eq!(wire.line().unwrap_err().message(), "the connection is closed");
+    Ok(())
+}
+
+/// Writes as much as the broker takes; returns the number of bytes.
+fn flood(stream: &UnixStream, request: &[u8]) -> Result<usize> {
+    let mut stream = stream;
+    stream.set_write_timeout(Some(Duration::from_millis(200)))?;
+    let mut taken = 0;
+    loop {
+        match stream.write(request) {
+            Ok(count) => taken += count,
+            Err(error) if error.kind() == ErrorKind::WouldBlock => return Ok(taken),
+            Err(error) => return Err(error.into()),
+        }
+    }
+}
+
+#[test]
+fn a_client_that_never_reads_is_paused_then_dropped() -> Result<()> {
+    let broker = Broker::start(&[Kind::Server], false)?;
+    let greedy = negotiated(&broker)?;
+    let request = "{'execute': 'query-qmp-schema'}".repeat(100);
+    let taken = flood(greedy.stream(), request.as_bytes())?;
+    assert!(taken < 4 << 20, "{taken} bytes were taken");
+    let mut other = negotiated(&broker)?;
+    assert!(other.ask(VERSION)?.get("return").is_some());
+    // Now events come, more than are kept for it.
+    let mut reader = other.stream().try_clone()?;
+    std::thread::spawn(move || while reader.read(&mut [0; 65536]).is_ok_and(|count| count > 0) {});
+    for _ in 0..20_000 {
+        broker.core.event(Event::Resume, RunState::Running);
+    }
+    let mut stream = greedy.stream();
+    let mut rest = Vec::new();
+    stream.set_read_timeout(Some(Duration::from_secs(10)))?;
+    // It gets what its socket held, then the end.
+    match stream.read_to_end(&mut rest) {
+        Ok(_) => assert!(rest.len() < 4 << 20, "{} bytes", rest.len()),
+        Err(error) => assert_eq!(error.kind(), ErrorKind::ConnectionReset),
+    }
+    Ok(())
+}
+
+#[test]
+fn too_many_clients_are_told_so() -> Result<()> {
+    let broker = Broker::start(&[Kind::Server], false)?;
+    let mut first = negotiated(&broker)?;
+    let mut served = Vec::new();
+    let mut refused = 0;
+    for _ in 0..1000 {
+        let mut wire = Wire::over(UnixStream::connect(broker.path(0))?)?;
+        let line = wire.line()?;
+        match line.get("QMP") {
+            Some(_) => served.push(wire),
+            None => {
+                assert_eq!(line.pointer("/error/desc"), Some(&json!("Too many clients: 100 are connected")));
+                refused += 1;
+            }
+        }
+    }
+    assert_eq!((served.len(), refused), (99, 901));
+    assert!(first.ask(VERSION)?.get("return").is_some());
+    drop(served);
+    let end = Instant::now() + Duration::from_secs(5);
+    while negotiated(&broker).is_err() {
+        assert!(Instant::now() < end, "no room again");
+    }
+    Ok(())
+}
+
+#[test]
+fn descriptors_in_control_messages_are_discarded() -> Result<()> {
+    let broker = Broker::start(&[Kind::Server], false)?;
+    let mut wire = negotiated(&broker)?;
+    let own = || std::fs::read_dir("/proc/self/fd").map(Iterator::count);
+    let before = own()?;
+    let null = std::fs::File::open("/dev/null")?;
+    for _ in 0..200 {
+        let fds = [null.as_raw_fd(); 50];
+        let rights = [ControlMessage::ScmRights(&fds)];
+        let parts = [IoSlice::new(VERSION.as_bytes())];
+        sendmsg::<()>(wire.stream().as_raw_fd(), &parts, &rights, MsgFlags::empty(), None)
+            .map_err(std::io::Error::from)?;
+        assert!(wire.line()?.get("return").is_some());
+    }
+    // The broker runs in this process; other tests open and close a few descriptors meanwhile.
+    let after = own()?;
+    assert!(after < before + 500, "{before} descriptors became {after}");
+    Ok(())
+}
+
+#[test]
+fn large_values_are_bounded_together() -> Result<()> {
+    let broker = Broker::start(&[Kind::Server], false)?;
+    let mut hogs = Vec::new();
+    for _ in 0..4 {
+        let mut hog = negotiated(&broker)?;
+        hog.send(b"[\"")?;
+        hogs.push(hog);
+    }
+    let block = vec![b'x'; 1 << 20];
+    let mut limits = 0;
+    for hog in &mut hogs {
+        for _ in 0..40 {
+            hog.send(&block)?;
+        }
+        hog.send(b"\"]")?;
+        let line = hog.line()?.to_string();
+        limits += usize::from(line.contains("limit exceeded"));
+    }
+    assert!(limits <= 4);
+    let mut other = negotiated(&broker)?;
+    assert!(other.ask(VERSION)?.get("return").is_some());
+    Ok(())
+}
