@@ -39,9 +39,6 @@ pub struct Boot {
 
 impl Boot {
     /// Asks for the first loader run.
-    ///
-    /// # Errors
-    /// The starter cannot be reached.
     pub fn new(door: Door, trigger: OwnedFd) -> Result<Self, String> {
         let mut boot = Self { door, phase: Phase::Started, trigger };
         boot.begin()?;
@@ -49,9 +46,6 @@ impl Boot {
     }
 
     /// Asks for a loader run, unless one is under way or its result was never used.
-    ///
-    /// # Errors
-    /// The starter cannot be reached.
     pub fn begin(&mut self) -> Result<(), String> {
         if matches!(self.phase, Phase::Loading(_) | Phase::Ready(_)) {
             return Ok(());
@@ -70,9 +64,6 @@ impl Boot {
     }
 
     /// Goes on when the door is readable.
-    ///
-    /// # Errors
-    /// Why the boot failed, in one line.
     pub fn advance(&mut self, ram: &[Ram]) -> Result<(), String> {
         let arrival = self.door.advance();
         if arrival == Arrival::Nothing {
@@ -106,9 +97,6 @@ impl Boot {
     }
 
     /// Ends a run that takes too long.
-    ///
-    /// # Errors
-    /// It did.
     pub fn expire(&mut self) -> Result<(), String> {
         self.door.expire();
         match self.phase {

@@ -32,9 +32,6 @@ pub struct AccessLink {
 
 impl AccessLink {
     /// A link; the second descriptor is for the daemon.
-    ///
-    /// # Errors
-    /// No sockets.
     pub fn pair() -> Result<(Self, OwnedFd)> {
         let (ours, theirs) =
             socketpair(AddressFamily::Unix, SockType::SeqPacket, None, SockFlag::SOCK_CLOEXEC)

@@ -89,9 +89,6 @@ impl Coalescer {
     }
 
     /// Begins to collect.
-    ///
-    /// # Errors
-    /// KVM's.
     pub fn start(&self, vm: &VmFd) -> Result<()> {
         if self.ring.is_some() && !self.is_active() {
             // First the flag: a write may be collected as soon as KVM knows the port.
@@ -102,9 +99,6 @@ impl Coalescer {
     }
 
     /// Ends collecting; what is left in the ring must be delivered by `last` before it counts.
-    ///
-    /// # Errors
-    /// KVM's.
     pub fn stop(&self, vm: &VmFd, last: impl FnOnce()) -> Result<()> {
         if self.is_active() {
             vm.unregister_coalesced_mmio(ZONE, 1).map_err(kvm("KVM_UNREGISTER_COALESCED_MMIO"))?;

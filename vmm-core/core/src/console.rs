@@ -36,9 +36,6 @@ impl Console {
     }
 
     /// Hands out the descriptors to the daemon that has just connected.
-    ///
-    /// # Errors
-    /// It does not take them.
     pub fn welcome(&mut self) -> Result {
         let vcpus = u16::try_from(self.ends.len().saturating_sub(1)).unwrap_or(u16::MAX);
         let message = FromCore::Welcome { vcpus, irqs: CONSOLE_GSIS.to_vec() };
@@ -48,26 +45,17 @@ impl Console {
     }
 
     /// Stops the devices' clocks.
-    ///
-    /// # Errors
-    /// The daemon did not do it.
     pub fn pause(&mut self) -> Result {
         self.paused = true;
         self.command(Command::Pause)
     }
 
     /// Lets the devices' clocks go on, if they were stopped.
-    ///
-    /// # Errors
-    /// The daemon did not do it.
     pub fn resume(&mut self) -> Result {
         if std::mem::take(&mut self.paused) { self.command(Command::Resume) } else { Ok(()) }
     }
 
     /// Puts the devices into their reset state.
-    ///
-    /// # Errors
-    /// The daemon did not do it.
     pub fn reset(&mut self) -> Result {
         if self.door.is_linked() { self.command(Command::Reset) } else { Ok(()) }
     }

@@ -36,9 +36,6 @@ fn state_name(state: RunState) -> &'static str {
 }
 
 /// Whether the topology lets the broker ask `op` in `state`.
-///
-/// # Errors
-/// [`Refusal::NotPermitted`].
 pub fn permitted(op: Op, state: RunState) -> Result<(), Refusal> {
     if LINK_CONTROL_BROKER.permits(op_name(op), state_name(state)) {
         Ok(())

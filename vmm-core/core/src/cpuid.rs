@@ -41,9 +41,6 @@ fn vendor(entries: &[kvm_cpuid_entry2]) -> Option<[u8; 12]> {
 
 impl Template {
     /// What KVM supports, checked.
-    ///
-    /// # Errors
-    /// KVM refused.
     pub fn new(host: &Kvm, topology: CpuTopology) -> Result<Self> {
         let supported =
             host.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES).map_err(kvm("KVM_GET_SUPPORTED_CPUID"))?;
@@ -90,9 +87,6 @@ impl Template {
     }
 
     /// CPUID of the vCPU at `place`.
-    ///
-    /// # Errors
-    /// More leaves than KVM takes.
     pub fn at(&self, place: CpuPlace) -> Result<CpuId> {
         let mut entries = self.entries.clone();
         for entry in &mut entries {

@@ -17,7 +17,7 @@ use crate::bus::AccessLink;
 use crate::coalesce::{IDLE_PERIODS, PERIOD_MS};
 use crate::console::Console;
 use crate::control::{Broker, permitted};
-use crate::door::{Arrival, Door};
+use crate::door::Arrival;
 use crate::error::{Error, Result, kvm, system};
 use crate::gate::lock;
 use crate::notice::{Notice, What};
@@ -61,22 +61,28 @@ pub struct Host {
 /// The machine.
 #[derive(Debug)]
 pub struct Machine {
-    host: Host,
-    vm: Vm,
-    vcpus: Vec<Arc<Vcpu>>,
-    shared: Arc<Shared>,
-    power_on: PowerOn,
-    boot: Boot,
-    console: Console,
-    broker: Broker,
-    state: State,
-    drainer: AccessLink,
+    pub host: Host,
+    pub vm: Vm,
+    pub vcpus: Vec<Arc<Vcpu>>,
+    pub shared: Arc<Shared>,
+    pub power_on: PowerOn,
+    pub boot: Boot,
+    pub console: Console,
+    pub broker: Broker,
+    pub state: State,
+    pub drainer: AccessLink,
+    pub now: Now,
+}
+
+/// Where the machine is beside its run state.
+#[derive(Debug, Default)]
+pub struct Now {
     /// kvmclock as of the last halt.
     clock: Option<kvm_clock_data>,
     /// The gate is open.
     released: bool,
-    /// The first boot is not through yet: a loader failure is the end.
-    first_boot: bool,
+    /// A loader has succeeded: the failure of a later one is not the end.
+    booted: bool,
     exiting: bool,
     /// A `start` that waits for loader and console.
     held_start: Option<u32>,
@@ -95,35 +101,6 @@ struct Readable {
 }
 
 impl Machine {
-    /// A machine whose vCPUs wait at the gate.
-    pub fn new(
-        host: Host,
-        (vm, vcpus, shared): (Vm, Vec<Arc<Vcpu>>, Arc<Shared>),
-        power_on: PowerOn,
-        (boot, console, broker): (Boot, Console, Door),
-        (state, drainer): (State, AccessLink),
-    ) -> Self {
-        Self {
-            host,
-            vm,
-            vcpus,
-            shared,
-            power_on,
-            boot,
-            console,
-            broker: Broker { door: broker },
-            state,
-            drainer,
-            clock: None,
-            released: false,
-            first_boot: true,
-            exiting: false,
-            held_start: None,
-            resets: 0,
-            idle_looks: 0,
-        }
-    }
-
     /// Runs until the machine is shut down.
     ///
     /// # Errors
@@ -135,7 +112,7 @@ impl Machine {
     }
 
     fn serve(&mut self) -> Result<()> {
-        while !self.exiting {
+        while !self.now.exiting {
             let readable = self.wait()?;
             if readable.signals {
                 self.on_signal()?;
@@ -153,7 +130,7 @@ impl Machine {
             if readable.console {
                 self.on_console();
             }
-            if readable.broker && !self.exiting {
+            if readable.broker && !self.now.exiting {
                 if let Some(request) = self.broker.advance() {
                     self.on_request(request)?;
                 }
@@ -220,7 +197,7 @@ impl Machine {
                 Effect::Release => self.release()?,
                 Effect::Reset => self.reset()?,
                 Effect::Tell(event, state) => self.broker.tell(event, state),
-                Effect::Exit => self.exiting = true,
+                Effect::Exit => self.now.exiting = true,
             }
         }
         Ok(())
@@ -228,7 +205,7 @@ impl Machine {
 
     /// Stops all vCPUs, delivers what they wrote, then stops the devices and kvmclock.
     fn halt(&mut self, last: bool) -> Result<()> {
-        if !std::mem::take(&mut self.released) {
+        if !std::mem::take(&mut self.now.released) {
             return Ok(());
         }
         self.shared.gate.close();
@@ -248,13 +225,13 @@ impl Machine {
             let paused = self.console.pause();
             self.judge_console(paused);
         }
-        self.clock = Some(self.vm.fd.get_clock().map_err(kvm("KVM_GET_CLOCK"))?);
+        self.now.clock = Some(self.vm.fd.get_clock().map_err(kvm("KVM_GET_CLOCK"))?);
         Ok(())
     }
 
     /// Lets the vCPUs run if the state says so and guest and console are there.
     fn release(&mut self) -> Result<()> {
-        if self.released || self.exiting || self.state.run() != RunState::Running {
+        if self.now.released || self.now.exiting || self.state.run() != RunState::Running {
             return Ok(());
         }
         if self.shared.bus.console_failed() {
@@ -281,7 +258,7 @@ impl Machine {
             self.judge_console(resumed);
             return Ok(());
         }
-        if let Some(clock) = self.clock.take() {
+        if let Some(clock) = self.now.clock.take() {
             let clock = kvm_clock_data { clock: clock.clock, ..Default::default() };
             self.vm.fd.set_clock(&clock).map_err(kvm("KVM_SET_CLOCK"))?;
             for vcpu in &self.vcpus {
@@ -290,13 +267,13 @@ impl Machine {
             }
         }
         self.shared.gate.open();
-        self.released = true;
+        self.now.released = true;
         Ok(())
     }
 
     /// Returns to power-on. The vCPUs are halted.
     fn reset(&mut self) -> Result<()> {
-        self.resets += 1;
+        self.now.resets += 1;
         self.shared.gate.next_epoch();
         if !self.shared.bus.console_failed() {
             let reset = self.console.reset();
@@ -319,10 +296,10 @@ impl Machine {
     fn after_loader(&mut self, ended: std::result::Result<(), String>) -> Result<()> {
         match ended {
             Ok(()) => {
-                self.first_boot &= !matches!(self.boot.phase, Phase::Ready(_));
+                self.now.booted |= matches!(self.boot.phase, Phase::Ready(_));
                 Ok(())
             }
-            Err(text) if self.first_boot => Err(Error::Loader(text)),
+            Err(text) if !self.now.booted => Err(Error::Loader(text)),
             Err(text) => {
                 error!("loader: {text}");
                 self.apply(State::internal_error)
@@ -354,7 +331,7 @@ impl Machine {
 
     fn on_notices(&mut self) -> Result<()> {
         for notice in self.shared.notices.take() {
-            if self.exiting {
+            if self.now.exiting {
                 break;
             }
             match notice {
@@ -386,13 +363,13 @@ impl Machine {
 
     /// Delivers collected output; ends collecting when there has been none for a while.
     fn drain_output(&mut self) -> Result<()> {
-        let Self { shared, drainer, vm, .. } = self;
+        let Self { shared, drainer, vm, now, .. } = self;
         if shared.bus.flush(drainer) {
-            self.idle_looks = 0;
+            now.idle_looks = 0;
         } else {
-            self.idle_looks += 1;
-            if self.idle_looks >= IDLE_PERIODS {
-                self.idle_looks = 0;
+            now.idle_looks += 1;
+            if now.idle_looks >= IDLE_PERIODS {
+                now.idle_looks = 0;
                 shared.bus.coalescer.stop(&vm.fd, || while shared.bus.flush(drainer) {})?;
             }
         }
@@ -402,10 +379,11 @@ impl Machine {
     fn try_start(&mut self) -> Result<()> {
         if !self.broker.door.is_linked() {
             // The next broker asks again.
-            self.held_start = None;
+            self.now.held_start = None;
         }
         let ready = matches!(self.boot.phase, Phase::Ready(_)) && self.console.door.is_linked();
-        if let Some(id) = self.held_start.take_if(|_| ready || !self.state.to_start() || self.exiting) {
+        if let Some(id) = self.now.held_start.take_if(|_| ready || !self.state.to_start() || self.now.exiting)
+        {
             self.apply(State::start)?;
             self.reply(id, Ok(Answer::Done));
         }
@@ -435,7 +413,7 @@ impl Machine {
             Op::Counters => return Ok(Some(Ok(Answer::Counters(self.counters())))),
             Op::Start => {
                 // A broker that asks again gets its first answer now.
-                if let Some(earlier) = self.held_start.replace(id) {
+                if let Some(earlier) = self.now.held_start.replace(id) {
                     self.reply(earlier, Ok(Answer::Done));
                 }
                 return Ok(None);
@@ -469,7 +447,7 @@ impl Machine {
     }
 
     fn counters(&self) -> Counters {
-        Counters { resets: self.resets, ..self.shared.bus.counters() }
+        Counters { resets: self.now.resets, ..self.shared.bus.counters() }
     }
 
     /// Says good-bye and lets the broker pass on what is queued.

@@ -44,9 +44,6 @@ pub struct Notices {
 
 impl Notices {
     /// An empty queue.
-    ///
-    /// # Errors
-    /// No eventfd.
     pub fn new() -> Result<Self> {
         let event =
             EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK).map_err(system("eventfd"))?;

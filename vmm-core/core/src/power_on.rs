@@ -11,11 +11,12 @@ use crate::boot::Boot;
 use crate::bus::{AccessLink, Bus};
 use crate::coalesce::Coalescer;
 use crate::console::Console;
+use crate::control::Broker;
 use crate::cpuid::Template;
 use crate::door::Door;
 use crate::error::{Error, Result, kvm, system};
 use crate::gate::{Gate, lock};
-use crate::machine::{Host, Machine, PowerOn};
+use crate::machine::{Host, Machine, Now, PowerOn};
 use crate::notice::Notices;
 use crate::snapshot::{self, Chips, MsrSet, VcpuState};
 use crate::state::State;
@@ -46,9 +47,6 @@ pub struct Parts {
 }
 
 /// Makes everything up to vCPU threads that wait at the gate.
-///
-/// # Errors
-/// [`Error`], one line for the log.
 pub fn power_on(parts: Parts) -> Result<Machine> {
     let signals = signals::set_up()?;
     let config = parts.config;
@@ -78,14 +76,22 @@ pub fn power_on(parts: Parts) -> Result<Machine> {
     let drainer = links.pop().ok_or(Error::Config("no access link"))?;
     let interrupts = CONSOLE_GSIS.iter().map(|gsi| vm.interrupt(*gsi)).collect::<Result<Vec<_>>>()?;
     let door = Door::new("bus-console", bulkhead_bus_api::VERSION, parts.console);
-    let console = Console::new(door, ends, interrupts);
-
     start_threads(&vcpus, &shared, links)?;
     let threads = thread_ids(&vcpus, parts.tasks)?;
-    let state = State::new(config.autostart, config.no_reboot, config.no_shutdown);
     let broker = Door::new("control-broker", bulkhead_control_api::VERSION, parts.broker);
-    let host = Host { signals, threads, process: nix::unistd::getpid().as_raw() };
-    Ok(Machine::new(host, (vm, vcpus, shared), power_on, (boot, console, broker), (state, drainer)))
+    Ok(Machine {
+        host: Host { signals, threads, process: nix::unistd::getpid().as_raw() },
+        vm,
+        vcpus,
+        shared,
+        power_on,
+        boot,
+        console: Console::new(door, ends, interrupts),
+        broker: Broker { door: broker },
+        state: State::new(config.autostart, config.no_reboot, config.no_shutdown),
+        drainer,
+        now: Now::default(),
+    })
 }
 
 fn check(cpus: &CpuTopology) -> Result<()> {

@@ -13,9 +13,6 @@ extern "C" fn nothing(_: libc::c_int, _: *mut libc::siginfo_t, _: *mut libc::c_v
 
 /// Sets signals up for all threads that are made after this; returns the descriptor that tells of
 /// SIGTERM, SIGINT and SIGHUP.
-///
-/// # Errors
-/// The kernel's.
 pub fn set_up() -> Result<SignalFd> {
     // SIGXFSZ: a RAM larger than RLIMIT_FSIZE is to be an error, not a death.
     for signal in [KICK_SIGNAL, libc::SIGXFSZ] {

@@ -30,9 +30,6 @@ pub struct Chips {
 
 impl Chips {
     /// Reads the state.
-    ///
-    /// # Errors
-    /// KVM's.
     pub fn take(vm: &VmFd) -> Result<Self> {
         let mut irqchips = Vec::new();
         for chip_id in [KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE, KVM_IRQCHIP_IOAPIC] {
@@ -44,9 +41,6 @@ impl Chips {
     }
 
     /// Sets the state. No vCPU runs.
-    ///
-    /// # Errors
-    /// KVM's.
     pub fn restore(&self, vm: &VmFd) -> Result<()> {
         for chip in &self.irqchips {
             vm.set_irqchip(chip).map_err(kvm("KVM_SET_IRQCHIP"))?;
@@ -80,9 +74,6 @@ fn each_accepted(
 
 impl MsrSet {
     /// Tries all that KVM lists on a fresh vCPU.
-    ///
-    /// # Errors
-    /// KVM's.
     pub fn probe(host: &Kvm, vcpu: &VcpuFd) -> Result<Self> {
         let list = host.get_msr_index_list().map_err(kvm("KVM_GET_MSR_INDEX_LIST"))?;
         let wanted: Vec<_> = list
@@ -113,9 +104,6 @@ pub struct VcpuState {
 }
 
 /// Sets what firmware would have set before it starts a kernel.
-///
-/// # Errors
-/// KVM's.
 pub fn power_on(vcpu: &VcpuFd, first: bool) -> Result<()> {
     let mut misc = Msrs::from_entries(&[kvm_msr_entry { index: MSR_MISC_ENABLE, ..Default::default() }])
         .map_err(|_| Error::Capability("MSRs"))?;
@@ -143,9 +131,6 @@ pub fn power_on(vcpu: &VcpuFd, first: bool) -> Result<()> {
 }
 
 /// Whether an external NMI reaches this vCPU: LINT1 is unmasked and in NMI mode.
-///
-/// # Errors
-/// KVM's.
 pub fn takes_nmi(vcpu: &VcpuFd) -> Result<bool> {
     let lapic = vcpu.get_lapic().map_err(kvm("KVM_GET_LAPIC"))?;
     let byte = |at: usize| lapic.regs.get(at).copied().unwrap_or(0);
@@ -155,9 +140,6 @@ pub fn takes_nmi(vcpu: &VcpuFd) -> Result<bool> {
 
 impl VcpuState {
     /// Reads the state; `xsave_size` is what KVM_CAP_XSAVE2 says.
-    ///
-    /// # Errors
-    /// KVM's.
     pub fn take(vcpu: &VcpuFd, msrs: &MsrSet, xsave_size: usize) -> Result<Self> {
         let extra = xsave_size.saturating_sub(size_of::<kvm_xsave>()).div_ceil(size_of::<u32>());
         let mut xsave = Xsave::new(extra).map_err(|_| Error::Capability("room for XSAVE"))?;
@@ -184,9 +166,6 @@ impl VcpuState {
     }
 
     /// Sets the state. The vCPU does not run.
-    ///
-    /// # Errors
-    /// KVM's.
     pub fn restore(&self, vcpu: &VcpuFd) -> Result<()> {
         vcpu.set_mp_state(self.mp_state).map_err(kvm("KVM_SET_MP_STATE"))?;
         vcpu.set_regs(&self.regs).map_err(kvm("KVM_SET_REGS"))?;

@@ -77,9 +77,6 @@ impl State {
     }
 
     /// `cont`.
-    ///
-    /// # Errors
-    /// [`Refusal::ResetRequired`].
     pub fn cont(&mut self, effects: &mut Vec<Effect>) -> Result<(), Refusal> {
         self.to_start = false;
         match self.run {

@@ -62,9 +62,6 @@ impl Mapping {
     }
 
     /// Maps `len` bytes of a memfd, left out of core dumps.
-    ///
-    /// # Errors
-    /// The kernel's.
     pub fn of_ram(fd: impl AsFd, len: usize) -> Result<Self, Errno> {
         let mapping = Self::new(fd, len, 0, MapFlags::MAP_NORESERVE)?;
         // SAFETY: the range is exactly the mapping made above; DONTDUMP does not change its content.
@@ -79,9 +76,6 @@ impl Mapping {
 
     /// Makes the mapping slot `slot` of the VM at guest physical `gpa`. The caller keeps the mapping
     /// as long as the VM.
-    ///
-    /// # Errors
-    /// KVM's.
     pub fn set_slot(&self, vm: &VmFd, slot: u32, gpa: u64, readonly: bool) -> Result<(), kvm_ioctls::Error> {
         let region = kvm_userspace_memory_region {
             slot,
@@ -121,9 +115,6 @@ impl Ring {
     };
 
     /// Maps the ring through any vCPU of the VM.
-    ///
-    /// # Errors
-    /// The kernel's; without coalescing there is no such page.
     pub fn map(vcpu: &VcpuFd) -> Result<Self, Errno> {
         let page = usize::try_from(PAGE).map_err(|_| Errno::EINVAL)?;
         let offset =
@@ -214,9 +205,6 @@ impl Kick {
 }
 
 /// Reads the extended state into a buffer of the size that KVM asked for.
-///
-/// # Errors
-/// KVM's.
 pub fn get_xsave(vcpu: &VcpuFd, xsave: &mut Xsave) -> Result<(), kvm_ioctls::Error> {
     // SAFETY: `xsave` was allocated for the size in KVM_CAP_XSAVE2 (snapshot.rs), and the process
     // never asks for dynamic features, so the size stays.
@@ -224,9 +212,6 @@ pub fn get_xsave(vcpu: &VcpuFd, xsave: &mut Xsave) -> Result<(), kvm_ioctls::Err
 }
 
 /// Sets the extended state that [`get_xsave`] read.
-///
-/// # Errors
-/// KVM's.
 pub fn set_xsave(vcpu: &VcpuFd, xsave: &Xsave) -> Result<(), kvm_ioctls::Error> {
     // SAFETY: the buffer is the one that `get_xsave` filled, so it has the size that KVM reads.
     unsafe { vcpu.set_xsave2(xsave) }

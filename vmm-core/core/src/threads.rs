@@ -23,9 +23,6 @@ fn ids(status: &str) -> Option<(u32, i32)> {
 
 /// Maps thread ids of this pid namespace to those of the namespace of `tasks`, the `task` directory of
 /// this process in an outer procfs.
-///
-/// # Errors
-/// The directory cannot be read.
 pub fn outside(tasks: OwnedFd) -> Result<BTreeMap<i32, u32>> {
     let mut dir = Dir::from_fd(tasks).map_err(system("task directory"))?;
     let names: Vec<_> = dir.iter().flatten().map(|entry| entry.file_name().to_owned()).collect();

@@ -77,9 +77,6 @@ impl Vcpu {
 }
 
 /// Starts the thread of vCPU `index`; when `ready` has met, all threads are set up for the jail.
-///
-/// # Errors
-/// No thread.
 pub fn spawn(
     index: usize,
     vcpu: Arc<Vcpu>,

@@ -69,9 +69,6 @@ pub struct Vm {
 
 impl Vm {
     /// Makes the VM around its RAM.
-    ///
-    /// # Errors
-    /// KVM's.
     pub fn new(host: &Kvm, ram: Vec<Ram>) -> Result<Self> {
         let fd = host.create_vm().map_err(kvm("KVM_CREATE_VM"))?;
         // Before the chips: after their ports are registered KVM takes milliseconds for a slot.
@@ -100,9 +97,6 @@ impl Vm {
     }
 
     /// Checks that all RAM has an address in a guest with so many physical address bits.
-    ///
-    /// # Errors
-    /// [`Error::AddressWidth`].
     pub fn check_addresses(&self, bits: u32) -> Result<()> {
         let end = self.ram.last().map_or(0, |ram| ram.region.gpa + ram.region.len);
         if bits < 64 && end > 1 << bits { Err(Error::AddressWidth(bits)) } else { Ok(()) }
@@ -143,9 +137,6 @@ impl Vm {
     }
 
     /// An eventfd that raises `gsi` (edge) when it is written.
-    ///
-    /// # Errors
-    /// KVM's.
     pub fn interrupt(&self, gsi: u32) -> Result<OwnedFd> {
         let event = EventFd::new(libc::EFD_CLOEXEC | libc::EFD_NONBLOCK).map_err(io("eventfd"))?;
         self.fd.register_irqfd(&event, gsi).map_err(kvm("KVM_IRQFD"))?;
