@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use bulkhead_bus_api::main_link::{Command, FromCore};
 use bulkhead_bus_api::platform::CONSOLE_GSIS;
-use bulkhead_bus_api::{Action, MAX_REQUEST_LEN, Op};
+use bulkhead_bus_api::{Action, MAX_REQUEST_LEN, Op, Request};
 use bulkhead_control_api::config::ChardevKind;
 use bulkhead_control_api::console::{self, Answer};
 use bulkhead_jail::link::send_packet;
@@ -144,6 +144,33 @@ fn a_malformed_request_ends_the_process_with_one_line() {
         rig.vcpu().send(packet);
         let text = rig.failure();
         assert!(text.contains("malformed bus packet") && !text.contains('\n'), "{text}");
+    }
+}
+
+#[test]
+fn mutated_requests_are_answered_or_end_the_process_in_order() {
+    let mut random: u32 = 0x2545_f491;
+    let mut next = move || {
+        random ^= random << 13;
+        random ^= random >> 17;
+        random ^= random << 5;
+        random
+    };
+    for _ in 0..300 {
+        let mut rig = Rig::null();
+        let mut packet = rig.vcpu().packet(&[collected(0x3f8, 1), collected(0x3fc, 0)], LSR, 1, Op::Read);
+        for _ in 0..=next() % 4 {
+            let at = next() as usize % packet.len();
+            packet[at] = next().to_le_bytes()[0];
+        }
+        packet.truncate(packet.len() - if next() % 4 == 0 { next() as usize % packet.len() } else { 0 });
+        rig.vcpu().send(&packet);
+        if Request::decode(&packet).is_ok_and(|request| request.writes().all(|write| write.is_ok())) {
+            rig.vcpu().reply();
+            assert_eq!(rig.end().0, Ok(()));
+        } else {
+            assert!(rig.failure().contains("malformed"));
+        }
     }
 }
 

@@ -58,3 +58,14 @@ fn an_access_costs_little_more_than_its_two_packets() {
     // The goal is 1.3; a loaded machine and an unoptimized build get some room.
     assert!(bus < bare * 3, "{bus:?} against {bare:?}");
 }
+
+#[test]
+fn a_boot_log_goes_out_in_fifo_loads() {
+    const LOG: usize = 64 * 1024;
+    let mut rig = Rig::null();
+    let start = Instant::now();
+    rig.vcpu().print(&[b'x'; LOG]);
+    let time = start.elapsed();
+    println!("64 KiB of output, 16 bytes per status poll and load: {time:?}");
+    assert!(time < Duration::from_secs(5));
+}

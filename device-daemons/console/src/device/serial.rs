@@ -80,7 +80,7 @@ impl Default for Serial {
         Self {
             ier: 0,
             lcr: 0,
-            mcr: MCR_OUT2,
+            mcr: 0,
             scr: 0,
             divisor: DIVISOR,
             fifos: false,
