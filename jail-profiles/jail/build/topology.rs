@@ -33,6 +33,8 @@ struct Process {
 #[serde(deny_unknown_fields)]
 struct Limits {
     nofile: u64,
+    /// In MiB.
+    data: u64,
     fsize: toml::Value,
 }
 
@@ -122,7 +124,7 @@ fn process(out: &mut String, root: &Path, process: &Process) -> Result<(), Box<d
         out,
         "/// {about}.\npub static {upper}: Process = Process {{ name: {name:?}, binary: {binary:?}, about: {about:?}, \
          boots: {boots}, namespaces: {spaces}, gaps: {gaps}, fds: &{fds:?}, \
-         limits: Limits {{ nofile: {nofile}, fsize: {fsize} }}, syscalls: &{syscalls:?}, filter: {bpf} }};",
+         limits: Limits {{ nofile: {nofile}, data: {data}, fsize: {fsize} }}, syscalls: &{syscalls:?}, filter: {bpf} }};",
         about = process.about,
         upper = process.name.to_uppercase(),
         name = process.name,
@@ -130,6 +132,7 @@ fn process(out: &mut String, root: &Path, process: &Process) -> Result<(), Box<d
         spaces = namespaces(&process.namespaces)?,
         fds = process.fds,
         nofile = process.limits.nofile,
+        data = process.limits.data << 20,
         syscalls = profile.syscalls,
     )?;
     Ok(())

@@ -3,16 +3,21 @@
 //! Each link begins with a [`Hello`] each way (the connecting side speaks first), so that two
 //! processes of different versions part with a clear word.
 
-use std::io::{IoSlice, IoSliceMut};
+use std::io::IoSlice;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 
 use bulkhead_control_api::{Hello, MAGIC, MAX_MESSAGE, decode, encode};
 use nix::errno::Errno;
-use nix::sys::socket::{self, ControlMessage, ControlMessageOwned, MsgFlags};
+use nix::sys::socket::{self, ControlMessage, MsgFlags};
 use serde::{Serialize, de::DeserializeOwned};
 
 /// The most descriptors in one message (`SCM_MAX_FD` of Linux).
 pub const MAX_FDS: usize = 253;
+
+/// `struct cmsghdr` of 64-bit Linux, in bytes.
+const CMSG_HEADER: usize = 16;
+/// Room for [`MAX_FDS`] descriptors with their header, in words.
+const CONTROL_WORDS: usize = (CMSG_HEADER + MAX_FDS * size_of::<RawFd>()).div_ceil(8);
 
 /// Why a link is of no more use.
 #[derive(Debug, thiserror::Error)]
@@ -93,33 +98,67 @@ pub fn send_packet(
 /// Receives one packet with at most [`MAX_FDS`] descriptors; returns its length, 0 at the end.
 ///
 /// # Errors
-/// [`LinkError::Malformed`] if the packet or its descriptors did not fit; what came is closed.
+/// [`LinkError::Malformed`] if the packet or its descriptors did not fit (also because this process
+/// is at its limit of descriptors); what came is closed.
 pub fn recv_packet(
     fd: BorrowedFd<'_>,
     buffer: &mut [u8],
     flags: MsgFlags,
 ) -> Result<(usize, Vec<OwnedFd>), LinkError> {
-    let mut control = nix::cmsg_space!([RawFd; MAX_FDS]);
-    let flags = flags | MsgFlags::MSG_CMSG_CLOEXEC;
-    let (len, truncated, raw) = loop {
-        let mut parts = [IoSliceMut::new(buffer)];
-        match socket::recvmsg::<()>(fd.as_raw_fd(), &mut parts, Some(&mut control), flags) {
+    let mut control = [0u64; CONTROL_WORDS];
+    let (len, control_len, seen) = loop {
+        match recvmsg(fd, buffer, &mut control, flags | MsgFlags::MSG_CMSG_CLOEXEC) {
             Err(Errno::EINTR) => {}
             Err(errno) => return Err(errno.into()),
-            Ok(message) => {
-                let mut raw = Vec::new();
-                for part in message.cmsgs()? {
-                    if let ControlMessageOwned::ScmRights(fds) = part {
-                        raw.extend(fds);
-                    }
-                }
-                let cut = MsgFlags::MSG_TRUNC | MsgFlags::MSG_CTRUNC;
-                break (message.bytes, message.flags.intersects(cut), raw);
-            }
+            Ok(received) => break received,
         }
     };
-    let fds = raw.into_iter().map(own).collect();
-    if truncated { Err(LinkError::Malformed) } else { Ok((len, fds)) }
+    // Taken into ownership before anything is judged, so that a refusal closes them.
+    let bytes: Vec<u8> = control.iter().flat_map(|word| word.to_ne_bytes()).take(control_len).collect();
+    let fds: Vec<OwnedFd> = rights(&bytes).into_iter().map(own).collect();
+    let cut = MsgFlags::MSG_TRUNC | MsgFlags::MSG_CTRUNC;
+    if seen.intersects(cut) { Err(LinkError::Malformed) } else { Ok((len, fds)) }
+}
+
+/// `recvmsg(2)`; returns the lengths of packet and control data, and the flags.
+#[expect(unsafe_code, reason = "nix drops the descriptors of truncated control data unclosed")]
+fn recvmsg(
+    fd: BorrowedFd<'_>,
+    buffer: &mut [u8],
+    control: &mut [u64; CONTROL_WORDS],
+    flags: MsgFlags,
+) -> Result<(usize, usize, MsgFlags), Errno> {
+    let mut part = libc::iovec { iov_base: buffer.as_mut_ptr().cast(), iov_len: buffer.len() };
+    let mut header = libc::msghdr {
+        msg_name: std::ptr::null_mut(),
+        msg_namelen: 0,
+        msg_iov: &raw mut part,
+        msg_iovlen: 1,
+        msg_control: control.as_mut_ptr().cast(),
+        msg_controllen: size_of_val(control),
+        msg_flags: 0,
+    };
+    // SAFETY: the kernel writes at most `iov_len` bytes to the buffer and `msg_controllen` bytes to
+    // the control words, both borrowed exclusively for the call.
+    let len = unsafe { libc::recvmsg(fd.as_raw_fd(), &raw mut header, flags.bits()) };
+    let len = usize::try_from(len).map_err(|_| Errno::last())?;
+    Ok((len, header.msg_controllen, MsgFlags::from_bits_truncate(header.msg_flags)))
+}
+
+/// The descriptors in control data (`cmsg(3)`: length, level, type, data, padded to words).
+fn rights(mut control: &[u8]) -> Vec<RawFd> {
+    let mut fds = Vec::new();
+    while let Some((header, _)) = control.split_first_chunk::<CMSG_HEADER>() {
+        let (len, kind) = header.split_at(8);
+        let len = usize::from_ne_bytes(len.try_into().unwrap_or_default());
+        let scm_rights = [libc::SOL_SOCKET.to_ne_bytes(), libc::SCM_RIGHTS.to_ne_bytes()].concat();
+        let Some(data) = control.get(CMSG_HEADER..len) else { break };
+        if kind == scm_rights.as_slice() {
+            fds.extend(data.chunks_exact(4).map(|n| RawFd::from_ne_bytes(n.try_into().unwrap_or([0xff; 4]))));
+        }
+        control = control.get(len.next_multiple_of(8)..).unwrap_or(&[]);
+    }
+    fds
 }
 
 #[expect(unsafe_code, reason = "descriptors arrive as numbers")]
@@ -188,7 +227,7 @@ impl Link {
     /// The peer closed, or speaks another version or protocol.
     pub fn accept(fd: OwnedFd, version: u16) -> Result<Self, LinkError> {
         let mut link = Self::new(fd);
-        // Our hello goes first so that the other side can say what is wrong, too.
+        // Ours goes out whatever comes, so that the other side can say what is wrong, too.
         link.hello(version)?;
         link.expect_hello(version)?;
         Ok(link)
@@ -279,6 +318,28 @@ mod tests {
         let (number, fds) = receiver.recv_with::<u32>(MsgFlags::empty()).unwrap();
         assert_eq!((number, fds.len()), (7, 2));
         assert!(matches!(receiver.recv::<u32>(), Err(LinkError::Closed)));
+    }
+
+    #[test]
+    fn descriptors_that_do_not_fit_are_closed() {
+        let (a, b) = pair();
+        let sender = Link::new(a);
+        let many = vec![sender.as_fd(); MAX_FDS];
+        let count = || std::fs::read_dir("/proc/self/fd").unwrap().count();
+        let (_, hard) = nix::sys::resource::getrlimit(nix::sys::resource::Resource::RLIMIT_NOFILE).unwrap();
+        for limited in [false, true] {
+            send_packet(sender.as_fd(), &[0; 64], &many, MsgFlags::empty()).unwrap();
+            let limit = if limited { count() as u64 + 20 } else { hard };
+            nix::sys::resource::setrlimit(nix::sys::resource::Resource::RLIMIT_NOFILE, limit, hard).unwrap();
+            let (before, mut short) = (count(), [0; 8]);
+            assert!(matches!(
+                recv_packet(b.as_fd(), &mut short, MsgFlags::empty()),
+                Err(LinkError::Malformed)
+            ));
+            // Other tests of this process open and close a few meanwhile.
+            assert!(count() < before + 100, "{before} {}", count());
+            nix::sys::resource::setrlimit(nix::sys::resource::Resource::RLIMIT_NOFILE, hard, hard).unwrap();
+        }
     }
 
     #[test]

@@ -30,11 +30,13 @@ pub(crate) fn forget_environment() {
     }
 }
 
+fn no_landlock(error: landlock::RulesetError) -> StartError {
+    StartError::Jail(format!("{error} (Landlock needs Linux 5.13 or later and `landlock` in its lsm= list)"))
+}
+
 /// Refuses every file, TCP port, abstract socket and outside signal by Landlock, for this thread and
 /// all that it makes. `readable` is a directory that may still be read.
 pub(crate) fn restrict_files(readable: Option<BorrowedFd<'_>>) -> Result<(), StartError> {
-    let failed =
-        |_| StartError::Step("Landlock (kernel 5.13 or later with CONFIG_SECURITY_LANDLOCK)", Errno::last());
     // SAFETY: prctl with constant arguments touches no memory of ours.
     if unsafe { libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) } != 0 {
         return Err(StartError::Step("no_new_privs", Errno::last()));
@@ -42,22 +44,22 @@ pub(crate) fn restrict_files(readable: Option<BorrowedFd<'_>>) -> Result<(), Sta
     let mut rules = Ruleset::default()
         .set_compatibility(CompatLevel::HardRequirement)
         .handle_access(AccessFs::from_all(ABI::V1))
-        .map_err(failed)?
+        .map_err(no_landlock)?
         // What later kernels offer is taken where it is there.
         .set_compatibility(CompatLevel::BestEffort)
         .handle_access(AccessFs::from_all(ABI::V5))
-        .map_err(failed)?
+        .map_err(no_landlock)?
         .handle_access(AccessNet::from_all(ABI::V4))
-        .map_err(failed)?
+        .map_err(no_landlock)?
         .scope(Scope::AbstractUnixSocket | Scope::Signal)
-        .map_err(failed)?
+        .map_err(no_landlock)?
         .create()
-        .map_err(failed)?;
+        .map_err(no_landlock)?;
     if let Some(dir) = readable {
         let access = AccessFs::ReadFile | AccessFs::ReadDir;
-        rules = rules.add_rule(PathBeneath::new(dir, access)).map_err(failed)?;
+        rules = rules.add_rule(PathBeneath::new(dir, access)).map_err(no_landlock)?;
     }
-    rules.restrict_self().map_err(failed)?;
+    rules.restrict_self().map_err(no_landlock)?;
     Ok(())
 }
 

@@ -5,7 +5,7 @@ use std::env;
 use std::ffi::CString;
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd, RawFd};
 
-use bulkhead_control_api::decode;
+use bulkhead_control_api::{MAX_CONFIG, decode};
 use nix::errno::Errno;
 use nix::sys::socket::{self, MsgFlags};
 use serde::de::DeserializeOwned;
@@ -15,8 +15,6 @@ use crate::{log, sandbox, surroundings};
 
 /// First inherited descriptor (`sd_listen_fds(3)`).
 const FIRST_FD: RawFd = 3;
-/// The largest configuration blob, in bytes.
-const MAX_CONFIG: u64 = 1 << 20;
 
 /// Why a process does not start.
 #[derive(Debug, thiserror::Error)]
@@ -129,11 +127,11 @@ impl Start {
     pub fn config<T: DeserializeOwned>(&mut self) -> Result<T, StartError> {
         let fd = self.take("config")?;
         let size = nix::sys::stat::fstat(&fd).map_err(|_| StartError::Config("no size"))?.st_size;
-        let size = u64::try_from(size).unwrap_or(u64::MAX);
+        let size = usize::try_from(size).unwrap_or(usize::MAX);
         if size > MAX_CONFIG {
             return Err(StartError::Config("too large"));
         }
-        let mut blob = vec![0; usize::try_from(size).unwrap_or(0)];
+        let mut blob = vec![0; size];
         let mut at = 0;
         while let Some(rest) = blob.get_mut(at..).filter(|rest| !rest.is_empty()) {
             let offset = i64::try_from(at).map_err(|_| StartError::Config("too large"))?;

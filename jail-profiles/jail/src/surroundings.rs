@@ -54,10 +54,15 @@ fn own_host_name() -> Result<(), StartError> {
     if name == HOST_NAME { Ok(()) } else { Err(missing("not in a UTS namespace of its own")) }
 }
 
+/// A new namespace may hold tunnel devices that the kernel makes in each; none of them is up.
 fn empty_network() -> Result<(), StartError> {
-    let interfaces = nix::net::if_::if_nameindex().map_err(|e| StartError::Step("if_nameindex", e))?;
-    let foreign = interfaces.iter().any(|i| i.name().to_bytes() != b"lo");
-    if foreign { Err(missing("network interfaces are visible")) } else { Ok(()) }
+    let addresses = nix::ifaddrs::getifaddrs().map_err(|e| StartError::Step("getifaddrs", e))?;
+    for interface in addresses {
+        if interface.flags.contains(nix::net::if_::InterfaceFlags::IFF_UP) {
+            return Err(missing(format!("network interface {} is up", interface.interface_name)));
+        }
+    }
+    Ok(())
 }
 
 fn no_capabilities() -> Result<(), StartError> {
@@ -97,6 +102,9 @@ fn limits(process: &Process) -> Result<(), StartError> {
     }
     if hard(Resource::RLIMIT_NOFILE)? > process.limits.nofile {
         return Err(missing("RLIMIT_NOFILE is above the topology's"));
+    }
+    if hard(Resource::RLIMIT_DATA)? > process.limits.data {
+        return Err(missing("RLIMIT_DATA is above the topology's"));
     }
     match process.limits.fsize {
         FileSize::Bytes(bytes) if hard(Resource::RLIMIT_FSIZE)? > bytes => {

@@ -57,6 +57,8 @@ pub enum FileSize {
 pub struct Limits {
     /// RLIMIT_NOFILE.
     pub nofile: u64,
+    /// RLIMIT_DATA in bytes: private memory, thread stacks included.
+    pub data: u64,
     /// RLIMIT_FSIZE.
     pub fsize: FileSize,
 }

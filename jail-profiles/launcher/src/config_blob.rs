@@ -14,7 +14,7 @@ use serde::Serialize;
 /// One line.
 pub fn seal<T: Serialize>(config: &T) -> Result<OwnedFd, String> {
     let bytes =
-        bulkhead_control_api::encode(config).map_err(|_| "the configuration is too long".to_owned())?;
+        bulkhead_control_api::encode_config(config).map_err(|_| "the configuration is too long".to_owned())?;
     seal_bytes(c"bulkhead-config", &bytes)
 }
 

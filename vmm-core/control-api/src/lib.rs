@@ -14,6 +14,8 @@ use serde::{Deserialize, Serialize, de::DeserializeOwned};
 pub const VERSION: u16 = 1;
 /// The longest message, in bytes.
 pub const MAX_MESSAGE: usize = 16 * 1024;
+/// The largest configuration blob, in bytes.
+pub const MAX_CONFIG: usize = 1 << 20;
 /// First bytes of every link, little-endian "BLKH".
 pub const MAGIC: u32 = u32::from_le_bytes(*b"BLKH");
 
@@ -36,8 +38,20 @@ pub struct Malformed;
 /// # Errors
 /// [`Malformed`] if it would be longer than [`MAX_MESSAGE`].
 pub fn encode<T: Serialize>(message: &T) -> Result<Vec<u8>, Malformed> {
+    encode_up_to(MAX_MESSAGE, message)
+}
+
+/// Encodes a configuration blob.
+///
+/// # Errors
+/// [`Malformed`] if it would be longer than [`MAX_CONFIG`].
+pub fn encode_config<T: Serialize>(config: &T) -> Result<Vec<u8>, Malformed> {
+    encode_up_to(MAX_CONFIG, config)
+}
+
+fn encode_up_to<T: Serialize>(limit: usize, message: &T) -> Result<Vec<u8>, Malformed> {
     let bytes = postcard::to_allocvec(message).map_err(|_| Malformed)?;
-    if bytes.len() > MAX_MESSAGE { Err(Malformed) } else { Ok(bytes) }
+    if bytes.len() > limit { Err(Malformed) } else { Ok(bytes) }
 }
 
 /// Decodes one message; bytes left over are an error.
