@@ -94,8 +94,8 @@ pub struct VcpuState {
     regs: kvm_regs,
     sregs: kvm_sregs,
     xsave: Xsave,
-    /// None on a host without XSAVE.
-    xcrs: Option<kvm_xcrs>,
+    /// Empty on a host without XSAVE, which cannot be set.
+    xcrs: kvm_xcrs,
     debug: kvm_debugregs,
     msrs: Vec<kvm_msr_entry>,
     lapic: kvm_lapic_state,
@@ -148,15 +148,11 @@ impl VcpuState {
             msrs.0.iter().map(|index| kvm_msr_entry { index: *index, ..Default::default() }).collect();
         let mut msrs = each_accepted(&wanted, |list| vcpu.get_msrs(list))?;
         msrs.push(kvm_msr_entry { index: MSR_TSC, ..Default::default() });
-        let xcrs = match vcpu.get_xcrs() {
-            Err(e) if e.errno() == libc::EINVAL => None,
-            other => Some(other.map_err(kvm("KVM_GET_XCRS"))?),
-        };
         Ok(Self {
             regs: vcpu.get_regs().map_err(kvm("KVM_GET_REGS"))?,
             sregs: vcpu.get_sregs().map_err(kvm("KVM_GET_SREGS"))?,
             xsave,
-            xcrs,
+            xcrs: vcpu.get_xcrs().map_err(kvm("KVM_GET_XCRS"))?,
             debug: vcpu.get_debug_regs().map_err(kvm("KVM_GET_DEBUGREGS"))?,
             msrs,
             lapic: vcpu.get_lapic().map_err(kvm("KVM_GET_LAPIC"))?,
@@ -170,8 +166,8 @@ impl VcpuState {
         vcpu.set_mp_state(self.mp_state).map_err(kvm("KVM_SET_MP_STATE"))?;
         vcpu.set_regs(&self.regs).map_err(kvm("KVM_SET_REGS"))?;
         sys::set_xsave(vcpu, &self.xsave).map_err(kvm("KVM_SET_XSAVE"))?;
-        if let Some(xcrs) = &self.xcrs {
-            vcpu.set_xcrs(xcrs).map_err(kvm("KVM_SET_XCRS"))?;
+        if self.xcrs.nr_xcrs > 0 {
+            vcpu.set_xcrs(&self.xcrs).map_err(kvm("KVM_SET_XCRS"))?;
         }
         // The APIC base in the special registers decides how the APIC's page is read.
         vcpu.set_sregs(&self.sregs).map_err(kvm("KVM_SET_SREGS"))?;
