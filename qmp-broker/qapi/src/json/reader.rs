@@ -93,11 +93,12 @@ impl Reader {
     /// Takes the bytes at the start of `rest` that are plain text of the string being read.
     fn take_run(&mut self, rest: &[u8]) -> usize {
         let State::Text(quote) = self.state else { return 0 };
-        let plain = |&byte: &u8| (0x20..=0xFD).contains(&byte) && byte != quote && byte != b'\\';
         let room = (MAX_TOKEN_BYTES - self.token.len().min(MAX_TOKEN_BYTES))
             .min(self.budget.saturating_sub(self.held()))
             .saturating_add(1);
-        let run = rest.iter().take(room).take_while(|byte| plain(byte)).count();
+        let plain = |byte: u8| byte >= 0x20 && byte <= 0xFD && byte != quote && byte != b'\\';
+        let rest = rest.get(..room).unwrap_or(rest);
+        let run = rest.iter().position(|&byte| !plain(byte)).unwrap_or(rest.len());
         self.token.extend_from_slice(rest.get(..run).unwrap_or_default());
         run
     }
