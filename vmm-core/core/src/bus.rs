@@ -100,7 +100,7 @@ const FAILED: Outcome = Outcome { data: u64::MAX, action: None };
 #[derive(Debug)]
 pub struct Bus {
     notices: Arc<Notices>,
-    /// Collected writes to the console; also its drainer's link.
+    /// Collected writes to the console.
     pub coalescer: Coalescer,
     /// The console broke the protocol or died.
     console_failed: AtomicBool,

@@ -12,6 +12,8 @@ use crate::error::{Error, Result, kvm};
 const AMD_VENDORS: [&[u8; 12]; 2] = [b"AuthenticAMD", b"HygonGenuine"];
 /// Highest basic leaf that the topology needs.
 const LEAF_TOPOLOGY: u32 = 0xb;
+/// AMD's own form.
+const LEAF_TOPOLOGY_AMD: u32 = 0x8000_001e;
 /// The same information in its second form (Intel).
 const LEAF_TOPOLOGY_V2: u32 = 0x1f;
 
@@ -64,8 +66,14 @@ impl Template {
                     entry.ecx |= 1 << 21 | 1 << 31;
                     set_bits(&mut entry.ecx, 24, 1, u32::from(deadline));
                 }
+                0x8000_0000 if amd => entry.eax = entry.eax.max(LEAF_TOPOLOGY_AMD),
+                // TopologyExtensions: without it Linux looks at none of the topology leaves.
+                0x8000_0001 if amd => entry.ecx |= 1 << 22,
                 _ => {}
             }
+        }
+        if amd && !entries.iter().any(|e| e.function == LEAF_TOPOLOGY_AMD) {
+            entries.push(kvm_cpuid_entry2 { function: LEAF_TOPOLOGY_AMD, ..Default::default() });
         }
         let forms: &[u32] = if max_leaf >= LEAF_TOPOLOGY_V2 && !amd {
             &[LEAF_TOPOLOGY, LEAF_TOPOLOGY_V2]
@@ -158,7 +166,7 @@ impl Template {
                 set_bits(&mut entry.ecx, 12, 4, self.topology.core_bits());
             }
             0x8000_001d if entry.eax & 0x1f != 0 => self.share_cache(&mut entry.eax),
-            0x8000_001e => {
+            LEAF_TOPOLOGY_AMD => {
                 entry.eax = place.apic_id;
                 entry.ebx = place.core | (self.topology.threads.max(1) - 1) << 8;
                 entry.ecx = place.socket;
@@ -186,7 +194,7 @@ mod tests {
         let amd_cache = kvm_cpuid_entry2 { eax: 1 | 3 << 5, ..entry(0x8000_001d, 0) };
         let mut list =
             vec![zero, entry(1, 0), cache(0, 1), cache(1, 3), entry(4, 2), entry(0xb, 0), amd_cache];
-        list.extend([0x8000_0001, 0x8000_0008, 0x8000_001e].map(|f| entry(f, 0)));
+        list.extend([0x8000_0000, 0x8000_0001, 0x8000_0008].map(|f| entry(f, 0)));
         list
     }
 
@@ -224,7 +232,8 @@ mod tests {
         assert_eq!(find(&cpuid, 0x8000_001d, 0).eax, 7 << 14 | 3 << 5 | 1);
         let node = find(&cpuid, 0x8000_001e, 0);
         assert_eq!((node.eax, node.ebx, node.ecx), (5, 1 << 8 | 2, 0));
-        assert_eq!(find(&cpuid, 0x8000_0001, 0).ecx, 1 << 1);
+        assert_eq!(find(&cpuid, 0x8000_0001, 0).ecx, 1 << 1 | 1 << 22);
+        assert_eq!(find(&cpuid, 0x8000_0000, 0).eax, 0x8000_001e);
         assert_eq!(find(&cpuid, 1, 0).ecx & 1 << 24, 0);
     }
 
