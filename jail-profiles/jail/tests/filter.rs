@@ -1,5 +1,6 @@
 //! The seccomp filters on the running kernel: what every compartment must be refused.
 #![expect(unsafe_code, reason = "fork and raw system calls in the child")]
+#![expect(clippy::unwrap_used, clippy::panic, reason = "helpers of tests fail their test")]
 
 use bulkhead_jail::topology::{PROCESSES, Process};
 use nix::sys::signal::Signal;

@@ -13,8 +13,8 @@ use serde::Serialize;
 /// # Errors
 /// One line.
 pub fn seal<T: Serialize>(config: &T) -> Result<OwnedFd, String> {
-    let bytes =
-        bulkhead_control_api::encode_config(config).map_err(|_| "the configuration is too long".to_owned())?;
+    let bytes = bulkhead_control_api::encode_config(config)
+        .map_err(|_| "the configuration is too long".to_owned())?;
     seal_bytes(c"bulkhead-config", &bytes)
 }
 

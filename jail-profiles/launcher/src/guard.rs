@@ -4,8 +4,9 @@
 //! that the launcher creates, and waits for the launcher's end, whatever ends it. Then it kills what
 //! still runs, removes the paths that are still the launcher's own, gives the terminal its modes
 //! back and exits.
-#![expect(unsafe_code, reason = "fork, pidfd_send_signal and _exit")]
+#![expect(unsafe_code, reason = "fork, close_range, pidfd_send_signal and _exit")]
 
+use std::cell::RefCell;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::MetadataExt as _;
@@ -13,6 +14,7 @@ use std::path::{Path, PathBuf};
 
 use bulkhead_jail::link::{LinkError, recv_packet, send_packet};
 use nix::errno::Errno;
+use nix::poll::{PollFd, PollFlags, poll};
 use nix::sys::signal::{SigSet, SigmaskHow, sigprocmask};
 use nix::sys::socket::{AddressFamily, MsgFlags, SockFlag, SockType, socketpair};
 use nix::sys::termios::{SetArg, Termios, tcgetattr, tcsetattr};
@@ -21,11 +23,18 @@ use nix::unistd::{ForkResult, Pid, fork};
 /// The longest path that is remembered, in bytes (`PATH_MAX`).
 const MAX_PATH: usize = 4096;
 
+/// How long killed compartments may take to be gone, in milliseconds.
+const KILL_TIME: u16 = 2000;
+
 /// The launcher's end.
 #[derive(Debug)]
 pub struct Guard {
     link: OwnedFd,
     pid: Pid,
+    /// The terminal's modes before the VM.
+    terminal: Option<Termios>,
+    /// The paths it was told of, for a successor.
+    paths: RefCell<Vec<Vec<u8>>>,
 }
 
 /// What the guard remembers.
@@ -41,20 +50,24 @@ impl Guard {
     /// # Errors
     /// One line.
     pub fn fork() -> Result<Self, String> {
-        let fail = |e: Errno| format!("cannot start the guard: {e}");
-        let kind = (AddressFamily::Unix, SockType::SeqPacket, SockFlag::SOCK_CLOEXEC);
-        let (link, other) = socketpair(kind.0, kind.1, None, kind.2).map_err(fail)?;
         let terminal = tcgetattr(io::stdin()).ok();
-        // SAFETY: the launcher has one thread, so the child's copy of the process is whole.
-        match unsafe { fork() }.map_err(fail)? {
-            ForkResult::Parent { child } => Ok(Self { link, pid: child }),
-            ForkResult::Child => {
-                drop(link);
-                watch(&other, terminal.as_ref());
-                // SAFETY: _exit does not return; the copy's destructors belong to the launcher.
-                unsafe { libc::_exit(0) }
-            }
-        }
+        let (link, pid) = start(terminal.as_ref())?;
+        Ok(Self { link, pid, terminal, paths: RefCell::new(Vec::new()) })
+    }
+
+    /// Forks a successor of a guard that was killed; it knows the paths, not the processes.
+    ///
+    /// # Errors
+    /// One line.
+    pub fn replace(&mut self) -> Result<(), String> {
+        let _ = nix::sys::wait::waitpid(self.pid, None);
+        (self.link, self.pid) = start(self.terminal.as_ref())?;
+        self.paths.borrow().iter().try_for_each(|packet| self.send(packet, &[]))
+    }
+
+    fn send(&self, packet: &[u8], fds: &[BorrowedFd<'_>]) -> Result<(), String> {
+        send_packet(self.link.as_fd(), packet, fds, MsgFlags::empty())
+            .map_err(|e| format!("the guard died: {e}"))
     }
 
     /// A compartment to kill.
@@ -80,10 +93,33 @@ impl Guard {
             .map_err(|e| format!("the guard died: {e}"))
     }
 
+    /// The guard's life line: it hangs up when the guard has died.
+    #[must_use]
+    pub fn life(&self) -> BorrowedFd<'_> {
+        self.link.as_fd()
+    }
+
     /// Lets the guard do its work now and waits for it.
     pub fn finish(self) {
         drop(self.link);
         let _ = nix::sys::wait::waitpid(self.pid, None);
+    }
+}
+
+/// Forks a guard; returns the launcher's end of its link.
+fn start(terminal: Option<&Termios>) -> Result<(OwnedFd, Pid), String> {
+    let fail = |e: Errno| format!("cannot start the guard: {e}");
+    let flags = SockFlag::SOCK_CLOEXEC;
+    let (link, other) = socketpair(AddressFamily::Unix, SockType::SeqPacket, None, flags).map_err(fail)?;
+    // SAFETY: the launcher has one thread, so the child's copy of the process is whole.
+    match unsafe { fork() }.map_err(fail)? {
+        ForkResult::Parent { child } => Ok((link, child)),
+        ForkResult::Child => {
+            drop(link);
+            watch(&other, terminal);
+            // SAFETY: _exit does not return; the copy's destructors belong to the launcher.
+            unsafe { libc::_exit(0) }
+        }
     }
 }
 
@@ -93,12 +129,14 @@ fn watch(link: &OwnedFd, terminal: Option<&Termios>) {
     let _ = sigprocmask(SigmaskHow::SIG_SETMASK, Some(&SigSet::all()), None);
     let _ = nix::unistd::setsid();
     let _ = nix::sys::prctl::set_name(c"bulkhead-guard");
+    close_others(link);
     let mut memory = Memory::default();
     let mut packet = [0; MAX_PATH + 17];
     loop {
         match recv_packet(link.as_fd(), &mut packet, MsgFlags::empty()) {
             Ok((0, _)) | Err(LinkError::Closed | LinkError::Io(_) | LinkError::Version { .. }) => break,
             Ok((len, fds)) => memory.learn(packet.get(..len).unwrap_or(&[]), fds),
+            // Only the launcher's end ends the watch.
             Err(LinkError::Malformed | LinkError::WouldBlock) => {}
         }
     }
@@ -108,10 +146,31 @@ fn watch(link: &OwnedFd, terminal: Option<&Termios>) {
     }
 }
 
+/// Gives up everything but the terminal and the link: a descriptor kept here would keep a peer waiting.
+fn close_others(link: &OwnedFd) {
+    let keep = link.as_raw_fd().unsigned_abs();
+    for (first, last) in [(3, keep.saturating_sub(1)), (keep + 1, u32::MAX)] {
+        if first <= last {
+            // SAFETY: the guard never returns to the code that owns these copies and ends by _exit.
+            unsafe { libc::syscall(libc::SYS_close_range, first, last, 0) };
+        }
+    }
+}
+
+/// Whether a process has ended, or does so within so many milliseconds.
+fn ended(pidfd: &OwnedFd, milliseconds: u16) -> bool {
+    let mut poll_fds = [PollFd::new(pidfd.as_fd(), PollFlags::POLLIN)];
+    matches!(poll(&mut poll_fds, milliseconds), Ok(1))
+}
+
 impl Memory {
     fn learn(&mut self, packet: &[u8], fds: Vec<OwnedFd>) {
         match packet.split_first() {
-            Some((b'k', _)) => self.processes.extend(fds),
+            Some((b'k', _)) => {
+                // Every boot brings a loader: forget those that have ended.
+                self.processes.retain(|pidfd| !ended(pidfd, 0));
+                self.processes.extend(fds);
+            }
             Some((b'p', rest)) => {
                 let number =
                     |at: usize| rest.get(at..).and_then(|r| r.first_chunk()).map(|b| u64::from_le_bytes(*b));
@@ -139,10 +198,15 @@ impl Memory {
             };
         }
         for (path, device, inode) in &self.paths {
-            let own = std::fs::symlink_metadata(path).is_ok_and(|m| m.dev() == *device && m.ino() == *inode);
-            if own {
-                let _ = std::fs::remove_file(path);
+            match std::fs::symlink_metadata(path) {
+                Ok(found) if found.dev() != *device || found.ino() != *inode => {}
+                Ok(found) if found.is_dir() => crate::rendezvous::remove(path),
+                Ok(_) => drop(std::fs::remove_file(path)),
+                Err(_) => {}
             }
+        }
+        for pidfd in &self.processes {
+            ended(pidfd, KILL_TIME);
         }
     }
 }

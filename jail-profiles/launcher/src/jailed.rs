@@ -2,19 +2,19 @@
 //!
 //! The child is a copy of the single-threaded launcher. Each step is one system call or two and has a
 //! name, which is all that a failure reports.
-#![expect(unsafe_code, reason = "prctl, close_range and raw descriptors before the exec")]
+#![expect(unsafe_code, reason = "prctl, capset, close_range and raw descriptors before the exec")]
 
 use std::ffi::{CStr, CString};
 use std::fs::File;
 use std::io::{Read as _, Write as _};
-use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 
 use bulkhead_jail::surroundings::HOST_NAME;
 use bulkhead_jail::topology::{FileSize, Namespace, Process};
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, OFlag, fcntl, open};
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
-use nix::sys::resource::{Resource, setrlimit};
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use nix::sys::signal::{SigSet, SigmaskHow, sigprocmask};
 use nix::sys::stat::Mode;
 use nix::unistd::{self, Gid, Uid};
@@ -22,7 +22,7 @@ use nix::unistd::{self, Gid, Uid};
 /// Number of the first inherited descriptor (`sd_listen_fds(3)`).
 const FIRST_FD: RawFd = 3;
 /// Above every number that an inherited descriptor gets.
-const PARKED: RawFd = 600;
+pub const PARKED: RawFd = 300;
 
 /// A step that failed, by name.
 pub type Failed = (&'static str, Errno);
@@ -79,7 +79,7 @@ impl Child<'_> {
     /// Becomes the compartment. Returns only if a step failed.
     pub fn run(mut self) -> Failed {
         match self.prepare() {
-            Ok((binary, names, proc_index)) => exec(&self, &binary, &names, proc_index),
+            Ok((binary, names)) => exec(&self, &binary, &names),
             Err(failed) => failed,
         }
     }
@@ -88,35 +88,34 @@ impl Child<'_> {
         self.namespaces.contains(&namespace)
     }
 
-    fn prepare(&mut self) -> Result<(OwnedFd, Vec<String>, bool), Failed> {
+    fn prepare(&mut self) -> Result<(OwnedFd, Vec<String>), Failed> {
+        die_with_launcher()?;
         self.wait_for_parent()?;
         unistd::setsid().map_err(|e| ("setsid", e))?;
-        let wants_proc = self.process.may_have("proc");
-        let tasks = if wants_proc { open_tasks() } else { None };
-        let binary = self.place_descriptors(tasks.as_ref())?;
+        let tasks = if self.process.may_have("proc") { open_tasks() } else { None };
+        let mut names: Vec<String> = self.fds.iter().map(|(name, _)| name.clone()).collect();
+        if tasks.is_some() {
+            names.push("proc".into());
+        }
+        let binary = self.place_descriptors(tasks)?;
         if self.has(Namespace::Mount) {
             empty_root()?;
         }
+        unistd::chdir(c"/").map_err(|e| ("chdir", e))?;
         if self.has(Namespace::Uts) {
             unistd::sethostname(HOST_NAME).map_err(|e| ("sethostname", e))?;
         }
         self.limit()?;
         self.become_user()?;
-        let mut names: Vec<String> = self.fds.iter().map(|(name, _)| name.clone()).collect();
-        if tasks.is_some() {
-            names.push("proc".into());
-        }
-        // SAFETY: prctl with constant arguments touches no memory of ours. It comes after the change
-        // of ids, which would clear it.
-        if unsafe { libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL) } != 0 {
-            return Err(("PR_SET_PDEATHSIG", Errno::last()));
-        }
-        // SAFETY: as above.
+        drop_capabilities()?;
+        // The change of ids has cleared it.
+        die_with_launcher()?;
+        // SAFETY: prctl with constant arguments touches no memory of ours.
         if unsafe { libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) } != 0 {
             return Err(("PR_SET_NO_NEW_PRIVS", Errno::last()));
         }
         sigprocmask(SigmaskHow::SIG_SETMASK, Some(&SigSet::empty()), None).map_err(|e| ("sigprocmask", e))?;
-        Ok((binary, names, wants_proc))
+        Ok((binary, names))
     }
 
     fn wait_for_parent(&mut self) -> Result<(), Failed> {
@@ -134,21 +133,25 @@ impl Child<'_> {
 
     /// Puts /dev/null on 0 and 1, the log on 2 and the named descriptors on 3 and up; returns the
     /// binary's descriptor, parked out of the way and closed by the exec.
-    fn place_descriptors(&self, tasks: Option<&File>) -> Result<OwnedFd, Failed> {
-        let park = |fd: RawFd| dup_above(fd, PARKED);
+    fn place_descriptors(&self, tasks: Option<File>) -> Result<OwnedFd, Failed> {
         let null = open(c"/dev/null", OFlag::O_RDWR | OFlag::O_CLOEXEC, Mode::empty())
             .map_err(|e| ("/dev/null", e))?;
-        let binary = park(self.binary.as_raw_fd())?;
-        let mut parked = vec![park(null.as_raw_fd())?, park(null.as_raw_fd())?, park(self.log.as_raw_fd())?];
+        let binary = park(self.binary)?;
+        let mut parked = vec![park(null.as_fd())?, park(null.as_fd())?, park(self.log)?];
         for (_, fd) in &self.fds {
-            parked.push(park(fd.as_raw_fd())?);
+            parked.push(park(*fd)?);
         }
-        if let Some(tasks) = tasks {
-            parked.push(park(tasks.as_raw_fd())?);
+        if let Some(tasks) = &tasks {
+            parked.push(park(tasks.as_fd())?);
         }
+        if parked.len() > usize::try_from(PARKED).unwrap_or(0) {
+            return Err(("too many descriptors", Errno::EMFILE));
+        }
+        // From here on low numbers are others' than their owners think: close none of them.
+        std::mem::forget((null, tasks));
         for (target, fd) in (0..).zip(&parked) {
-            // SAFETY: dup2 onto numbers that only this function's caller owned before the fork; the
-            // child uses none of them by their old number from here on.
+            // SAFETY: dup2 onto numbers that only this process's copies of the launcher's owners
+            // had; none of those is used or dropped before the exec.
             if unsafe { libc::dup2(fd.as_raw_fd(), target) } < 0 {
                 return Err(("dup2", Errno::last()));
             }
@@ -157,10 +160,16 @@ impl Child<'_> {
     }
 
     fn limit(&self) -> Result<(), Failed> {
-        let set = |resource, value| setrlimit(resource, value, value).map_err(|e| ("setrlimit", e));
+        // A host may allow less than the topology, never more.
+        let set = |resource, value: u64| {
+            let (_, hard) = getrlimit(resource).map_err(|e| ("getrlimit", e))?;
+            setrlimit(resource, value.min(hard), value.min(hard)).map_err(|e| ("setrlimit", e))
+        };
+        let limits = &self.process.limits;
         set(Resource::RLIMIT_CORE, 0)?;
-        set(Resource::RLIMIT_NOFILE, self.process.limits.nofile)?;
-        match self.process.limits.fsize {
+        set(Resource::RLIMIT_NOFILE, limits.nofile)?;
+        set(Resource::RLIMIT_DATA, limits.data)?;
+        match limits.fsize {
             FileSize::Bytes(bytes) => set(Resource::RLIMIT_FSIZE, bytes),
             FileSize::Ram => set(Resource::RLIMIT_FSIZE, self.ram),
             FileSize::Unlimited => Ok(()),
@@ -178,12 +187,34 @@ impl Child<'_> {
     }
 }
 
-fn dup_above(fd: RawFd, least: RawFd) -> Result<OwnedFd, Failed> {
-    // SAFETY: the number is open: it comes from an owner that outlives the call.
-    let borrowed = unsafe { BorrowedFd::borrow_raw(fd) };
-    let number = fcntl(borrowed, FcntlArg::F_DUPFD_CLOEXEC(least)).map_err(|e| ("dup", e))?;
+/// A copy of a descriptor above [`PARKED`].
+pub fn park(fd: BorrowedFd<'_>) -> Result<OwnedFd, Failed> {
+    let number = fcntl(fd, FcntlArg::F_DUPFD_CLOEXEC(PARKED)).map_err(|e| ("dup", e))?;
     // SAFETY: fcntl has just made this descriptor for us.
     Ok(unsafe { OwnedFd::from_raw_fd(number) })
+}
+
+fn die_with_launcher() -> Result<(), Failed> {
+    // SAFETY: prctl with constant arguments touches no memory of ours.
+    match unsafe { libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL) } {
+        0 => Ok(()),
+        _ => Err(("PR_SET_PDEATHSIG", Errno::last())),
+    }
+}
+
+/// Empties every capability set: login sessions and service managers may pass inheritable ones on.
+fn drop_capabilities() -> Result<(), Failed> {
+    // SAFETY: prctl with constant arguments touches no memory of ours.
+    if unsafe { libc::prctl(libc::PR_CAP_AMBIENT, libc::PR_CAP_AMBIENT_CLEAR_ALL, 0, 0, 0) } != 0 {
+        return Err(("PR_CAP_AMBIENT", Errno::last()));
+    }
+    // `_LINUX_CAPABILITY_VERSION_3` and pid 0; then two empty sets of three words each.
+    let (header, empty) = ([0x2008_0522u32, 0], [0u32; 6]);
+    // SAFETY: version 3 makes the kernel read two words and six words, which the arrays hold.
+    if unsafe { libc::syscall(libc::SYS_capset, header.as_ptr(), empty.as_ptr()) } != 0 {
+        return Err(("capset", Errno::last()));
+    }
+    Ok(())
 }
 
 /// The thread directory of this very process as the host sees it, while the host's /proc is there.
@@ -218,10 +249,10 @@ fn empty_root() -> Result<(), Failed> {
         }
         Err(errno) => return Err(("pivot_root", errno)),
     }
-    unistd::chdir(c"/").map_err(|e| ("chdir", e))
+    Ok(())
 }
 
-fn exec(child: &Child<'_>, binary: &OwnedFd, names: &[String], _: bool) -> Failed {
+fn exec(child: &Child<'_>, binary: &OwnedFd, names: &[String]) -> Failed {
     let count = RawFd::try_from(names.len()).unwrap_or(RawFd::MAX - FIRST_FD);
     let first = u32::try_from(FIRST_FD + count).unwrap_or(u32::MAX);
     // SAFETY: marks numbers close-on-exec; it closes nothing now.

@@ -2,8 +2,11 @@
 
 use std::fs::File;
 use std::io::{Read as _, Write as _};
+use std::os::fd::AsFd as _;
 use std::sync::OnceLock;
 use std::time::{Duration, Instant};
+
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
 /// The longest line that is passed on, in bytes.
 const MAX_LINE: usize = 1024;
@@ -11,6 +14,17 @@ const MAX_LINE: usize = 1024;
 const MAX_LINES: u32 = 200;
 /// Span over which lines are counted.
 const WINDOW: Duration = Duration::from_secs(1);
+
+/// What a look at a log gave.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Pumped {
+    /// Something; there may be more.
+    Some,
+    /// Nothing at the moment.
+    Nothing,
+    /// The end.
+    End,
+}
 
 /// The log of one compartment.
 #[derive(Debug)]
@@ -48,12 +62,19 @@ fn threshold() -> u8 {
 
 /// Writes one line of the launcher itself or of a compartment. `level` is a prefix such as `<3>`.
 pub fn say(level: &str, name: &str, text: &str) {
+    let stderr = std::io::stderr();
     if level.as_bytes().get(1).is_some_and(|level| *level > threshold()) {
         return;
     }
     let prefix = if journal() { level } else { "" };
+    // A reader that does not read must not stop the supervisor; the flag O_NONBLOCK would be shared
+    // with the user's shell.
+    let mut room = [PollFd::new(stderr.as_fd(), PollFlags::POLLOUT)];
+    if !matches!(poll(&mut room, PollTimeout::ZERO), Ok(1)) {
+        return;
+    }
     // Raw mode keeps output processing on, so a plain newline is right on a terminal, too.
-    let _ = std::io::stderr().write_all(format!("{prefix}{name}: {text}\n").as_bytes());
+    let _ = stderr.lock().write_all(format!("{prefix}{name}: {text}\n").as_bytes());
 }
 
 impl Relay {
@@ -63,8 +84,8 @@ impl Relay {
         Self { name, pending: Vec::new(), since: Instant::now(), lines: 0, dropped: 0 }
     }
 
-    /// Reads what is there and passes whole lines on; false at the end of the log.
-    pub fn pump(&mut self, log: &mut File) -> bool {
+    /// Reads what is there of a non-blocking log, at most 4 KiB, and passes whole lines on.
+    pub fn pump(&mut self, log: &mut File) -> Pumped {
         let mut bytes = [0; 4096];
         match log.read(&mut bytes) {
             Ok(0) => {
@@ -73,7 +94,7 @@ impl Relay {
                     self.line(&rest);
                 }
                 self.report_dropped();
-                false
+                Pumped::End
             }
             Ok(n) => {
                 for byte in bytes.get(..n).unwrap_or(&[]) {
@@ -86,9 +107,11 @@ impl Relay {
                         _ => {}
                     }
                 }
-                true
+                Pumped::Some
             }
-            Err(e) => matches!(e.kind(), std::io::ErrorKind::Interrupted | std::io::ErrorKind::WouldBlock),
+            Err(e) if e.kind() == std::io::ErrorKind::Interrupted => Pumped::Some,
+            Err(e) if e.kind() == std::io::ErrorKind::WouldBlock => Pumped::Nothing,
+            Err(_) => Pumped::End,
         }
     }
 
@@ -113,6 +136,8 @@ impl Relay {
         let text: String =
             String::from_utf8_lossy(line).chars().map(|c| if c.is_control() { '?' } else { c }).collect();
         let (prefix, text) = level(&text);
+        // Level 0 and 1 are for the host: journald writes them to every terminal.
+        let prefix = if matches!(prefix, "<0>" | "<1>") { "<2>" } else { prefix };
         // The name is the launcher's word: a compartment cannot speak for another.
         let text = text.strip_prefix(self.name).and_then(|t| t.strip_prefix(": ")).unwrap_or(text);
         say(prefix, self.name, text);

@@ -7,24 +7,26 @@ use std::io::{self, Read as _, Write as _};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::time::Instant;
 
-use bulkhead_jail::topology::{Namespace, Process};
+use bulkhead_jail::topology::{Namespace, PROCESSES, Process};
 use nix::errno::Errno;
 use nix::fcntl::OFlag;
-use nix::sys::signal::Signal;
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
+use nix::sys::signal::{SigHandler, Signal, signal};
 use nix::sys::wait::{Id, WaitPidFlag, WaitStatus, waitid};
 use nix::unistd::{self, Gid, Pid, Uid};
 
-use crate::jailed::{Child, Identity};
+use crate::jailed::{Child, Identity, PARKED, park};
 
 /// User and group id of a compartment inside its user namespace.
 const INNER_ID: u32 = 1000;
-/// First host id of the compartments when root starts them. It lies above what distributions,
-/// containers and systemd hand out (`systemd.io/UIDS-GIDS`), below 2^31.
-const FIRST_HOST_ID: u32 = 0x6000_0000;
+/// First host id of the compartments when root starts them. It lies above what distributions and
+/// systemd's containers hand out (up to 1,879,048,191), and the last one below 2^31.
+const FIRST_HOST_ID: u32 = 0x7000_0000;
 /// Host ids that one VM may use.
 const IDS_PER_VM: u32 = 16;
 
-/// `CLONE_CLEAR_SIGHAND` of linux/sched.h: the child's signals have their default actions.
+/// `CLONE_CLEAR_SIGHAND` of linux/sched.h: signals that the launcher handles are back to their default
+/// actions in the child.
 const CLONE_CLEAR_SIGHAND: u64 = 0x1_0000_0000;
 
 /// A compartment that was started.
@@ -47,7 +49,7 @@ pub struct Started {
 /// What all compartments of a VM have in common.
 #[derive(Debug)]
 pub struct Host {
-    directory: File,
+    binaries: Vec<(&'static str, File)>,
     privileged: bool,
     uid: u32,
     gid: u32,
@@ -82,9 +84,16 @@ impl Host {
                 places[1].display()
             ));
         };
-        let directory = File::open(place).map_err(|e| format!("{}: {e}", place.display()))?;
+        // Opened once: after an upgrade of the package a reset still gets the loader that fits.
+        let mut binaries = Vec::new();
+        for process in PROCESSES {
+            let path = place.join(process.binary);
+            let file = File::open(&path).map_err(|e| format!("{}: {e}", path.display()))?;
+            binaries.push((process.binary, file));
+        }
+        enough_descriptors()?;
         let privileged = Uid::effective().is_root();
-        Ok(Self { directory, privileged, uid: Uid::effective().as_raw(), gid: Gid::effective().as_raw() })
+        Ok(Self { binaries, privileged, uid: Uid::effective().as_raw(), gid: Gid::effective().as_raw() })
     }
 
     fn starter(&self) -> &'static str {
@@ -93,7 +102,7 @@ impl Host {
 
     /// The host id of a compartment when root starts it: one per launcher process and compartment.
     fn host_id(process: &Process) -> u32 {
-        let place = bulkhead_jail::topology::PROCESSES.iter().position(|p| p.name == process.name);
+        let place = PROCESSES.iter().position(|p| p.name == process.name);
         let index = u32::try_from(place.unwrap_or(0)).unwrap_or(0);
         FIRST_HOST_ID + (std::process::id() & 0x3f_ffff) * IDS_PER_VM + index
     }
@@ -108,20 +117,25 @@ impl Host {
     }
 
     /// Starts a compartment. A step that fails in the child is reported by [`Started::failure`].
+    /// `register` learns of its pidfd before it can do anything.
     ///
     /// # Errors
     /// One line that names the step.
-    pub fn start(&self, order: Order<'_>) -> Result<Started, String> {
+    pub fn start(
+        &self,
+        order: Order<'_>,
+        register: impl FnOnce(BorrowedFd<'_>) -> Result<(), String>,
+    ) -> Result<Started, String> {
         let process = order.process;
         let fail = |step: &str, errno: Errno| format!("cannot start {}: {step}: {errno}", process.binary);
         let path = CString::new(process.binary).map_err(|_| fail("name", Errno::EINVAL))?;
-        let flags = OFlag::O_RDONLY | OFlag::O_CLOEXEC;
-        let binary =
-            nix::fcntl::openat(&self.directory, path.as_c_str(), flags, nix::sys::stat::Mode::empty())
-                .map_err(|e| fail("open", e))?;
-        let pipe = || unistd::pipe2(OFlag::O_CLOEXEC).map_err(|e| fail("pipe", e));
-        let ((log, log_in), (go_out, go), (failure, mut failure_in)) =
-            (pipe()?, pipe()?, pipe().map(|(a, b)| (File::from(a), File::from(b)))?);
+        let binary = self.binaries.iter().find(|(name, _)| *name == process.binary);
+        let (_, binary) = binary.ok_or_else(|| fail("open", Errno::ENOENT))?;
+        let pipe = |flags| unistd::pipe2(flags | OFlag::O_CLOEXEC).map_err(|e| fail("pipe", e));
+        // Neither a flood nor a stalled launcher may block the other side of a log.
+        let (log, log_in) = pipe(OFlag::O_NONBLOCK)?;
+        let (go_out, go) = pipe(OFlag::empty())?;
+        let (failure, failure_in) = pipe(OFlag::empty())?;
         let namespaces: Vec<Namespace> = process.namespaces_under(self.starter()).collect();
         let mut arguments = vec![path];
         arguments.extend(order.vm.and_then(|vm| CString::new(vm).ok()));
@@ -138,25 +152,65 @@ impl Host {
             go: File::from(go_out),
         };
         let since = Instant::now();
-        let (pid, pidfd) = match clone3(&namespaces).map_err(|e| fail("clone3 (see `bulkhead doctor`)", e))? {
-            Some(parent) => parent,
-            None => {
-                drop(go);
-                let (step, errno) = child.run();
-                let _ = write!(failure_in, "{step}: {errno}");
-                // SAFETY: _exit does not return and runs no destructors of the launcher's copy.
-                unsafe { libc::_exit(1) }
-            }
-        };
+        let (pid, pidfd) =
+            match clone3(&namespaces).map_err(|e| format!("{}{}", fail("clone3", e), remedy(e)))? {
+                Some(parent) => parent,
+                None => {
+                    drop(go);
+                    fail_in_child(child, &failure_in)
+                }
+            };
         drop(child);
+        register(pidfd.as_fd())?;
         if matches!(self.identity(process, &namespaces), Identity::Mapped { .. }) {
             map_ids(pid, Self::host_id(process))
                 .map_err(|e| format!("cannot start {}: {e}", process.binary))?;
         }
         // A child that died meanwhile says why through its failure pipe.
         let _ = File::from(go).write_all(&[1]);
-        Ok(Started { process, pid, pidfd, log: File::from(log), failure, since })
+        Ok(Started { process, pid, pidfd, log: File::from(log), failure: File::from(failure), since })
     }
+}
+
+/// The child's life; it returns only into `_exit`.
+fn fail_in_child(child: Child<'_>, failure_in: &OwnedFd) -> ! {
+    // Its own number may be given to another descriptor before it is needed.
+    let report = park(failure_in.as_fd());
+    let (step, errno) = child.run();
+    if let Ok(report) = report {
+        let _ = File::from(report).write_all(format!("{step}: {errno}{}", remedy(errno)).as_bytes());
+    }
+    // SAFETY: _exit does not return and runs no destructors of the launcher's copy.
+    unsafe { libc::_exit(1) }
+}
+
+/// What the operator can do about an error of a start, if it is known.
+fn remedy(errno: Errno) -> &'static str {
+    match errno {
+        Errno::ENOSPC => " (no more user namespaces: raise sysctl user.max_user_namespaces)",
+        Errno::EPERM => " (not allowed here: `bulkhead doctor` says what is missing)",
+        Errno::EACCES => " (the binaries must be executable for everyone, on a file system without noexec)",
+        _ => "",
+    }
+}
+
+/// Raises the limit of descriptors to what the host allows; the start itself needs some hundred.
+fn enough_descriptors() -> Result<(), String> {
+    let least = u64::try_from(PARKED).unwrap_or(0) * 2;
+    let fail = |e: Errno| format!("RLIMIT_NOFILE: {e}");
+    let (_, hard) = getrlimit(Resource::RLIMIT_NOFILE).map_err(fail)?;
+    if hard < least {
+        return Err(format!(
+            "only {hard} open files are allowed, {least} are needed: raise `ulimit -Hn` to 2048"
+        ));
+    }
+    setrlimit(Resource::RLIMIT_NOFILE, hard, hard).map_err(fail)
+}
+
+/// Makes the kernel keep the exit status of children: SIGCHLD may be ignored by inheritance.
+pub fn expect_children() {
+    // SAFETY: the default action is no handler.
+    let _ = unsafe { signal(Signal::SIGCHLD, SigHandler::SigDfl) };
 }
 
 /// Forks into new namespaces; `None` in the child.
@@ -182,7 +236,9 @@ fn clone3(namespaces: &[Namespace]) -> Result<Option<(Pid, OwnedFd)>, Errno> {
         -1 => Err(Errno::last()),
         0 => Ok(None),
         // SAFETY: CLONE_PIDFD has made this descriptor for us.
-        pid => Ok(Some((Pid::from_raw(pid as i32), unsafe { OwnedFd::from_raw_fd(pidfd) }))),
+        pid => Ok(Some((Pid::from_raw(i32::try_from(pid).unwrap_or(-1)), unsafe {
+            OwnedFd::from_raw_fd(pidfd)
+        }))),
     }
 }
 
@@ -190,7 +246,9 @@ fn map_ids(pid: Pid, host: u32) -> Result<(), String> {
     let map = format!("{INNER_ID} {host} 1");
     for file in ["uid_map", "gid_map"] {
         let path = format!("/proc/{pid}/{file}");
-        fs::write(&path, &map).map_err(|e| format!("{path}: {e}"))?;
+        fs::write(&path, &map).map_err(|e| {
+            format!("{path}: {e} (root of a container may not map ids: run bulkhead as an ordinary user)")
+        })?;
     }
     Ok(())
 }

@@ -3,13 +3,13 @@
 //! The launcher is the supervisor; no guest or QMP input reaches it. It waits for four things:
 //! signals, the end of a compartment, core's request for a loader, and log lines.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, VecDeque};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::time::{Duration, Instant};
 
 use bulkhead_control_api::config;
 use bulkhead_control_api::config::ChardevKind;
-use bulkhead_jail::topology::{self, Process};
+use bulkhead_jail::topology::{self, Boots, Process};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::signal::{SigSet, Signal};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
@@ -18,11 +18,18 @@ use nix::sys::wait::WaitStatus;
 
 use crate::config_blob;
 use crate::guard::Guard;
-use crate::relay::{Relay, say};
+use crate::relay::{Pumped, Relay, say};
 use crate::rendezvous::Rendezvous;
-use crate::spawn::{Host, Order, Started};
+use crate::spawn::{self, Host, Order, Started};
 use crate::terminal::Terminal;
 
+/// Processes that are started with the VM.
+fn residents() -> impl Iterator<Item = &'static Process> {
+    topology::PROCESSES.iter().copied().filter(|p| p.boots == Boots::Vm)
+}
+
+/// Reads (of 4 KiB) of an ended compartment's log.
+const LAST_READS: u32 = 16;
 /// What the launcher calls itself in messages.
 const NAME: &str = "bulkhead";
 /// How long core may take to shut down after a signal.
@@ -66,7 +73,9 @@ struct Supervisor {
     notify: (OwnedFd, OwnedFd),
     running: Vec<Running>,
     ready: usize,
-    boots: u32,
+    /// Core has asked for a loader and none has been started for it yet.
+    boot_wanted: bool,
+    boots: Pace,
     status: u8,
     deadline: Option<Instant>,
     core_exit: Option<Instant>,
@@ -77,6 +86,7 @@ struct Supervisor {
 /// Runs the VM to its end; returns the exit status of `bulkhead run`.
 pub fn run(vm: Vm, guard: Guard) -> u8 {
     let terminal = vm.terminal;
+    spawn::expect_children();
     let mut supervisor = match Supervisor::new(vm, guard) {
         Ok(supervisor) => supervisor,
         Err(error) => {
@@ -96,16 +106,45 @@ pub fn run(vm: Vm, guard: Guard) -> u8 {
     supervisor.status
 }
 
-fn datagrams() -> Result<(OwnedFd, OwnedFd), String> {
+/// A budget of loaders: a guest that resets itself in a loop must not keep the host busy.
+struct Pace {
+    at: VecDeque<Instant>,
+}
+
+impl Pace {
+    /// Boots without a pause ...
+    const BURST: usize = 10;
+    /// ... within this.
+    const SPAN: Duration = Duration::from_secs(1);
+
+    fn new() -> Self {
+        Self { at: VecDeque::new() }
+    }
+
+    /// When the next one may be.
+    fn next(&self) -> Option<Instant> {
+        if self.at.len() < Self::BURST { None } else { self.at.front().map(|at| *at + Self::SPAN) }
+    }
+
+    fn take(&mut self) {
+        self.at.push_back(Instant::now());
+        if self.at.len() > Self::BURST {
+            self.at.pop_front();
+        }
+    }
+}
+
+/// A pair for one-word messages. Not datagrams: those can be sent to any address from either end.
+fn packets() -> Result<(OwnedFd, OwnedFd), String> {
     let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
-    socketpair(AddressFamily::Unix, SockType::Datagram, None, flags).map_err(|e| format!("socketpair: {e}"))
+    socketpair(AddressFamily::Unix, SockType::SeqPacket, None, flags).map_err(|e| format!("socketpair: {e}"))
 }
 
 impl Supervisor {
     fn new(vm: Vm, guard: Guard) -> Result<Self, String> {
         let mut meetings = BTreeMap::new();
         for link in topology::LINKS {
-            meetings.insert(link.name, Rendezvous::new()?);
+            meetings.insert(link.name, Rendezvous::new(|path, dev, ino| guard.path(path, dev, ino))?);
         }
         let mut configs = BTreeMap::new();
         configs.insert("core", config_blob::seal(&vm.core)?);
@@ -118,11 +157,12 @@ impl Supervisor {
             vm,
             meetings,
             configs,
-            boot: datagrams()?,
-            notify: datagrams()?,
+            boot: packets()?,
+            notify: packets()?,
             running: Vec::new(),
             ready: 0,
-            boots: 0,
+            boot_wanted: false,
+            boots: Pace::new(),
             status: 0,
             deadline: None,
             core_exit: None,
@@ -131,9 +171,13 @@ impl Supervisor {
     }
 
     fn start_all(&mut self) -> Result<(), String> {
-        for process in topology::PROCESSES.iter().filter(|p| p.boots == topology::Boots::Vm) {
+        for process in residents() {
             self.start(process)?;
         }
+        // What a compartment has is its own: /dev/kvm is core's alone, and a client sees the end of a
+        // connection when the console closes it.
+        let given: Vec<String> = residents().flat_map(|p| self.opened_for(p)).collect();
+        self.vm.fds.retain(|name, _| !given.contains(name));
         Ok(())
     }
 
@@ -156,7 +200,7 @@ impl Supervisor {
         if process.may_have("boot") {
             fds.push(("boot".into(), self.boot.1.as_fd()));
         }
-        if process.boots == topology::Boots::Vm {
+        if process.boots == Boots::Vm {
             fds.push(("notify".into(), self.notify.1.as_fd()));
         }
         let wanted = self.opened_for(process);
@@ -164,8 +208,7 @@ impl Supervisor {
             self.vm.fds.iter().filter(|(n, _)| wanted.contains(n)).map(|(n, fd)| (n.clone(), fd.as_fd())),
         );
         let order = Order { process, vm: self.vm.name.as_deref(), fds, ram: self.vm.core.ram };
-        let started = self.host.start(order)?;
-        self.guard.process(started.pidfd.as_fd())?;
+        let started = self.host.start(order, |pidfd| self.guard.process(pidfd))?;
         self.running.push(Running { started, relay: Relay::new(process.binary), log_open: true });
         Ok(())
     }
@@ -196,25 +239,37 @@ impl Supervisor {
             .map_err(|e| format!("signalfd: {e}"))?;
         while !self.running.is_empty() {
             let ready = self.wait(&signals)?;
-            if ready.first() == Some(&true) {
+            let ready = |at: usize| ready.get(at) == Some(&true);
+            if ready(0) {
                 self.take_signals(&signals);
             }
-            if ready.get(1) == Some(&true) {
+            if ready(1) {
                 self.take_ready();
             }
-            self.take_logs_and_ends(ready.get(3..).unwrap_or(&[]));
-            if ready.get(2) == Some(&true) {
-                self.take_boot()?;
+            if ready(3) {
+                self.replace_guard()?;
             }
+            self.take_logs_and_ends();
+            if ready(2) {
+                let mut word = [0; 8];
+                self.boot_wanted |=
+                    socket::recv(self.boot.0.as_raw_fd(), &mut word, MsgFlags::MSG_DONTWAIT).is_ok();
+            }
+            self.boot()?;
             self.check_deadlines();
         }
         Ok(())
     }
 
-    /// Which of [signals, notify, boot, (end, log) of each compartment] have something.
+    /// Which of [signals, notify, boot, guard] have something; returns also for ends and logs.
     fn wait(&self, signals: &SignalFd) -> Result<Vec<bool>, String> {
         let on = |fd| PollFd::new(fd, PollFlags::POLLIN);
-        let mut fds = vec![on(signals.as_fd()), on(self.notify.0.as_fd()), on(self.boot.0.as_fd())];
+        let mut fds = vec![
+            on(signals.as_fd()),
+            on(self.notify.0.as_fd()),
+            on(self.boot.0.as_fd()),
+            on(self.guard.life()),
+        ];
         for running in &self.running {
             fds.push(on(running.started.pidfd.as_fd()));
             // A log at its end would be ready for ever: wait for the process instead.
@@ -222,7 +277,8 @@ impl Supervisor {
                 if running.log_open { running.started.log.as_fd() } else { running.started.pidfd.as_fd() };
             fds.push(on(log));
         }
-        let next = [self.deadline, self.core_exit].into_iter().flatten().min();
+        let boot = if self.boot_wanted { self.boots.next() } else { None };
+        let next = [self.deadline, self.core_exit, boot].into_iter().flatten().min();
         let timeout = next.map_or(PollTimeout::NONE, |at| {
             let left = at.saturating_duration_since(Instant::now()) + Duration::from_millis(1);
             PollTimeout::try_from(left).unwrap_or(PollTimeout::MAX)
@@ -262,20 +318,31 @@ impl Supervisor {
                 self.ready += 1;
             }
         }
-        let all = topology::PROCESSES.iter().filter(|p| p.boots == topology::Boots::Vm).count();
-        if self.ready == all {
+        if self.ready == residents().count() {
             self.ready += 1;
             // Without a service manager this does nothing.
             let _ = sd_notify::notify(&[sd_notify::NotifyState::Ready]);
         }
     }
 
-    fn take_boot(&mut self) -> Result<(), String> {
-        let mut word = [0; 8];
-        let asked = socket::recv(self.boot.0.as_raw_fd(), &mut word, MsgFlags::MSG_DONTWAIT).is_ok();
-        if asked && self.deadline.is_none() && self.find("loader").is_none() {
-            self.boots += 1;
-            self.start(&topology::LOADER)?;
+    /// Starts the loader that core waits for, once the last one is gone and the budget allows it.
+    fn boot(&mut self) -> Result<(), String> {
+        let early = self.boots.next().is_some_and(|at| Instant::now() < at);
+        let ending = self.killed || self.deadline.is_some();
+        if !self.boot_wanted || early || ending || self.find("loader").is_some() {
+            return Ok(());
+        }
+        self.boot_wanted = false;
+        self.boots.take();
+        self.start(&topology::LOADER)
+    }
+
+    /// The guard was killed: another one takes over.
+    fn replace_guard(&mut self) -> Result<(), String> {
+        say("<4>", NAME, "the guard has died and is replaced");
+        self.guard.replace()?;
+        for running in &self.running {
+            self.guard.process(running.started.pidfd.as_fd())?;
         }
         Ok(())
     }
@@ -284,17 +351,18 @@ impl Supervisor {
         self.running.iter().find(|r| r.started.process.name == name)
     }
 
-    fn take_logs_and_ends(&mut self, ready: &[bool]) {
-        for (running, ready) in self.running.iter_mut().zip(ready.chunks(2)) {
-            if running.log_open && ready.get(1) == Some(&true) {
-                running.log_open = running.relay.pump(&mut running.started.log);
-            }
-        }
+    fn take_logs_and_ends(&mut self) {
         let mut ended = Vec::new();
         self.running.retain_mut(|running| {
+            if running.log_open && running.relay.pump(&mut running.started.log) == Pumped::End {
+                running.log_open = false;
+            }
             let Some(status) = running.started.reap() else { return true };
-            while running.log_open {
-                running.log_open = running.relay.pump(&mut running.started.log);
+            // What it still said, within bounds: another process may hold the log open.
+            for _ in 0..LAST_READS {
+                if !running.log_open || running.relay.pump(&mut running.started.log) != Pumped::Some {
+                    break;
+                }
             }
             let failed = running.started.failed_step().ok().flatten();
             ended.push((running.started.process, status, running.started.since.elapsed(), failed));

@@ -2,7 +2,9 @@
 
 use std::io::{IsTerminal as _, stdin};
 
-use nix::sys::termios::{InputFlags, LocalFlags, OutputFlags, SetArg, tcgetattr, tcsetattr};
+use nix::sys::termios::{
+    InputFlags, LocalFlags, OutputFlags, SetArg, SpecialCharacterIndices, tcgetattr, tcsetattr,
+};
 
 /// How the terminal is set while the VM runs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -30,6 +32,10 @@ impl Terminal {
         modes.local_flags &=
             !(LocalFlags::ECHO | LocalFlags::ECHONL | LocalFlags::ICANON | LocalFlags::IEXTEN);
         modes.local_flags.set(LocalFlags::ISIG, self.signals);
+        // The console is in a session of its own: a stopped launcher would leave it reading the keys.
+        if let Some(key) = modes.control_chars.get_mut(SpecialCharacterIndices::VSUSP as usize) {
+            *key = libc::_POSIX_VDISABLE;
+        }
         // A terminal that refuses is used as it is.
         let _ = tcsetattr(stdin(), SetArg::TCSANOW, &modes);
     }
