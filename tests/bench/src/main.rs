@@ -1,2 +1,70 @@
-//! Prints the product's figures beside their references
-fn main() {}
+//! Prints the product's figures beside their references, which are measured in the same run.
+//!
+//! Both sides of a comparison take turns, so that whatever else the host does falls on both. A figure
+//! that misses its goal is printed as such and is no error; one that cannot be measured is.
+
+mod bus;
+mod host;
+mod jail;
+mod memory;
+mod qmp;
+mod report;
+mod size;
+mod start;
+
+use std::process::ExitCode;
+
+use bulkhead_framework::Result;
+
+use crate::host::Host;
+
+const USAGE: &str = "usage: bulkhead-bench [FIGURE...]";
+
+/// A figure: its name, what it is, and what measures and prints it.
+type Figure = (&'static str, &'static str, fn(&Host) -> Result<()>);
+
+const FIGURES: [Figure; 6] = [
+    (
+        "start",
+        "from exec to the first serial byte of the native guest, the whole VM in its jails",
+        start::run,
+    ),
+    ("jail", "what each step of a jail costs", jail::run),
+    ("memory", "proportional set size of all processes, less guest RAM", memory::run),
+    ("qmp", "QMP round trip", qmp::run),
+    ("bus", "round trip of an access that the console answers", bus::run),
+    ("size", "lines of code, and system calls that the jail allows", size::run),
+];
+
+fn main() -> ExitCode {
+    let args: Vec<String> = std::env::args().skip(1).collect();
+    let outcome = match args.iter().map(String::as_str).collect::<Vec<_>>().as_slice() {
+        // What the bench starts itself as.
+        [jail::STEP, step] => jail::step(step),
+        [bus::PONG] => bus::pong(),
+        names => figures(names),
+    };
+    match outcome {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(failure) => {
+            eprintln!("bulkhead-bench: {failure}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn figures(names: &[&str]) -> Result<()> {
+    if let Some(unknown) = names.iter().find(|name| !FIGURES.iter().any(|(known, ..)| known == *name)) {
+        let known: Vec<_> = FIGURES.iter().map(|(name, what, _)| format!("  {name:<8} {what}")).collect();
+        return Err(format!("no figure {unknown:?}\n{USAGE}\n{}", known.join("\n")).into());
+    }
+    let host = Host::look()?;
+    println!("{}", host.describe());
+    for (name, what, run) in FIGURES {
+        if names.is_empty() || names.contains(&name) {
+            println!("\n{name}: {what}");
+            run(&host).map_err(|failure| failure.context(name))?;
+        }
+    }
+    Ok(())
+}

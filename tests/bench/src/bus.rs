@@ -1,0 +1,124 @@
+//! The bus link as the guest sees it, beside a bare ping-pong over the same kind of socket.
+
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
+
+use bulkhead_bus_api::{REPLY_LEN, REQUEST_LEN};
+use bulkhead_framework::{Child, Result};
+use nix::sys::signal::Signal;
+use nix::sys::socket::{AddressFamily, MsgFlags, SockFlag, SockType, recv, send, socketpair};
+use nix::unistd::{read, write};
+
+use crate::host::Host;
+use crate::report::{self, Samples};
+
+/// Argument of the process at the other end of the ping-pong.
+pub const PONG: &str = "--pong";
+
+const ROUNDS: usize = 5;
+const ACCESSES: u32 = 5_000;
+const FLOOD_LINES: u32 = 1_000;
+const LINE: u32 = 64;
+const SOON: Duration = Duration::from_secs(30);
+/// The line status register, which the console answers, and a port that nobody claims.
+const CONSOLE_PORT: u16 = 0x3fd;
+const NO_PORT: u16 = 0x5658;
+
+/// Measures and prints.
+///
+/// # Errors
+/// A guest did not start or finish.
+pub fn run(host: &Host) -> Result<()> {
+    let mut samples: [Samples; 4] = Default::default();
+    for _ in 0..ROUNDS {
+        let console = port_reads(host, CONSOLE_PORT)?;
+        let nobody = port_reads(host, NO_PORT)?;
+        let bare = ping_pong()?;
+        let [exit, whole, link, reference] = &mut samples;
+        exit.time(nobody);
+        whole.time(console);
+        link.time(console.saturating_sub(nobody));
+        reference.time(bare);
+    }
+    let [exit, whole, link, reference] = &samples;
+    whole.print("port read that the console answers", "us", 1.0);
+    exit.print("port read that nobody claims (the exit alone)", "us", 1.0);
+    link.print("the bus link: their difference", "us", 1.0);
+    reference.print("bare SOCK_SEQPACKET ping-pong", "us", 1.0);
+    report::ratio("bus link / ping-pong", link.median(), reference.median(), 1.3);
+    flood(host)
+}
+
+/// Time of one read of `port` by the guest.
+fn port_reads(host: &Host, port: u16) -> Result<Duration> {
+    let test = format!("bench-pio port={port:#x} n={ACCESSES}");
+    let child = Child::start(&mut host.ours(&test), "console", "stderr")?;
+    child.stdout().expect("test=bench-pio", SOON)?;
+    let start = Instant::now();
+    child.stdout().expect("bench pio", SOON)?;
+    Ok(start.elapsed() / ACCESSES)
+}
+
+/// Round trip between this process and another over a connected pair, blocking on both sides.
+fn ping_pong() -> Result<Duration> {
+    let pair = socketpair(AddressFamily::Unix, SockType::SeqPacket, None, SockFlag::SOCK_CLOEXEC);
+    let (ours, theirs): (OwnedFd, OwnedFd) = pair.map_err(|errno| format!("socketpair: {errno}"))?;
+    let mut child = Command::new(std::env::current_exe()?).arg(PONG).stdin(Stdio::from(theirs)).spawn()?;
+    let mut reply = [0; REPLY_LEN];
+    let mut once = || -> nix::Result<usize> {
+        write(&ours, &[0; REQUEST_LEN])?;
+        read(&ours, &mut reply)
+    };
+    let mut all = |count| (0..count).try_for_each(|_| once().map(drop));
+    let warm = all(100);
+    let start = Instant::now();
+    let done = warm.and_then(|()| all(ACCESSES));
+    let time = start.elapsed();
+    drop(ours);
+    child.wait()?;
+    done.map_err(|errno| format!("ping-pong: {errno}"))?;
+    Ok(time / ACCESSES)
+}
+
+/// Answers each packet on standard input until its end.
+///
+/// # Errors
+/// The socket failed.
+pub fn pong() -> Result<()> {
+    let socket = std::io::stdin();
+    let fd = socket.as_fd().as_raw_fd();
+    let mut request = [0; REQUEST_LEN];
+    loop {
+        match recv(fd, &mut request, MsgFlags::empty()) {
+            Ok(0) => return Ok(()),
+            Ok(_) => send(fd, &[0; REPLY_LEN], MsgFlags::MSG_NOSIGNAL),
+            Err(errno) => Err(errno),
+        }
+        .map_err(|errno| format!("pong: {errno}"))?;
+    }
+}
+
+/// Console output at full speed, and what it costs in exits.
+fn flood(host: &Host) -> Result<()> {
+    let bytes = f64::from(FLOOD_LINES * LINE);
+    let mut rate = Samples::default();
+    let mut per_exit = Samples::default();
+    for _ in 0..ROUNDS {
+        let mut command = host.ours(&format!("flood n={FLOOD_LINES}"));
+        let child = Child::start(command.env("BULKHEAD_LOG", "info"), "console", "stderr")?;
+        child.stdout().expect("test=flood", SOON)?;
+        let start = Instant::now();
+        child.stdout().expect("flood bytes=", SOON)?;
+        rate.value(bytes / 1024.0 / start.elapsed().as_secs_f64());
+        child.signal(Signal::SIGTERM)?;
+        // Core's last words: "accesses: N forwarded, ...".
+        let counters = child.stderr().expect_line("accesses: ", SOON)?;
+        let forwarded = counters.split_whitespace().next().and_then(|word| word.parse::<f64>().ok());
+        per_exit.value(bytes / forwarded.ok_or("no count of forwarded accesses")?);
+        child.wait(SOON)?;
+    }
+    rate.print("console output", "KiB/s", 1.0);
+    per_exit.print("console output, bytes per exit", "", 1.0);
+    Ok(())
+}

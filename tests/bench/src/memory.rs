@@ -1,0 +1,57 @@
+//! Memory of all processes of a VM beside its guest's.
+
+use std::fs;
+use std::time::Duration;
+
+use bulkhead_framework::{Child, Failure, Process, Result, descendants, mapped_pss_kib, process};
+
+use crate::host::Host;
+use crate::report;
+
+const SOON: Duration = Duration::from_secs(20);
+/// MiB.
+const GOAL: f64 = 10.0;
+const TARGET: f64 = 5.0;
+/// What guest RAM is called in /proc/PID/smaps: ours and QEMU's.
+const RAM: [&str; 2] = ["/memfd:ram-", "/memfd:memory-backend-memfd"];
+
+/// Measures and prints.
+///
+/// # Errors
+/// A guest did not start, or its processes are not ours to look at (needs root).
+pub fn run(host: &Host) -> Result<()> {
+    let (ours, _ours_socket) = host.with_qmp(host.ours("halt"), "ours")?;
+    let (qemu, _qemu_socket) = host.with_qmp(host.qemu("halt"), "qemu")?;
+    let ours = family(&ours, "ours")?;
+    let qemu = family(&qemu, "QEMU's")?;
+    report::limit("all of ours", ours, GOAL, "MiB");
+    report::limit("all of ours", ours, TARGET, "MiB");
+    report::ratio("ours / QEMU's", ours, qemu, 1.0);
+    Ok(())
+}
+
+/// Prints the processes of one side and returns their sum in MiB.
+fn family(child: &Child, side: &str) -> Result<f64> {
+    child.stdout().expect("halting", SOON)?;
+    let mut sum = 0;
+    let all: Vec<Process> = std::iter::once(process(child.pid())?).chain(descendants(child.pid())?).collect();
+    for Process { pid, name, .. } in &all {
+        let ram = mapped_pss_kib(*pid, |name| RAM.iter().any(|ram| name.starts_with(ram)))?;
+        let rollup = fs::read_to_string(format!("/proc/{pid}/smaps_rollup"))
+            .map_err(|error| Failure::new(format!("memory of {name}: {error}")))?;
+        let total = field(&rollup, "Pss:").saturating_sub(ram);
+        let [anonymous, file] = ["Pss_Anon:", "Pss_File:"].map(|name| field(&rollup, name));
+        println!(
+            "  {side:<7} {name:<38} {total:9} KiB  (anonymous {anonymous}, files {file}; guest RAM {ram})"
+        );
+        sum += total;
+    }
+    println!("  {side:<7} {:<38} {sum:9} KiB", "sum");
+    Ok(f64::from(u32::try_from(sum).unwrap_or(u32::MAX)) / 1024.0)
+}
+
+/// KiB behind `name` in smaps_rollup.
+fn field(rollup: &str, name: &str) -> u64 {
+    let line = rollup.lines().find_map(|line| line.strip_prefix(name));
+    line.and_then(|line| line.split_whitespace().next()?.parse().ok()).unwrap_or(0)
+}
