@@ -41,7 +41,7 @@ fn one_line(failure: &Failure) -> String {
     line
 }
 
-/// Takes the job, does it, answers.
+/// Takes the job, does it, answers. A failure is core's to report, once.
 ///
 /// # Errors
 /// The link's; a job that fails is answered, not returned.
@@ -49,8 +49,5 @@ pub fn serve(files: &Files, config: &config::Loader, core: OwnedFd) -> Result<()
     let mut link = Link::connect(core, VERSION)?;
     let (job, fds): (Job, _) = link.recv_with(MsgFlags::empty())?;
     let outcome: Outcome = run(job, fds, files, config).map_err(|failure| one_line(&failure));
-    if let Err(line) = &outcome {
-        bulkhead_jail::error!("{line}");
-    }
     link.send(&outcome)
 }
