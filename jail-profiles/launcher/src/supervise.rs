@@ -36,8 +36,9 @@ const NAME: &str = "bulkhead";
 const SHUTDOWN_TIME: Duration = Duration::from_secs(5);
 /// How long the others may take to flush once core has ended.
 const FLUSH_TIME: Duration = Duration::from_secs(3);
-/// A compartment that ends well has seen core's end; core's own exit is visible within this.
-const CORE_EXIT_TIME: Duration = Duration::from_millis(500);
+/// A compartment that ends well has seen core's end; core's own exit, with the VM to be taken down by KVM,
+/// is visible within this, also on a loaded host and under nested virtualization.
+const CORE_EXIT_TIME: Duration = Duration::from_secs(5);
 
 /// A VM that is ready to be started: what each compartment is told, and everything it may touch.
 pub struct Vm {
