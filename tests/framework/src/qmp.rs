@@ -148,20 +148,24 @@ impl Qmp {
         }
     }
 
-    /// Returns the next event `name`; what came before it is dropped.
+    /// Returns the next event `name`. Others that come first are kept: only those of one peer have an order.
     ///
     /// # Errors
     /// None within `limit`.
     pub fn event(&mut self, name: &str, limit: Duration) -> Result<Value> {
         let end = Instant::now() + limit;
+        let is_wanted = |event: &Value| event.get("event").and_then(Value::as_str) == Some(name);
+        if let Some(event) =
+            self.events.iter().position(is_wanted).and_then(|position| self.events.remove(position))
+        {
+            return Ok(event);
+        }
         loop {
-            let message = match self.events.pop_front() {
-                Some(event) => event,
-                None => self.receive(end).map_err(|failure| failure.context(format!("event {name}")))?,
-            };
-            if message.get("event").and_then(Value::as_str) == Some(name) {
+            let message = self.receive(end).map_err(|failure| failure.context(format!("event {name}")))?;
+            if is_wanted(&message) {
                 return Ok(message);
             }
+            self.events.push_back(message);
         }
     }
 

@@ -105,6 +105,14 @@ impl VmBuilder {
     /// # Errors
     /// The launcher cannot be started. That the VM runs shows on its console or by QMP.
     pub fn start(self) -> Result<Vm> {
+        self.start_with(|_, _| Ok(()))
+    }
+
+    /// Starts the VM after `prepare` has seen its directory and changed its command as it likes.
+    ///
+    /// # Errors
+    /// As [`VmBuilder::start`], or those of `prepare`.
+    pub fn start_with(self, prepare: impl FnOnce(&mut Command, &Path) -> Result<()>) -> Result<Vm> {
         let dir = Scratch::new()?;
         let mut command = Command::new(&self.launcher);
         command.current_dir(dir.path()).args(self.all_args());
@@ -112,6 +120,7 @@ impl VmBuilder {
             std::os::unix::fs::chown(dir.path(), Some(uid), Some(gid))?;
             command.uid(uid).gid(gid);
         }
+        prepare(&mut command, dir.path())?;
         let child = Child::start(&mut command, "console", "stderr")?;
         Ok(Vm { child, dir })
     }

@@ -173,7 +173,7 @@ fn processes(vm: &Vm, say: Say) -> Result<()> {
             .filter(|kind| process.is_apart(&own, kind))
             .collect();
         let apart = if apart.is_empty() { "-".to_owned() } else { apart.join(",") };
-        let capabilities = if process.capabilities.iter().all(|set| *set == 0) { "none" } else { "host's" };
+        let capabilities = if process.capabilities.iter().all(|set| *set == 0) { "none" } else { "some" };
         let no_new_privs = if process.no_new_privs { "yes" } else { "-" };
         let (pid, uid, name) = (process.pid, process.uid, &process.name);
         let jail = format!("{apart:<24} {capabilities:<12} {no_new_privs:<12} {}", seccomp(&process));
