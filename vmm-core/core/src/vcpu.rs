@@ -18,6 +18,9 @@ use crate::notice::{Notice, Notices, What};
 use crate::snapshot;
 use crate::sys::{self, Exit, Kick};
 
+/// Stack of a vCPU thread in bytes; the deepest use is the text of a KVM error.
+const STACK: usize = 256 * 1024;
+
 /// What all vCPU threads share.
 #[derive(Debug)]
 pub struct Shared {
@@ -92,7 +95,8 @@ pub fn spawn(
         drop(ready);
         Runner { vcpu: &vcpu, shared: &shared, link }.run();
     };
-    std::thread::Builder::new().name(format!("vcpu{index}")).spawn(thread).map_err(io("vCPU thread"))?;
+    let builder = std::thread::Builder::new().name(format!("vcpu{index}")).stack_size(STACK);
+    builder.spawn(thread).map_err(io("vCPU thread"))?;
     Ok(())
 }
 
