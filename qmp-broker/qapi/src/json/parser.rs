@@ -143,7 +143,11 @@ fn unquote(token: &[u8]) -> Result<String, String> {
     let inner = token.get(1..token.len().saturating_sub(1)).unwrap_or_default();
     let mut out = String::with_capacity(inner.len());
     let mut rest = inner;
-    while let Some(&byte) = rest.first() {
+    loop {
+        let (plain, special) = rest.split_at(plain_length(rest));
+        out.push_str(std::str::from_utf8(plain).unwrap_or_default());
+        rest = special;
+        let Some(&byte) = rest.first() else { return Ok(out) };
         if byte == b'\\' {
             let (decoded, length) = escape(rest, token)?;
             out.push(decoded);
@@ -154,7 +158,11 @@ fn unquote(token: &[u8]) -> Result<String, String> {
             rest = rest.get(length..).unwrap_or_default();
         }
     }
-    Ok(out)
+}
+
+/// Length of the ASCII text at the start of `bytes` that stands for itself.
+fn plain_length(bytes: &[u8]) -> usize {
+    bytes.iter().position(|&byte| byte == b'\\' || !byte.is_ascii()).unwrap_or(bytes.len())
 }
 
 /// The escape at the start of `rest`: its character and its length in bytes. `token` is the whole

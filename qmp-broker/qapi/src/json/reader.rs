@@ -73,14 +73,16 @@ impl Reader {
         let mut used = 0;
         while let Some(rest) = input.get(used..).filter(|rest| !rest.is_empty()) {
             let taken = self.take_run(rest);
-            used += taken;
-            let item = match rest.get(taken) {
-                Some(&byte) => {
+            let item = match rest.first() {
+                Some(&byte) if taken == 0 => {
                     let (consumed, item) = self.feed_byte(byte);
                     used += usize::from(consumed);
                     item
                 }
-                None => None,
+                _ => {
+                    used += taken;
+                    None
+                }
             };
             let item = item.or_else(|| self.check_token_size());
             if item.is_some() {
