@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use bulkhead_control_api::core::{
     Answer, Cause, Counters, Cpu, Event, FromCore, Op, Refusal, Request, RunState,
 };
-use bulkhead_jail::error;
+use bulkhead_jail::{error, info};
 use kvm_bindings::kvm_clock_data;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::signalfd::SignalFd;
@@ -108,6 +108,10 @@ impl Machine {
     pub fn run(mut self) -> Result<()> {
         let result = self.serve();
         self.farewell();
+        let Counters { forwarded, collected, unclaimed, resets } = self.counters();
+        info!(
+            "accesses: {forwarded} forwarded, {collected} collected, {unclaimed} unclaimed; {resets} resets"
+        );
         result
     }
 
