@@ -15,7 +15,12 @@ const BLOCK: usize = 50;
 const SOON: Duration = Duration::from_secs(20);
 
 /// Command, who answers it, and the most that ours may take of QEMU's time.
-const COMMANDS: [(&str, &str, f64); 2] = [("query-version", "broker", 0.5), ("query-status", "core", 1.0)];
+const COMMANDS: [(&str, &str, f64); 4] = [
+    ("query-version", "broker", 0.5),
+    ("query-status", "broker", 0.5),
+    ("query-cpus-fast", "core", 1.0),
+    ("query-chardev", "console", 1.0),
+];
 
 /// Measures and prints.
 ///

@@ -9,8 +9,7 @@ use bulkhead_jail::topology::PROCESSES;
 use crate::host::Host;
 use crate::report;
 
-/// Where the sources are, from the top; the last two are part of every process, and of none that a guest or
-/// client reaches.
+/// Where the sources are, from the top. The jail is part of every process.
 const CRATES: [(&str, &str); 6] = [
     ("core", "vmm-core/core"),
     ("loader", "vmm-core/loader"),
@@ -37,11 +36,11 @@ pub fn run(_: &Host) -> Result<()> {
         let shown = calls.map_or("-".to_owned(), |calls| calls.to_string());
         println!("  {name:<10} {:>10} {:>10} {shown:>14}", lines.code, lines.all);
         if name == "core" {
-            core = (lines.all, calls.unwrap_or(0));
+            core = (lines.code, calls.unwrap_or(0));
         }
     }
     let number = |count: usize| f64::from(u32::try_from(count).unwrap_or(u32::MAX));
-    report::limit("core, all lines without tests", number(core.0), CORE_LINES, "");
+    report::limit("core, lines of code", number(core.0), CORE_LINES, "");
     report::limit("core, system calls", number(core.1), CORE_CALLS, "");
     Ok(())
 }
