@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use bulkhead_framework::{Failure, Result};
+use bulkhead_framework::{Failure, Result, Vm, launcher_path};
 use bulkhead_qmp_tests::broker::{Broker, Kind};
 use bulkhead_qmp_tests::qemu::Qemu;
 use bulkhead_qmp_tests::{cases, runner};
@@ -25,6 +25,18 @@ fn run_all(path: &Path, is_qemu72: bool) -> Result<()> {
 fn our_broker_answers_as_the_table_says() -> Result<()> {
     let broker = Broker::start(&[Kind::Server], false)?;
     run_all(&broker.path(0), false)
+}
+
+/// The same on the whole product. It needs the release build and a KVM; the other tests do not.
+#[test]
+fn a_vm_answers_as_the_table_says() -> Result<()> {
+    if !launcher_path().exists() || !Path::new("/dev/kvm").exists() {
+        println!("not run: no release build of the launcher, or no KVM on this host");
+        return Ok(());
+    }
+    let vm = Vm::builder().args(["-S", "-smp", "2", "-m", "256M"]).start()?;
+    let path = vm.dir().join("q.sock");
+    run_all(&path, false).map_err(|failure| failure.with_logs(&[vm.console().clone(), vm.stderr().clone()]))
 }
 
 #[test]
