@@ -1,0 +1,392 @@
+//! The jail of each process, as the host sees it in /proc while the guest runs.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs;
+use std::os::unix::net::UnixStream;
+use std::process::Command;
+
+use bulkhead_framework::{Process, Result, Scratch, process};
+use bulkhead_jail::topology::{self, FileSize, Namespace};
+use bulkhead_native_tests::{Guest, SOON, Setup, Step, eventually, install};
+use serde_json::json;
+
+/// An ordinary user without subordinate ids, and the group of its /dev/kvm.
+const USER: (u32, u32) = (4242, 4243);
+const KVM_GROUP: u32 = 4244;
+const BINARIES: [&str; 4] = ["bulkhead-core", "bulkhead-console", "bulkhead-broker", "bulkhead-loader"];
+const KINDS: [(&str, Namespace); 6] = [
+    ("user", Namespace::User),
+    ("mnt", Namespace::Mount),
+    ("pid", Namespace::Pid),
+    ("net", Namespace::Net),
+    ("ipc", Namespace::Ipc),
+    ("uts", Namespace::Uts),
+];
+
+/// The processes that live as long as the VM.
+fn residents() -> impl Iterator<Item = &'static topology::Process> {
+    topology::PROCESSES.iter().copied().filter(|process| process.boots == topology::Boots::Vm)
+}
+
+/// A field of /proc/PID/status.
+fn field(pid: i32, name: &str) -> String {
+    let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
+    let line = status.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(':'));
+    line.unwrap_or("?").trim().to_owned()
+}
+
+/// A guest with a serial socket, a QMP socket and a file, so that every kind of descriptor is there.
+fn setup() -> Setup {
+    let chardev = ["-chardev", "socket,id=c,path=s.sock,server=on,wait=off", "-serial", "chardev:c"];
+    let file = ["-chardev", "file,id=f,path=log"];
+    Setup::new("test=counter", &[&chardev[..], &file, &["-smp", "2"]].concat())
+        .with(|vm| vm.without_serial())
+        .leaves("log")
+}
+
+/// Runs `look` on each resident process of a guest that runs.
+fn each(guest: &Guest, look: impl Fn(&topology::Process, &Process) -> Result<()>) -> Result<()> {
+    guest.check(guest.qmp()?.status()? == "running", "not running")?;
+    for resident in residents() {
+        look(resident, &guest.process(resident.name)?)?;
+    }
+    Ok(())
+}
+
+/// A guest of an ordinary user, who may use KVM by a supplementary group. The binaries go with the scratch.
+fn of_user(setup: Setup) -> Result<(Scratch, Guest)> {
+    let scratch = Scratch::new()?;
+    let launcher = install(scratch.path(), &BINARIES)?;
+    let (uid, gid) = USER;
+    let steps = [Step::KvmOf(KVM_GROUP), Step::User(uid, gid, Some(KVM_GROUP))];
+    let guest = setup.with(|vm| vm.launcher(launcher)).steps(&steps).start()?;
+    Ok((scratch, guest))
+}
+
+fn confined(guest: &Guest, starter: &str) -> Result<()> {
+    each(guest, |resident, found| {
+        let name = resident.name;
+        let pid = found.pid;
+        for (key, value) in [("Seccomp", "2"), ("NoNewPrivs", "1"), ("Groups", "")] {
+            let is = field(pid, key);
+            let ok = is == value || (key == "Groups" && starter == "user");
+            guest.check(ok, &format!("{name}: {key} is {is:?}, not {value:?}"))?;
+        }
+        for set in ["CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb"] {
+            let is = field(pid, set);
+            guest.check(is == "0000000000000000", &format!("{name}: {set} is {is}"))?;
+        }
+        guest.check(field(pid, "CoreDumping") == "0", &format!("{name}: dumps core"))?;
+        for thread in fs::read_dir(format!("/proc/{pid}/task"))?.flatten() {
+            let status = fs::read_to_string(thread.path().join("status")).unwrap_or_default();
+            guest.check(status.contains("Seccomp:\t2"), &format!("{name}: a thread without filter"))?;
+        }
+        limits(guest, resident, pid)
+    })
+}
+
+fn limits(guest: &Guest, resident: &topology::Process, pid: i32) -> Result<()> {
+    let text = fs::read_to_string(format!("/proc/{pid}/limits"))?;
+    let limit = |name: &str| {
+        let line = text.lines().find_map(|line| line.strip_prefix(name)).unwrap_or_default();
+        line.split_whitespace().next().unwrap_or_default().to_owned()
+    };
+    let name = resident.name;
+    guest.check(limit("Max core file size") == "0", &format!("{name}: core dumps are on"))?;
+    let nofile = resident.limits.nofile.to_string();
+    guest.check(limit("Max open files") == nofile, &format!("{name}: not {nofile} open files"))?;
+    let size = match resident.limits.fsize {
+        FileSize::Bytes(bytes) => bytes.to_string(),
+        FileSize::Ram => (128_u64 << 20).to_string(),
+        FileSize::Unlimited => "unlimited".to_owned(),
+    };
+    let is = limit("Max file size");
+    guest.check(is == size, &format!("{name}: file size {is}, not {size}"))
+}
+
+#[test]
+fn every_process_is_confined() -> Result<()> {
+    let guest = setup().start()?;
+    confined(&guest, "root")?;
+    guest.quit()
+}
+
+#[test]
+fn every_process_of_an_ordinary_user_is_confined() -> Result<()> {
+    let (_binaries, guest) = of_user(setup())?;
+    confined(&guest, "user")?;
+    guest.quit()
+}
+
+/// Each process is in namespaces of its own, but for the gaps of the topology.
+fn apart(guest: &Guest, starter: &str) -> Result<()> {
+    let host = process(std::process::id().cast_signed())?;
+    let mut seen: BTreeMap<String, String> = BTreeMap::new();
+    let found: Vec<_> = residents().map(|r| guest.process(r.name).map(|p| (r, p))).collect::<Result<_>>()?;
+    for (resident, process) in found {
+        let own: Vec<Namespace> = resident.namespaces_under(starter).collect();
+        for (kind, namespace) in KINDS {
+            let id = process.namespaces.get(kind).cloned().unwrap_or_default();
+            guest.check(!id.is_empty(), &format!("{}: {kind} namespace unreadable", resident.name))?;
+            let message = format!("{}: {kind} namespace {id}", resident.name);
+            if own.contains(&namespace) {
+                guest.check(process.is_apart(&host, kind), &format!("{message} is the host's"))?;
+                let other = seen.insert(id, resident.name.to_owned());
+                guest.check(other.is_none(), &format!("{message} is also that of {other:?}"))?;
+            } else if namespace != Namespace::Mount || starter == "root" {
+                guest.check(!process.is_apart(&host, kind), &format!("{message} is not the host's"))?;
+            }
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn namespaces_are_the_topologys() -> Result<()> {
+    let guest = setup().start()?;
+    guest.check(guest.qmp()?.status()? == "running", "not running")?;
+    apart(&guest, "root")?;
+    guest.quit()
+}
+
+#[test]
+fn namespaces_of_an_ordinary_user_are_the_topologys() -> Result<()> {
+    let (_binaries, guest) = of_user(setup())?;
+    guest.check(guest.qmp()?.status()? == "running", "not running")?;
+    apart(&guest, "user")?;
+    guest.quit()
+}
+
+#[test]
+fn each_process_has_a_user_of_its_own() -> Result<()> {
+    let (first, second) = (setup().start()?, setup().start()?);
+    let mut users = BTreeSet::new();
+    for guest in [&first, &second] {
+        each(guest, |resident, process| {
+            let uids: BTreeSet<String> =
+                field(process.pid, "Uid").split_whitespace().map(str::to_owned).collect();
+            guest.check(uids.len() == 1, &format!("{}: uids {uids:?}", resident.name))?;
+            guest.check(process.uid > 0x6000_0000, &format!("{}: uid {}", resident.name, process.uid))?;
+            guest.check(
+                users.insert(process.uid),
+                &format!("{}: uid {} is shared", resident.name, process.uid),
+            )
+        })?;
+    }
+    first.quit()?;
+    second.quit()
+}
+
+#[test]
+fn processes_of_an_ordinary_user_are_that_user() -> Result<()> {
+    let (_binaries, guest) = of_user(setup())?;
+    each(&guest, |resident, process| {
+        guest.check(process.uid == USER.0, &format!("{}: uid {}", resident.name, process.uid))
+    })?;
+    guest.quit()
+}
+
+#[test]
+fn the_root_directory_is_empty() -> Result<()> {
+    let guest = setup().start()?;
+    each(&guest, |resident, process| {
+        let root = format!("/proc/{}/root/", process.pid);
+        let entries: Vec<_> = fs::read_dir(&root)?.flatten().map(|entry| entry.file_name()).collect();
+        guest.check(entries.is_empty(), &format!("{}: {entries:?} in its root", resident.name))?;
+        let mounts = fs::read_to_string(format!("/proc/{}/mountinfo", process.pid))?;
+        let read_only = mounts.lines().count() == 1 && mounts.contains(" / / ro,nosuid,nodev,noexec");
+        guest.check(read_only, &format!("{}: mounts {mounts}", resident.name))?;
+        let cwd = fs::read_link(format!("/proc/{}/cwd", process.pid))?;
+        guest.check(cwd.as_os_str() == "/", &format!("{}: works in {cwd:?}", resident.name))
+    })?;
+    guest.quit()
+}
+
+/// Kinds of the open descriptors of a process, numbers replaced.
+fn kinds(pid: i32) -> Result<Vec<(i32, String)>> {
+    let mut kinds = Vec::new();
+    for entry in fs::read_dir(format!("/proc/{pid}/fd"))?.flatten() {
+        let target = fs::read_link(entry.path())?.to_string_lossy().into_owned();
+        let number = entry.file_name().to_string_lossy().parse().unwrap_or(-1);
+        let kind = match target.split_once(":[") {
+            Some((kind, _)) => kind.to_owned(),
+            None => target,
+        };
+        kinds.push((number, kind));
+    }
+    kinds.sort_unstable();
+    Ok(kinds)
+}
+
+/// What a process may hold beyond its standard streams: kind, and how many at most.
+fn allowed(name: &str) -> &'static [(&'static str, usize)] {
+    match name {
+        // Two vCPUs. Sockets: three listeners with a connection each, and `boot`.
+        "core" => &[
+            ("/dev/kvm", 1),
+            ("anon_inode:kvm-vm", 1),
+            ("anon_inode:kvm-vcpu", 2),
+            ("/memfd:ram", 4),
+            ("socket", 7),
+            ("anon_inode:[eventfd]", 16),
+            ("anon_inode:[signalfd]", 1),
+            ("anon_inode:[timerfd]", 2),
+            ("pipe", 2),
+        ],
+        "console" => &[
+            ("socket", 12),
+            ("anon_inode:[eventfd]", 16),
+            ("anon_inode:[eventpoll]", 1),
+            ("anon_inode:[timerfd]", 4),
+            ("anon_inode:[signalfd]", 1),
+            ("pipe", 8),
+            ("LOG", 2),
+        ],
+        "broker" => &[
+            ("socket", 12),
+            ("anon_inode:[eventfd]", 2),
+            ("anon_inode:[eventpoll]", 2),
+            ("anon_inode:[signalfd]", 1),
+            ("anon_inode:[timerfd]", 1),
+        ],
+        _ => &[],
+    }
+}
+
+fn only_its_own_descriptors(guest: &Guest) -> Result<()> {
+    let log = guest.trace().dir().join("log").to_string_lossy().into_owned();
+    each(guest, |resident, process| {
+        let name = resident.name;
+        let kinds = kinds(process.pid)?;
+        let standard: Vec<&str> = kinds.iter().take(3).map(|(_, kind)| kind.as_str()).collect();
+        guest.check(standard == ["/dev/null", "/dev/null", "pipe"], &format!("{name}: {kinds:?}"))?;
+        let mut counts: BTreeMap<&str, usize> = BTreeMap::new();
+        for (_, kind) in kinds.iter().skip(3) {
+            let kind = if *kind == log { "LOG" } else { kind.trim_end_matches(" (deleted)") };
+            *counts.entry(kind).or_default() += 1;
+        }
+        for (kind, count) in &counts {
+            let most = allowed(name)
+                .iter()
+                .find(|(k, _)| k == kind || (k.contains('[') && *k == format!("{kind}[]")));
+            let most = most.map_or(0, |(_, most)| *most);
+            guest.check(*count <= most, &format!("{name}: {count} of {kind}, {most} allowed: {counts:?}"))?;
+        }
+        Ok(())
+    })
+}
+
+#[test]
+fn each_process_has_its_own_descriptors_only() -> Result<()> {
+    let guest = setup().start()?;
+    only_its_own_descriptors(&guest)?;
+    guest.quit()
+}
+
+#[test]
+fn descriptors_of_an_ordinary_users_processes() -> Result<()> {
+    let (_binaries, guest) = of_user(setup())?;
+    only_its_own_descriptors(&guest)?;
+    guest.quit()
+}
+
+#[test]
+fn only_core_holds_kvm() -> Result<()> {
+    let guest = setup().start()?;
+    guest.check(guest.qmp()?.status()? == "running", "not running")?;
+    let mut holders = Vec::new();
+    for process in guest.trace().processes() {
+        if kinds(process.pid)?.iter().any(|(_, kind)| kind.contains("kvm")) {
+            holders.push(process.name);
+        }
+    }
+    guest.check(holders == ["bulkhead-core"], &format!("/dev/kvm is open in {holders:?}"))?;
+    guest.quit()
+}
+
+/// What the launcher inherits from a careless parent reaches no compartment.
+#[test]
+fn descriptors_of_the_parent_reach_nobody() -> Result<()> {
+    use std::os::fd::AsRawFd as _;
+    let (kept, _other) = UnixStream::pair()?;
+    let file = fs::File::open("/etc/passwd")?;
+    let keep = [Step::Keep(kept.as_raw_fd()), Step::Keep(file.as_raw_fd())];
+    let guest = setup().steps(&keep).start()?;
+    let inode = fs::read_link(format!("/proc/self/fd/{}", kept.as_raw_fd()))?;
+    each(&guest, |resident, process| {
+        for entry in fs::read_dir(format!("/proc/{}/fd", process.pid))?.flatten() {
+            let target = fs::read_link(entry.path())?;
+            let foreign = target == inode || target.ends_with("passwd");
+            guest.check(!foreign, &format!("{} holds {target:?}", resident.name))?;
+        }
+        Ok(())
+    })?;
+    guest.quit()
+}
+
+#[test]
+fn names_are_what_ps_shows() -> Result<()> {
+    let guest = setup().start()?;
+    guest.check(guest.qmp()?.status()? == "running", "not running")?;
+    let mut names: Vec<String> = guest.trace().processes().into_iter().map(|process| process.name).collect();
+    names.retain(|name| name != "bulkhead-loader");
+    names.sort_unstable();
+    let expected = ["bulkhead", "bulkhead-broker", "bulkhead-consol", "bulkhead-core", "bulkhead-guard"];
+    guest.check(names == expected, &format!("{names:?}"))?;
+    each(&guest, |resident, process| {
+        let line = fs::read(format!("/proc/{}/cmdline", process.pid))?;
+        let line = String::from_utf8_lossy(&line).into_owned();
+        guest.check(line.starts_with(resident.binary), &format!("{}: {line:?}", resident.name))?;
+        let environment = fs::read(format!("/proc/{}/environ", process.pid)).unwrap_or_default();
+        let secret = String::from_utf8_lossy(&environment).contains("PATH=");
+        guest.check(!secret, &format!("{}: it has the user's environment", resident.name))
+    })?;
+    guest.quit()
+}
+
+/// The loader is caught at work: its image is large, and it is asked for over and over.
+#[test]
+fn the_loader_is_jailed_and_has_no_kvm() -> Result<()> {
+    let guest = setup().start()?;
+    let mut qmp = guest.qmp()?;
+    let caught = eventually("a loader", SOON, || {
+        qmp.execute("system_reset", json!({})).map_err(|failure| failure.to_string())?;
+        let loader = guest.trace().find("bulkhead-loader").ok_or("no loader")?;
+        let kinds = kinds(loader.pid).map_err(|failure| failure.to_string())?;
+        if loader.seccomp == 2 && !kinds.is_empty() {
+            Ok((loader, kinds))
+        } else {
+            Err("too late".to_owned())
+        }
+    });
+    let (loader, kinds) = caught.map_err(|failure| guest.explain(failure))?;
+    guest.check(loader.no_new_privs && loader.capabilities == [0; 3], &format!("{loader:?}"))?;
+    let forbidden = kinds.iter().find(|(_, kind)| kind.contains("kvm") || kind.contains("eventfd"));
+    guest.check(forbidden.is_none(), &format!("the loader holds {forbidden:?}"))?;
+    guest.quit()
+}
+
+/// Nothing of the host's network is in a compartment's namespace.
+#[test]
+fn there_is_no_network() -> Result<()> {
+    let guest = setup().start()?;
+    each(&guest, |resident, process| {
+        let devices = fs::read_to_string(format!("/proc/{}/net/dev", process.pid))?;
+        let names: Vec<&str> =
+            devices.lines().filter_map(|line| Some(line.split_once(':')?.0.trim())).collect();
+        guest.check(names == ["lo"], &format!("{}: {names:?}", resident.name))
+    })?;
+    guest.quit()
+}
+
+#[test]
+fn started_by_hand_a_compartment_refuses() -> Result<()> {
+    let beside = bulkhead_framework::launcher_path();
+    for binary in BINARIES {
+        let output = Command::new(beside.with_file_name(binary)).output()?;
+        let said = String::from_utf8_lossy(&output.stderr).into_owned();
+        let refused = output.status.code() == Some(1) && said.lines().count() == 1;
+        assert!(refused && said.contains("start VMs with `bulkhead run`"), "{binary}: {said}");
+    }
+    Ok(())
+}
