@@ -27,6 +27,12 @@ pub struct Process {
 }
 
 impl Process {
+    /// True if it holds capabilities. What the bounding set still lists, no_new_privs keeps out of reach.
+    pub fn has_capabilities(&self) -> bool {
+        let [effective, permitted, _] = self.capabilities;
+        effective | permitted != 0
+    }
+
     /// True if this process is in another namespace of `kind` than `other`; false when either is unreadable.
     pub fn is_apart(&self, other: &Process, kind: &str) -> bool {
         matches!((self.namespaces.get(kind), other.namespaces.get(kind)), (Some(ours), Some(theirs)) if ours != theirs)

@@ -103,9 +103,13 @@ fn debian(kernel: &Path, initrd: &Path) -> Guest {
 
 /// Drives one guest from boot to power-off.
 fn show(guest: Guest, say: Say) -> Result<()> {
-    say(&format!("$ {}", guest.builder.command_line()))?;
+    // The log then has the exit record of each loader.
+    say(&format!("$ BULKHEAD_LOG=info {}", guest.builder.command_line()))?;
     let start = Instant::now();
-    let mut vm = guest.builder.start()?;
+    let mut vm = guest.builder.start_with(|command, _| {
+        command.env("BULKHEAD_LOG", "info");
+        Ok(())
+    })?;
     let result = drive(&mut vm, guest.ready, start, say);
     result.map_err(|failure| failure.with_logs(&[vm.console().clone(), vm.stderr().clone()]))
 }
@@ -133,7 +137,7 @@ fn drive(vm: &mut Vm, ready: fn(&mut Vm) -> Result<()>, start: Instant, say: Say
     vm.wait_success(SOON)?;
     console_from(vm, shown, say)?;
     say("The VM has ended with exit status 0. Its one-shot loader ran for each boot:")?;
-    for line in vm.stderr().text().lines().filter(|line| line.contains("bulkhead-loader")) {
+    for line in vm.stderr().text().lines().filter(|line| line.contains("bulkhead-loader exited")) {
         indented(line, say)?;
     }
     Ok(())
@@ -141,6 +145,7 @@ fn drive(vm: &mut Vm, ready: fn(&mut Vm) -> Result<()>, start: Instant, say: Say
 
 /// Runs a command, waits for the event that it brings, and shows both.
 fn command(qmp: &mut Qmp, name: &str, event: Option<&str>, say: Say) -> Result<()> {
+    qmp.pending_events();
     let began = Instant::now();
     let reply = qmp.execute(name, json!({}))?;
     let took = Duration::as_micros(&began.elapsed());
@@ -173,7 +178,7 @@ fn processes(vm: &Vm, say: Say) -> Result<()> {
             .filter(|kind| process.is_apart(&own, kind))
             .collect();
         let apart = if apart.is_empty() { "-".to_owned() } else { apart.join(",") };
-        let capabilities = if process.capabilities.iter().all(|set| *set == 0) { "none" } else { "some" };
+        let capabilities = if process.has_capabilities() { "some" } else { "none" };
         let no_new_privs = if process.no_new_privs { "yes" } else { "-" };
         let (pid, uid, name) = (process.pid, process.uid, &process.name);
         let jail = format!("{apart:<24} {capabilities:<12} {no_new_privs:<12} {}", seccomp(&process));

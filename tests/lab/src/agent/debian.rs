@@ -152,11 +152,12 @@ impl Debian {
         }
     }
 
-    /// Runs a QMP command without arguments that must succeed.
+    /// Runs a QMP command without arguments that must succeed. Events from before it are forgotten.
     ///
     /// # Errors
     /// It fails.
     pub fn command(&mut self, name: &str) -> Result<()> {
+        self.qmp.pending_events();
         self.qmp.execute(name, serde_json::json!({})).map(drop)
     }
 

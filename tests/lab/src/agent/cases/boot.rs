@@ -80,6 +80,8 @@ pub fn ordinary_user(journal: &mut Journal) -> Result<()> {
     for process in guest.vm.processes()?.iter().filter(|process| process.name != "bulkhead-guard") {
         let name = &process.name;
         guest.check(process.uid != 0, &format!("{name} runs as root"))?;
+        guest.check(!process.has_capabilities(), &format!("{name} has capabilities"))?;
+        guest.check(process.seccomp == 2, &format!("{name} has no seccomp filter"))?;
         guest.check(process.no_new_privs, &format!("{name} may gain privileges"))?;
     }
     guest.shell("poweroff -f")?;
