@@ -64,7 +64,8 @@ pub(super) enum Step {
     Stray,
 }
 
-const fn is_string_byte(byte: u8) -> bool {
+/// Whether a string may hold this byte as it is.
+pub(super) const fn is_string_byte(byte: u8) -> bool {
     byte >= 0x20 && byte <= 0xFD
 }
 

@@ -2,7 +2,7 @@
 
 use serde_json::Value;
 
-use super::lexer::{Kind, State, Step, step};
+use super::lexer::{Kind, State, Step, is_string_byte, step};
 use super::parser::{Token, parse};
 use super::text;
 
@@ -98,7 +98,7 @@ impl Reader {
         let room = (MAX_TOKEN_BYTES - self.token.len().min(MAX_TOKEN_BYTES))
             .min(self.budget.saturating_sub(self.held()))
             .saturating_add(1);
-        let plain = |byte: u8| byte >= 0x20 && byte <= 0xFD && byte != quote && byte != b'\\';
+        let plain = |byte: u8| is_string_byte(byte) && byte != quote && byte != b'\\';
         let rest = rest.get(..room).unwrap_or(rest);
         let run = rest.iter().position(|&byte| !plain(byte)).unwrap_or(rest.len());
         self.token.extend_from_slice(rest.get(..run).unwrap_or_default());
