@@ -7,7 +7,7 @@ use std::rc::Rc;
 use std::time::Duration;
 
 use bulkhead_control_api::config::{self, ChardevKind};
-use bulkhead_jail::{info, warn};
+use bulkhead_jail::{notice, warn};
 use nix::sys::socket::{UnixAddr, getpeername, getsockopt, sockopt};
 use tokio::net::{UnixListener, UnixStream};
 use tokio::sync::Notify;
@@ -93,7 +93,7 @@ impl Monitor {
     /// Waits until a client has connected, if the configuration says so.
     pub async fn wait(&self) {
         if self.wait && self.path.borrow().is_none() {
-            info!("waiting for connection on: {}", self.filename().trim_start_matches("disconnected:"));
+            notice!("waiting for connection on: {}", self.filename().trim_start_matches("disconnected:"));
             self.connected.notified().await;
         }
     }

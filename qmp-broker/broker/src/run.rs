@@ -72,10 +72,8 @@ async fn core_loop(hub: Rc<Hub>, fd: OwnedFd) {
 
 /// Learns the run state, waits for clients that must be there, then starts the machine.
 async fn begin_machine(hub: Rc<Hub>) {
-    let status = hub.core.ask_patiently(|id| core::Request { id, op: core::Op::Status }).await;
-    if let Ok(Ok(core::Answer::Status(state))) = status {
-        hub.set_state(state);
-    }
+    // The answer, or the end of the link, is handled where it arrives.
+    let _ = hub.core.ask_patiently(|id| core::Request { id, op: core::Op::Status }).await;
     for monitor in &hub.monitors {
         monitor.wait().await;
     }
@@ -86,7 +84,13 @@ async fn follow_core(hub: &Hub, link: &Link) -> LinkError {
     loop {
         match link.receive().await {
             Ok(core::FromCore::Event { event, state }) => hub.machine_event(event, state),
-            Ok(core::FromCore::Reply { id, result }) => hub.core.answer(id, result),
+            Ok(core::FromCore::Reply { id, result }) => {
+                // At once, so that no later event is overwritten.
+                if let Ok(core::Answer::Status(state)) = result {
+                    hub.set_state(state);
+                }
+                hub.core.answer(id, result);
+            }
             Err(error) => return error,
         }
     }
