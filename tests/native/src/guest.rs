@@ -11,7 +11,7 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use serde_json::{Value, json};
 
-use crate::{CLEAN, Enter as _, SOON, Step, Trace};
+use crate::{CLEAN, Enter as _, SOON, Step, Trace, eventually};
 
 /// What to start.
 pub struct Setup {
@@ -147,6 +147,21 @@ impl Guest {
     /// The socket does not answer.
     pub fn qmp(&self) -> Result<Qmp> {
         self.vm.qmp()
+    }
+
+    /// Waits until the guest runs; returns the session that says so.
+    ///
+    /// # Errors
+    /// It does not.
+    pub fn running(&self) -> Result<Qmp> {
+        let mut qmp = self.qmp()?;
+        eventually("run state running", SOON, || match qmp.status() {
+            Ok(status) if status == "running" => Ok(()),
+            Ok(status) => Err(status),
+            Err(failure) => Err(failure.to_string()),
+        })
+        .map_err(|failure| self.explain(failure))?;
+        Ok(qmp)
     }
 
     /// The process `bulkhead-NAME`.
