@@ -240,6 +240,23 @@ fn too_many_clients_are_told_so() -> Result<()> {
 }
 
 #[test]
+fn silent_clients_give_way() -> Result<()> {
+    let broker = Broker::start(&[Kind::Server], false)?;
+    let _first = negotiated(&broker)?;
+    let mut silent = Vec::new();
+    for _ in 0..99 {
+        silent.push(Wire::connect(&broker.path(0))?);
+    }
+    assert!(Wire::connect(&broker.path(0)).is_err(), "none has been silent for 5 seconds");
+    sleep(Duration::from_millis(5100));
+    let mut late = negotiated(&broker)?;
+    assert!(late.ask(VERSION)?.get("return").is_some());
+    let oldest = silent.first_mut().ok_or("no clients")?;
+    assert_eq!(oldest.line().unwrap_err().message(), "the connection is closed");
+    Ok(())
+}
+
+#[test]
 fn descriptors_in_control_messages_are_discarded() -> Result<()> {
     let broker = Broker::start(&[Kind::Server], false)?;
     let mut wire = negotiated(&broker)?;
