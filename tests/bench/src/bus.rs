@@ -5,7 +5,7 @@ use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use bulkhead_bus_api::{REPLY_LEN, REQUEST_LEN};
-use bulkhead_framework::{Child, Result};
+use bulkhead_framework::{Child, Failure, Result};
 use nix::sys::signal::Signal;
 use nix::sys::socket::{AddressFamily, MsgFlags, SockFlag, SockType, recv, send, socketpair};
 use nix::unistd::{read, write};
@@ -16,69 +16,80 @@ use crate::report::{self, Samples};
 /// Argument of the process at the other end of the ping-pong.
 pub const PONG: &str = "--pong";
 
-const ROUNDS: usize = 5;
-const ACCESSES: u32 = 5_000;
+const ROUNDS: usize = 7;
+const ACCESSES: u32 = 1_000;
 const FLOOD_LINES: u32 = 1_000;
 const LINE: u32 = 64;
 const SOON: Duration = Duration::from_secs(30);
-/// The line status register, which the console answers, and a port that nobody claims.
+/// The line status register, which the console answers.
 const CONSOLE_PORT: u16 = 0x3fd;
-const NO_PORT: u16 = 0x5658;
 
 /// Measures and prints.
 ///
 /// # Errors
 /// A guest did not start or finish.
 pub fn run(host: &Host) -> Result<()> {
-    let mut samples: [Samples; 4] = Default::default();
+    let mut samples: [Samples; 5] = Default::default();
     for _ in 0..ROUNDS {
-        let console = port_reads(host, CONSOLE_PORT)?;
-        let nobody = port_reads(host, NO_PORT)?;
-        let bare = ping_pong()?;
-        let [exit, whole, link, reference] = &mut samples;
-        exit.time(nobody);
-        whole.time(console);
-        link.time(console.saturating_sub(nobody));
-        reference.time(bare);
+        let (nobody, console) = port_reads(host)?;
+        let bare = ping_pong(Duration::ZERO)?;
+        // As far apart as the guest's accesses are: the peer has gone to sleep meanwhile.
+        let apart = ping_pong(Duration::from_secs_f64(nobody * 2e-6))?;
+        for (samples, value) in samples.iter_mut().zip([console, nobody, console - nobody, bare, apart]) {
+            samples.value(value);
+        }
     }
-    let [exit, whole, link, reference] = &samples;
+    let [whole, exit, link, reference, apart] = &samples;
     whole.print("port read that the console answers", "us", 1.0);
     exit.print("port read that nobody claims (the exit alone)", "us", 1.0);
     link.print("the bus link: their difference", "us", 1.0);
     reference.print("bare SOCK_SEQPACKET ping-pong", "us", 1.0);
+    apart.print("the same, with the guest's pauses", "us", 1.0);
     report::ratio("bus link / ping-pong", link.median(), reference.median(), 1.3);
+    report::ratio("bus link / ping-pong with pauses", link.median(), apart.median(), 1.3);
     flood(host)
 }
 
-/// Time of one read of `port` by the guest.
-fn port_reads(host: &Host, port: u16) -> Result<Duration> {
-    let test = format!("bench-pio port={port:#x} n={ACCESSES}");
+/// Microseconds that the guest sees for a read of a port that nobody claims, and of one that the console
+/// answers: the medians of many that take turns.
+fn port_reads(host: &Host) -> Result<(f64, f64)> {
+    let test = format!("bench-link port={CONSOLE_PORT:#x} n={ACCESSES}");
     let child = Child::start(&mut host.ours(&test), "console", "stderr")?;
-    child.stdout().expect("test=bench-pio", SOON)?;
+    child.stdout().expect("test=bench-link", SOON)?;
     let start = Instant::now();
-    child.stdout().expect("bench pio", SOON)?;
-    Ok(start.elapsed() / ACCESSES)
+    let line = child.stdout().expect_line("bench link ", SOON)?;
+    let micros = start.elapsed().as_secs_f64() * 1e6;
+    let number = |name: &str| -> Result<f64> {
+        let word = line.split_whitespace().find_map(|word| word.strip_prefix(name)?.strip_prefix('='));
+        let value = word.and_then(|value| value.parse().ok());
+        value.ok_or_else(|| Failure::new(format!("no {name} in {line:?}")))
+    };
+    // The loop is as long as the wait for its result, within a few hundredths: that gives the clock's rate.
+    let cycle = micros / number("cycles")?;
+    Ok((number("nobody")? * cycle, number("claimed")? * cycle))
 }
 
-/// Round trip between this process and another over a connected pair, blocking on both sides.
-fn ping_pong() -> Result<Duration> {
+/// Microseconds of a round trip between this process and another over a connected pair, blocking on both
+/// sides, `pause` after the last: the median of many.
+fn ping_pong(pause: Duration) -> Result<f64> {
     let pair = socketpair(AddressFamily::Unix, SockType::SeqPacket, None, SockFlag::SOCK_CLOEXEC);
     let (ours, theirs): (OwnedFd, OwnedFd) = pair.map_err(|errno| format!("socketpair: {errno}"))?;
     let mut child = Command::new(std::env::current_exe()?).arg(PONG).stdin(Stdio::from(theirs)).spawn()?;
     let mut reply = [0; REPLY_LEN];
-    let mut once = || -> nix::Result<usize> {
+    let mut times = Samples::default();
+    let done = (0..ACCESSES).try_for_each(|_| {
+        let last = Instant::now();
+        while last.elapsed() < pause {}
+        let start = Instant::now();
         write(&ours, &[0; REQUEST_LEN])?;
-        read(&ours, &mut reply)
-    };
-    let mut all = |count| (0..count).try_for_each(|_| once().map(drop));
-    let warm = all(100);
-    let start = Instant::now();
-    let done = warm.and_then(|()| all(ACCESSES));
-    let time = start.elapsed();
+        read(&ours, &mut reply)?;
+        times.time(start.elapsed());
+        nix::Result::Ok(())
+    });
     drop(ours);
     child.wait()?;
     done.map_err(|errno| format!("ping-pong: {errno}"))?;
-    Ok(time / ACCESSES)
+    Ok(times.median())
 }
 
 /// Answers each packet on standard input until its end.

@@ -53,7 +53,8 @@ impl Host {
     /// `bulkhead run` with the native guest on stdio.
     pub fn ours(&self, test: &str) -> Command {
         let mut command = Command::new(&self.launcher);
-        command.args(["run", "-m", RAM, "-serial", "stdio", "-append"]).arg(format!("test={test}"));
+        command.args(["run", "-m", RAM, "-serial", "stdio", "-kernel"]).arg(self.dir().join("guest.elf"));
+        command.arg("-append").arg(format!("test={test}"));
         command
     }
 

@@ -15,13 +15,14 @@ impl Samples {
     /// Adds a value.
     pub fn value(&mut self, value: f64) {
         self.0.push(value);
-        self.0.sort_by(f64::total_cmp);
     }
 
     /// The value that `percent` of all do not exceed; NaN without any.
     pub fn percentile(&self, percent: usize) -> f64 {
-        let rank = (self.0.len() * percent).div_ceil(100).max(1) - 1;
-        self.0.get(rank).copied().unwrap_or(f64::NAN)
+        let mut sorted = self.0.clone();
+        sorted.sort_by(f64::total_cmp);
+        let rank = (sorted.len() * percent).div_ceil(100).max(1) - 1;
+        sorted.get(rank).copied().unwrap_or(f64::NAN)
     }
 
     /// The median.

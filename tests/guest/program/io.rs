@@ -50,6 +50,29 @@ pub fn bench_mmio(info: &StartInfo) {
     });
 }
 
+/// `test=bench-link`: the middle of `n=` times, in cycles, that a read of `port=` takes, and one of a port
+/// that nobody claims; they take turns.
+pub fn bench_link(info: &StartInfo) {
+    const MOST: usize = 1000;
+    let port = info.number("port", 0x3fd) as u16;
+    let count = info.number("n", 1000).clamp(1, MOST as u64) as usize;
+    let mut times = [[0u32; MOST]; 2];
+    let begin = tsc();
+    for round in 0..count {
+        for (port, times) in [NO_PORT, port].into_iter().zip(&mut times) {
+            let start = tsc();
+            inb(port);
+            times[round] = (tsc() - start) as u32;
+        }
+    }
+    let cycles = tsc() - begin;
+    let [nobody, claimed] = times.each_mut().map(|times| {
+        times[..count].sort_unstable();
+        times[count / 2]
+    });
+    println!("bench link n={count} cycles={cycles} nobody={nobody} claimed={claimed}");
+}
+
 fn bench(info: &StartInfo, name: &str, once: impl Fn()) {
     let count = info.number("n", 10_000).max(1);
     let begin = tsc();

@@ -47,6 +47,7 @@ const TESTS: &[(&str, Test)] = &[
     ("mmio", io::mmio),
     ("bench-pio", io::bench_ports),
     ("bench-mmio", io::bench_mmio),
+    ("bench-link", io::bench_link),
     ("internal-error", reset::internal_error),
     ("exception", io::exception),
 ];
