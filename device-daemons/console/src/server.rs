@@ -13,7 +13,7 @@ use bulkhead_bus_api::main_link::{Command, FromCore, ToCore};
 use bulkhead_control_api::console::{self, Answer, Op, Reply};
 use bulkhead_jail::link::{Link, LinkError};
 use bulkhead_jail::topology::LINK_CONTROL_CONSOLE;
-use bulkhead_jail::{info, warn};
+use bulkhead_jail::{info, notice, warn};
 use nix::errno::Errno;
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
 use nix::sys::socket::MsgFlags;
@@ -162,7 +162,7 @@ impl Server {
             Err(error) => warn!("link to the broker: {error}; the machine goes on without it"),
         }
         for slot in server.slots.iter().filter(|slot| slot.chardev.awaits_client()) {
-            info!("waiting for connection on: {}", slot.chardev.filename());
+            notice!("waiting for connection on: {}", slot.chardev.filename());
         }
         Ok(server)
     }

@@ -81,7 +81,8 @@ impl Monitor {
     pub fn filename(&self) -> String {
         let is_path = !self.address.starts_with("fd:");
         let address = if is_path { format!("unix:{}", self.address) } else { self.address.clone() };
-        let server = if self.server { ",server=on" } else { "" };
+        // 5.1 writes the short form; ",server=on" came with 6.0.
+        let server = if self.server { ",server" } else { "" };
         match &*self.path.borrow() {
             _ if self.address == "stdio" => self.address.clone(),
             _ if self.clients.get() == 0 => format!("disconnected:{address}{server}"),
