@@ -2,12 +2,16 @@
 
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::time::Duration;
 
 use bulkhead_control_api::core::{Answer, Cause, Cpu, Event, FromCore, Op, Refusal, Request, RunState};
 use bulkhead_control_api::{VERSION, console, encode};
 use bulkhead_jail::link::{Link, send_packet};
 use nix::sys::socket::MsgFlags;
+
+/// How long the broker may take to begin the link.
+const HELLO: Duration = Duration::from_secs(5);
 
 /// What the test and the fake core share.
 #[derive(Clone)]
@@ -15,7 +19,7 @@ pub struct Core {
     state: Arc<Mutex<RunState>>,
     started: Arc<AtomicBool>,
     silent: Arc<AtomicBool>,
-    out: Arc<Mutex<Option<OwnedFd>>>,
+    out: Arc<(Mutex<Option<OwnedFd>>, Condvar)>,
 }
 
 impl Core {
@@ -36,7 +40,9 @@ impl Core {
     }
 
     fn listen(&self, link: &mut Link, out: OwnedFd) {
-        *self.out.lock().unwrap_or_else(PoisonError::into_inner) = Some(out);
+        let (slot, ready) = &*self.out;
+        *slot.lock().unwrap_or_else(PoisonError::into_inner) = Some(out);
+        ready.notify_all();
         while let Ok(Request { id, op }) = link.recv::<Request>() {
             if self.silent.load(Ordering::SeqCst) {
                 continue;
@@ -77,7 +83,11 @@ impl Core {
     }
 
     fn send(&self, message: &FromCore) {
-        let out = self.out.lock().unwrap_or_else(PoisonError::into_inner);
+        // The link begins with a hello each way, which may still be under way.
+        let (slot, ready) = &*self.out;
+        let slot = slot.lock().unwrap_or_else(PoisonError::into_inner);
+        let waited = ready.wait_timeout_while(slot, HELLO, |out| out.is_none());
+        let (out, _) = waited.unwrap_or_else(PoisonError::into_inner);
         if let (Some(out), Ok(packet)) = (&*out, encode(message)) {
             // A broker that has gone is noticed by the receiving side.
             let _ = send_packet(out.as_fd(), &packet, &[], MsgFlags::empty());
