@@ -65,9 +65,10 @@ impl Boot {
 
     /// Goes on when the door is readable.
     pub fn advance(&mut self, ram: &[Ram]) -> Result<(), String> {
+        let greeted = self.door.is_greeting();
         let arrival = self.door.advance();
         if arrival == Arrival::Nothing {
-            return Ok(());
+            return self.greeted(greeted);
         }
         if !matches!(self.phase, Phase::Loading(_)) {
             // Nobody asked for this one.
@@ -96,9 +97,20 @@ impl Boot {
         }
     }
 
+    /// A loader that was at the door and is gone without a hello has failed.
+    fn greeted(&mut self, before: bool) -> Result<(), String> {
+        let gone = before && !self.door.is_greeting();
+        if gone && matches!(self.phase, Phase::Loading(_)) {
+            return Err(self.failed("it ended before it said hello".into()));
+        }
+        Ok(())
+    }
+
     /// Ends a run that takes too long.
     pub fn expire(&mut self) -> Result<(), String> {
+        let greeted = self.door.is_greeting();
         self.door.expire();
+        self.greeted(greeted)?;
         match self.phase {
             Phase::Loading(since) if since.elapsed() > PATIENCE => {
                 Err(self.failed(format!("no answer in {} seconds", PATIENCE.as_secs())))
