@@ -159,6 +159,7 @@ impl Server {
         };
         match Link::begin(parts.broker, bulkhead_control_api::VERSION) {
             Ok(link) => server.broker = Peer::Greeting(link),
+            Err(LinkError::Closed) => info!("the broker is gone; the machine goes on without it"),
             Err(error) => warn!("link to the broker: {error}; the machine goes on without it"),
         }
         for slot in server.slots.iter().filter(|slot| slot.chardev.awaits_client()) {

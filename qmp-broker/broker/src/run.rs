@@ -65,6 +65,8 @@ async fn core_loop(hub: Rc<Hub>, fd: OwnedFd) {
                 other => error!("link to core: {other}"),
             }
         }
+        // Core has said why it ends, or the starter will.
+        Err(LinkError::Closed) => info!("core is gone"),
         Err(error) => error!("link to core: {error}"),
     }
     hub.core.detach();

@@ -3,6 +3,7 @@
 use std::process::ExitCode;
 
 use bulkhead_control_api::config;
+use bulkhead_jail::link::LinkError;
 use bulkhead_jail::start::{Start, StartError};
 use bulkhead_jail::topology;
 use bulkhead_loader::job::{Files, serve};
@@ -28,6 +29,11 @@ fn main() -> ExitCode {
     };
     match serve(&files, &config, core) {
         Ok(()) => ExitCode::SUCCESS,
+        Err(LinkError::Closed) => {
+            // Core has said why it ends, or the starter will.
+            bulkhead_jail::info!("core is gone");
+            ExitCode::FAILURE
+        }
         Err(error) => {
             bulkhead_jail::error!("link to core: {error}");
             ExitCode::FAILURE
