@@ -7,8 +7,11 @@
 #![expect(unsafe_code, reason = "fork, close_range, pidfd_send_signal and _exit")]
 
 use std::cell::RefCell;
+use std::ffi::OsStr;
+use std::fs::Metadata;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::unix::ffi::OsStrExt as _;
 use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 
@@ -18,7 +21,7 @@ use nix::poll::{PollFd, PollFlags, poll};
 use nix::sys::signal::{SigSet, SigmaskHow, sigprocmask};
 use nix::sys::socket::{AddressFamily, MsgFlags, SockFlag, SockType, socketpair};
 use nix::sys::termios::{SetArg, Termios, tcgetattr, tcsetattr};
-use nix::unistd::{ForkResult, Pid, fork};
+use nix::unistd::{ForkResult, Pid, Uid, fork};
 
 /// The longest path that is remembered, in bytes (`PATH_MAX`).
 const MAX_PATH: usize = 4096;
@@ -42,6 +45,7 @@ pub struct Guard {
 struct Memory {
     processes: Vec<OwnedFd>,
     paths: Vec<(PathBuf, u64, u64)>,
+    directories: Vec<PathBuf>,
 }
 
 impl Guard {
@@ -75,8 +79,7 @@ impl Guard {
     /// # Errors
     /// The guard is gone.
     pub fn process(&self, pidfd: BorrowedFd<'_>) -> Result<(), String> {
-        send_packet(self.link.as_fd(), b"k", &[pidfd], MsgFlags::empty())
-            .map_err(|e| format!("the guard died: {e}"))
+        self.send(b"k", &[pidfd])
     }
 
     /// A path to remove, as long as it is still this file.
@@ -89,8 +92,18 @@ impl Guard {
         packet.extend(device.to_le_bytes());
         packet.extend(inode.to_le_bytes());
         packet.extend(absolute.as_os_str().as_encoded_bytes());
-        send_packet(self.link.as_fd(), &packet, &[], MsgFlags::empty())
-            .map_err(|e| format!("the guard died: {e}"))
+        let sent = self.send(&packet, &[]);
+        self.paths.borrow_mut().push(packet);
+        sent
+    }
+
+    /// A directory that is about to be made, under a name that nobody else would choose.
+    ///
+    /// # Errors
+    /// The guard is gone.
+    pub fn directory(&self, path: &Path) -> Result<(), String> {
+        let packet = [b"d", path.as_os_str().as_encoded_bytes()].concat();
+        self.send(&packet, &[])
     }
 
     /// The guard's life line: it hangs up when the guard has died.
@@ -163,6 +176,10 @@ fn ended(pidfd: &OwnedFd, milliseconds: u16) -> bool {
     matches!(poll(&mut poll_fds, milliseconds), Ok(1))
 }
 
+fn path_of(bytes: &[u8]) -> PathBuf {
+    OsStr::from_bytes(bytes).into()
+}
+
 impl Memory {
     fn learn(&mut self, packet: &[u8], fds: Vec<OwnedFd>) {
         match packet.split_first() {
@@ -175,11 +192,10 @@ impl Memory {
                 let number =
                     |at: usize| rest.get(at..).and_then(|r| r.first_chunk()).map(|b| u64::from_le_bytes(*b));
                 if let (Some(device), Some(inode), Some(path)) = (number(0), number(8), rest.get(16..)) {
-                    use std::os::unix::ffi::OsStrExt as _;
-                    let path = PathBuf::from(std::ffi::OsStr::from_bytes(path));
-                    self.paths.push((path, device, inode));
+                    self.paths.push((path_of(path), device, inode));
                 }
             }
+            Some((b'd', path)) => self.directories.push(path_of(path)),
             _ => {}
         }
     }
@@ -200,9 +216,14 @@ impl Memory {
         for (path, device, inode) in &self.paths {
             match std::fs::symlink_metadata(path) {
                 Ok(found) if found.dev() != *device || found.ino() != *inode => {}
-                Ok(found) if found.is_dir() => crate::rendezvous::remove(path),
                 Ok(_) => drop(std::fs::remove_file(path)),
                 Err(_) => {}
+            }
+        }
+        for path in &self.directories {
+            let ours = |found: Metadata| found.is_dir() && found.uid() == Uid::effective().as_raw();
+            if std::fs::symlink_metadata(path).is_ok_and(ours) {
+                crate::rendezvous::remove(path);
             }
         }
         for pidfd in &self.processes {

@@ -1,5 +1,6 @@
 //! Listening sockets between compartments: bound nowhere that anybody else could reach.
 
+use std::hash::{BuildHasher as _, RandomState};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
@@ -8,7 +9,7 @@ use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, OFlag, fcntl, open};
 use nix::sys::socket::{self, AddressFamily, Backlog, SockFlag, SockType, UnixAddr};
 use nix::sys::stat::Mode;
-use nix::unistd::{Uid, mkdtemp, unlink};
+use nix::unistd::{Uid, mkdir, unlink};
 
 /// Connections that may wait: at most one peer at a time has business on such a socket.
 const BACKLOG: i32 = 4;
@@ -42,18 +43,18 @@ pub fn remove(directory: &Path) {
 }
 
 impl Rendezvous {
-    /// Makes one; `register` learns of the directory that it uses for a moment.
+    /// Makes one; `register` learns of the directory that it uses for a moment, before that is made.
     ///
     /// # Errors
     /// The directory for temporary files cannot be written.
-    pub fn new(register: impl FnOnce(&Path, u64, u64) -> Result<(), String>) -> Result<Self, String> {
+    pub fn new(register: impl FnOnce(&Path) -> Result<(), String>) -> Result<Self, String> {
         let base = base();
         let fail = |e: Errno| format!("cannot make a socket in {}: {e}", base.display());
-        let directory = mkdtemp(&base.join("bulkhead-XXXXXX")).map_err(fail)?;
-        let registered = match std::fs::symlink_metadata(&directory) {
-            Ok(made) => register(&directory, made.dev(), made.ino()),
-            Err(e) => Err(format!("{}: {e}", directory.display())),
-        };
+        // Keyed at random by the standard library: not to be guessed.
+        let name = format!("bulkhead-{:016x}", RandomState::new().hash_one(std::process::id()));
+        let directory = base.join(name);
+        register(&directory)?;
+        mkdir(&directory, Mode::S_IRWXU).map_err(fail)?;
         let made = (|| {
             let path = directory.join(SOCKET);
             let listener = seqpacket(SockFlag::empty())?;
@@ -63,7 +64,7 @@ impl Rendezvous {
             Ok(Self { listener, inode })
         })();
         remove(&directory);
-        registered.and(made.map_err(fail))
+        made.map_err(fail)
     }
 
     /// The listening end.
@@ -95,7 +96,7 @@ mod tests {
     #[test]
     fn a_nameless_listener_takes_connections() {
         let mut directory = PathBuf::new();
-        let register = |path: &Path, _, _| {
+        let register = |path: &Path| {
             directory = path.to_owned();
             Ok(())
         };
@@ -109,7 +110,7 @@ mod tests {
 
     #[test]
     fn a_full_queue_is_an_error() {
-        let rendezvous = Rendezvous::new(|_, _, _| Ok(())).unwrap();
+        let rendezvous = Rendezvous::new(|_| Ok(())).unwrap();
         let ends: Vec<_> = (0..=BACKLOG).map(|_| rendezvous.connect().unwrap()).collect();
         assert!(rendezvous.connect().is_err());
         drop(ends);

@@ -145,7 +145,7 @@ impl Supervisor {
     fn new(vm: Vm, guard: Guard) -> Result<Self, String> {
         let mut meetings = BTreeMap::new();
         for link in topology::LINKS {
-            meetings.insert(link.name, Rendezvous::new(|path, dev, ino| guard.path(path, dev, ino))?);
+            meetings.insert(link.name, Rendezvous::new(|path| guard.directory(path))?);
         }
         let mut configs = BTreeMap::new();
         configs.insert("core", config_blob::seal(&vm.core)?);
@@ -374,6 +374,11 @@ impl Supervisor {
         for (process, status, after, failed) in ended {
             if let Some(step) = failed {
                 say("<3>", NAME, &format!("cannot start {}: {step} (see `bulkhead doctor`)", process.binary));
+                // That says it all, unless core has to hear of it and decide.
+                if process.boots == Boots::Vm {
+                    self.status = 1;
+                    self.kill_all();
+                }
             }
             self.ended(process, status, after);
         }
@@ -394,6 +399,8 @@ impl Supervisor {
             ("core", _) => {
                 self.core_exit = None;
                 self.deadline = Some(Instant::now() + FLUSH_TIME);
+                // A peer that core had not let in yet sees the end now.
+                self.meetings.clear();
                 if code != Some(0) {
                     self.status = 1;
                 }
