@@ -6,9 +6,10 @@ use std::time::{Duration, Instant};
 
 use bulkhead_bus_api::{REPLY_LEN, REQUEST_LEN};
 use bulkhead_framework::{Child, Failure, Result};
+use nix::sched::{CpuSet, sched_getaffinity, sched_setaffinity};
 use nix::sys::signal::Signal;
 use nix::sys::socket::{AddressFamily, MsgFlags, SockFlag, SockType, recv, send, socketpair};
-use nix::unistd::{read, write};
+use nix::unistd::{Pid, read, write};
 
 use crate::host::Host;
 use crate::report::{self, Samples};
@@ -29,6 +30,19 @@ const CONSOLE_PORT: u16 = 0x3fd;
 /// # Errors
 /// A guest did not start or finish.
 pub fn run(host: &Host) -> Result<()> {
+    println!("  all on one processor:");
+    let free = sched_getaffinity(Pid::from_raw(0)).map_err(|errno| format!("sched_getaffinity: {errno}"))?;
+    pin(&one_of(&free))?;
+    let pinned = link(host);
+    pin(&free)?;
+    pinned?;
+    println!("  where the scheduler puts them (an idle processor must be woken):");
+    link(host)?;
+    flood(host)
+}
+
+/// Compares the link with the ping-pong.
+fn link(host: &Host) -> Result<()> {
     let mut samples: [Samples; 5] = Default::default();
     for _ in 0..ROUNDS {
         let (nobody, console) = port_reads(host)?;
@@ -43,11 +57,25 @@ pub fn run(host: &Host) -> Result<()> {
     whole.print("port read that the console answers", "us", 1.0);
     exit.print("port read that nobody claims (the exit alone)", "us", 1.0);
     link.print("the bus link: their difference", "us", 1.0);
-    reference.print("bare SOCK_SEQPACKET ping-pong", "us", 1.0);
+    reference.print("bare SOCK_SEQPACKET ping-pong, back to back", "us", 1.0);
     apart.print("the same, with the guest's pauses", "us", 1.0);
-    report::ratio("bus link / ping-pong", link.median(), reference.median(), 1.3);
     report::ratio("bus link / ping-pong with pauses", link.median(), apart.median(), 1.3);
-    flood(host)
+    Ok(())
+}
+
+/// The last processor of a set.
+fn one_of(set: &CpuSet) -> CpuSet {
+    let mut one = CpuSet::new();
+    if let Some(last) = (0..CpuSet::count()).rev().find(|cpu| set.is_set(*cpu).unwrap_or(false)) {
+        // The number came from such a set.
+        let _ = one.set(last);
+    }
+    one
+}
+
+/// Puts this process and all that it starts on the processors of a set.
+fn pin(set: &CpuSet) -> Result<()> {
+    sched_setaffinity(Pid::from_raw(0), set).map_err(|errno| format!("sched_setaffinity: {errno}").into())
 }
 
 /// Microseconds that the guest sees for a read of a port that nobody claims, and of one that the console
