@@ -9,7 +9,7 @@ export PATH := $(PATH):$(HOME)/.cargo/bin
 help:
 	@echo "make demo    build, start a VM, drive it over QMP, show its processes"
 	@echo "make check   all tests; ends with the line \"N passed, N failed\""
-	@echo "make bench   the product's figures beside their references"
+	@echo "make bench   the product's figures beside their references; FIGURES=\"start qmp\" chooses"
 	@echo "make lab     only the cases that boot Debian in the lab"
 	@echo "make fmt     format the sources"
 	@echo "make setup   install the Debian packages that the others need"
@@ -25,7 +25,7 @@ check: setup
 
 bench: setup
 	@$(LAB) build
-	@cargo run --release -p bulkhead-bench
+	@cargo run --release -p bulkhead-bench -- $(FIGURES)
 
 lab: setup
 	@$(LAB) run

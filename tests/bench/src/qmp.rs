@@ -10,8 +10,10 @@ use bulkhead_framework::{Qmp, Result};
 use crate::host::Host;
 use crate::report::{self, Samples};
 
-const BLOCKS: usize = 60;
-const BLOCK: usize = 50;
+const BLOCKS: usize = 16;
+/// Requests before the other side's turn: so many that the first, which finds a server that has been asleep
+/// meanwhile, is not all that p99 shows.
+const BLOCK: usize = 250;
 const SOON: Duration = Duration::from_secs(20);
 
 /// Command, who answers it, and the most that ours may take of QEMU's time.
