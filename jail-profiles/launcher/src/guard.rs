@@ -23,6 +23,8 @@ use nix::sys::socket::{AddressFamily, MsgFlags, SockFlag, SockType, socketpair};
 use nix::sys::termios::{SetArg, Termios, tcgetattr, tcsetattr};
 use nix::unistd::{ForkResult, Pid, Uid, fork};
 
+use crate::opener::{self, Note};
+
 /// The longest path that is remembered, in bytes (`PATH_MAX`).
 const MAX_PATH: usize = 4096;
 
@@ -46,6 +48,8 @@ struct Memory {
     processes: Vec<OwnedFd>,
     paths: Vec<(PathBuf, u64, u64)>,
     directories: Vec<PathBuf>,
+    /// Sockets (`s`) and PID files (`f`) that were to be created and may have been.
+    coming: Vec<(u8, String)>,
 }
 
 impl Guard {
@@ -83,10 +87,7 @@ impl Guard {
     }
 
     /// A path to remove, as long as it is still this file.
-    ///
-    /// # Errors
-    /// The guard is gone.
-    pub fn path(&self, path: &Path, device: u64, inode: u64) -> Result<(), String> {
+    fn path(&self, path: &Path, device: u64, inode: u64) -> Result<(), String> {
         let absolute = std::path::absolute(path).unwrap_or_else(|_| path.to_owned());
         let mut packet = vec![b'p'];
         packet.extend(device.to_le_bytes());
@@ -95,6 +96,18 @@ impl Guard {
         let sent = self.send(&packet, &[]);
         self.paths.borrow_mut().push(packet);
         sent
+    }
+
+    /// What the opener is about to create, and what it has created.
+    ///
+    /// # Errors
+    /// The guard is gone.
+    pub fn note(&self, note: Note<'_>) -> Result<(), String> {
+        match note {
+            Note::Socket(path) => self.send(&[b"s", path.as_bytes()].concat(), &[]),
+            Note::PidFile(path) => self.send(&[b"f", path.as_bytes()].concat(), &[]),
+            Note::Created(new) => self.path(&new.path, new.dev, new.ino),
+        }
     }
 
     /// A directory that is about to be made, under a name that nobody else would choose.
@@ -122,14 +135,14 @@ impl Guard {
 /// Forks a guard; returns the launcher's end of its link.
 fn start(terminal: Option<&Termios>) -> Result<(OwnedFd, Pid), String> {
     let fail = |e: Errno| format!("cannot start the guard: {e}");
-    let flags = SockFlag::SOCK_CLOEXEC;
+    let (flags, launcher) = (SockFlag::SOCK_CLOEXEC, std::process::id());
     let (link, other) = socketpair(AddressFamily::Unix, SockType::SeqPacket, None, flags).map_err(fail)?;
     // SAFETY: the launcher has one thread, so the child's copy of the process is whole.
     match unsafe { fork() }.map_err(fail)? {
         ForkResult::Parent { child } => Ok((link, child)),
         ForkResult::Child => {
             drop(link);
-            watch(&other, terminal);
+            watch(&other, terminal, launcher);
             // SAFETY: _exit does not return; the copy's destructors belong to the launcher.
             unsafe { libc::_exit(0) }
         }
@@ -137,7 +150,7 @@ fn start(terminal: Option<&Termios>) -> Result<(OwnedFd, Pid), String> {
 }
 
 /// The guard's life.
-fn watch(link: &OwnedFd, terminal: Option<&Termios>) {
+fn watch(link: &OwnedFd, terminal: Option<&Termios>, launcher: u32) {
     // A terminal's Ctrl-C or a service manager's SIGTERM is for the launcher.
     let _ = sigprocmask(SigmaskHow::SIG_SETMASK, Some(&SigSet::all()), None);
     let _ = nix::unistd::setsid();
@@ -153,7 +166,7 @@ fn watch(link: &OwnedFd, terminal: Option<&Termios>) {
             Err(LinkError::Malformed | LinkError::WouldBlock) => {}
         }
     }
-    memory.clean();
+    memory.clean(launcher);
     if let Some(modes) = terminal {
         let _ = tcsetattr(io::stdin(), SetArg::TCSANOW, modes);
     }
@@ -192,15 +205,20 @@ impl Memory {
                 let number =
                     |at: usize| rest.get(at..).and_then(|r| r.first_chunk()).map(|b| u64::from_le_bytes(*b));
                 if let (Some(device), Some(inode), Some(path)) = (number(0), number(8), rest.get(16..)) {
-                    self.paths.push((path_of(path), device, inode));
+                    let path = path_of(path);
+                    self.coming.retain(|(_, coming)| !std::path::absolute(coming).is_ok_and(|p| p == path));
+                    self.paths.push((path, device, inode));
                 }
+            }
+            Some((kind @ (b's' | b'f'), path)) => {
+                self.coming.push((*kind, String::from_utf8_lossy(path).into_owned()));
             }
             Some((b'd', path)) => self.directories.push(path_of(path)),
             _ => {}
         }
     }
 
-    fn clean(self) {
+    fn clean(self, launcher: u32) {
         for pidfd in &self.processes {
             // SAFETY: the descriptor is a pidfd that we own; no siginfo is passed.
             unsafe {
@@ -218,6 +236,12 @@ impl Memory {
                 Ok(found) if found.dev() != *device || found.ino() != *inode => {}
                 Ok(_) => drop(std::fs::remove_file(path)),
                 Err(_) => {}
+            }
+        }
+        for (kind, path) in &self.coming {
+            match kind {
+                b's' => opener::abandon_socket(path),
+                _ => opener::abandon_pid_file(path, launcher),
             }
         }
         for path in &self.directories {

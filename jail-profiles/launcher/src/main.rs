@@ -52,7 +52,7 @@ fn run(given: &[Given], inherited: Inherited) -> Result<u8, String> {
     let options = options::Options::new(given).map_err(|e| e.to_string())?;
     let plan = machine::plan(&options).map_err(|e| e.to_string())?;
     let guard = Guard::fork()?;
-    let mut remember = |new: &opener::Created| guard.path(&new.path, new.dev, new.ino);
+    let mut remember = |note: opener::Note<'_>| guard.note(note);
     match opener::open(&plan.opens, inherited, &mut remember) {
         Ok(fds) => {
             let vm = Vm {

@@ -1,7 +1,7 @@
 //! The one place that sees paths: opens what a plan asks for, with the invoking user's rights.
 //!
-//! Runs before any process of the VM is started. What it creates in the file system is reported as
-//! it comes into being, so that whoever cleans up after a kill knows it.
+//! Runs before any process of the VM is started. What it creates in the file system is reported before
+//! and as it comes into being, so that whoever cleans up after a kill knows it.
 
 mod error;
 mod files;
@@ -9,8 +9,9 @@ mod inherited;
 mod sockets;
 
 pub use error::Error;
-pub use files::{Created, kvm, sealed};
+pub use files::{Created, abandon_pid_file, kvm, sealed};
 pub use inherited::Inherited;
+pub use sockets::abandon as abandon_socket;
 
 use std::collections::BTreeMap;
 use std::io;
@@ -18,21 +19,37 @@ use std::os::fd::{AsFd, OwnedFd};
 
 use crate::machine::{Open, What};
 
-/// Opens everything, in order; tells `created` of each new path at once. The result is by name, all
-/// close-on-exec.
+/// What whoever cleans up after a kill has to know.
+#[derive(Clone, Copy, Debug)]
+pub enum Note<'a> {
+    /// A socket is about to be bound here.
+    Socket(&'a str),
+    /// A PID file is about to be created here.
+    PidFile(&'a str),
+    /// This exists now and is ours.
+    Created(&'a Created),
+}
+
+/// Opens everything, in order; tells `note` of each new path before and after it comes into being. The
+/// result is by name, all close-on-exec.
 ///
 /// # Errors
 /// The first one that fails. What was created until then stays: whoever was told removes it.
 pub fn open(
     opens: &[Open],
     mut inherited: Inherited,
-    created: &mut dyn FnMut(&Created) -> Result<(), String>,
+    note: &mut dyn FnMut(Note<'_>) -> Result<(), String>,
 ) -> Result<BTreeMap<String, OwnedFd>, Error> {
     let mut fds = BTreeMap::new();
     for request in opens {
+        match &request.what {
+            What::Listener(path) => note(Note::Socket(path)).map_err(Error::Guard)?,
+            What::PidFile(path) => note(Note::PidFile(path)).map_err(Error::Guard)?,
+            _ => {}
+        }
         let (fd, new) = open_one(request, &mut inherited).map_err(|e| e.of(&request.at))?;
         if let Some(new) = new {
-            created(&new).map_err(Error::Guard)?;
+            note(Note::Created(&new)).map_err(Error::Guard)?;
         }
         fds.insert(request.name.clone(), fd);
     }

@@ -149,6 +149,23 @@ mod tests {
     use super::*;
 
     #[test]
+    fn floods_are_cut() {
+        let (mut reader, mut writer) =
+            std::io::pipe().map(|(r, w)| (File::from(OwnedFd::from(r)), w)).unwrap();
+        let mut relay = Relay::new("bulkhead-test");
+        // Below the threshold of what is written, so that the test itself is quiet.
+        let line = format!("<7>{}\n", "x".repeat(3 * MAX_LINE));
+        for _ in 0..=MAX_LINES {
+            writer.write_all(line.as_bytes()).unwrap();
+            assert_eq!(relay.pump(&mut reader), Pumped::Some);
+            assert!(relay.pending.len() <= MAX_LINE);
+        }
+        drop(writer);
+        assert_eq!((relay.lines, relay.dropped), (MAX_LINES, 1));
+        assert_eq!(relay.pump(&mut reader), Pumped::End);
+    }
+
+    #[test]
     fn levels_are_split_off() {
         assert_eq!(level("<3>bulkhead-core: x"), ("<3>", "bulkhead-core: x"));
         assert_eq!(level("plain"), ("<6>", "plain"));

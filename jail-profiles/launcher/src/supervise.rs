@@ -454,3 +454,20 @@ impl Supervisor {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn boots_are_paced() {
+        let mut pace = Pace::new();
+        for _ in 0..Pace::BURST {
+            assert_eq!(pace.next(), None);
+            pace.take();
+        }
+        assert!(pace.next().is_some_and(|at| at > Instant::now()));
+        pace.take();
+        assert_eq!(pace.at.len(), Pace::BURST);
+    }
+}

@@ -7,3 +7,5 @@ mod layout;
 mod licence;
 #[cfg(test)]
 mod metadata;
+#[cfg(test)]
+mod specification;

@@ -1,7 +1,7 @@
 //! Files: kernels, outputs, the PID file, the embedded guest and /dev/kvm.
 
 use std::fs::{self, File, OpenOptions};
-use std::io::{self, Write};
+use std::io::{self, Read as _, Write};
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
@@ -15,6 +15,9 @@ use super::Error;
 
 /// How often a PID file that goes away under our hands is created anew.
 const PID_FILE_TRIES: u32 = 16;
+
+/// More than a PID file holds, in bytes.
+const PID_FILE_SIZE: u64 = 32;
 
 /// A path that we created.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -139,6 +142,24 @@ pub fn pid_file(path: &str) -> Result<(OwnedFd, Created), Error> {
         }
     }
     Err(Error::PidFileLocked)
+}
+
+/// Removes the PID file of a launcher that was killed while it wrote it: nobody holds it, and it is empty
+/// or that launcher's.
+pub fn abandon_pid_file(path: &str, launcher: u32) {
+    let file =
+        OpenOptions::new().read(true).write(true).custom_flags(libc::O_NOCTTY | libc::O_NONBLOCK).open(path);
+    let Ok(file) = file else { return };
+    let (Ok(metadata), Ok(created)) = (file.metadata(), Created::at(Path::new(path))) else { return };
+    let same = (created.dev, created.ino) == (metadata.dev(), metadata.ino());
+    if !metadata.is_file() || !same || lock(&file, path).is_err() {
+        return;
+    }
+    let mut text = String::new();
+    let read = (&file).take(PID_FILE_SIZE).read_to_string(&mut text);
+    if read.is_ok() && (text.is_empty() || text.trim_end() == launcher.to_string()) {
+        created.remove();
+    }
 }
 
 fn lock(file: &File, path: &str) -> Result<(), Error> {

@@ -3,7 +3,7 @@
 use std::fs;
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
-use std::os::unix::fs::FileTypeExt;
+use std::os::unix::fs::{FileTypeExt, MetadataExt as _};
 use std::path::Path;
 
 use nix::errno::Errno;
@@ -11,6 +11,7 @@ use nix::sys::socket::{
     AddressFamily, Backlog, SockFlag, SockType, UnixAddr, bind, connect as nix_connect, listen as nix_listen,
     socket,
 };
+use nix::unistd::Uid;
 
 use super::{Created, Error};
 
@@ -62,6 +63,15 @@ pub fn listen(path: &str) -> Result<(OwnedFd, Created), Error> {
         return Err(failed(errno));
     }
     Ok((fd, created))
+}
+
+/// Removes a socket of this user's that nobody listens on: what a kill between bind and report leaves.
+pub fn abandon(path: &str) {
+    let own = fs::symlink_metadata(path).is_ok_and(|found| found.uid() == Uid::effective().as_raw());
+    if let (true, Ok(address)) = (own, address(path)) {
+        // Whatever else is there stays.
+        let _ = remove_stale(path, &address);
+    }
 }
 
 fn remove_stale(path: &str, address: &UnixAddr) -> Result<(), Error> {

@@ -37,7 +37,8 @@ type One = (OwnedFd, Option<Created>);
 
 fn open_with(what: What, inherited: Inherited) -> Result<One, String> {
     let mut seen = None;
-    let mut created = |new: &Created| {
+    let mut created = |note: Note<'_>| {
+        let Note::Created(new) = note else { return Ok(()) };
         seen = Some(new.clone());
         Ok(())
     };
