@@ -150,8 +150,8 @@ mod tests {
 
     #[test]
     fn floods_are_cut() {
-        let (mut reader, mut writer) =
-            std::io::pipe().map(|(r, w)| (File::from(OwnedFd::from(r)), w)).unwrap();
+        let (reader, writer) = nix::unistd::pipe().unwrap();
+        let (mut reader, mut writer) = (File::from(reader), File::from(writer));
         let mut relay = Relay::new("bulkhead-test");
         // Below the threshold of what is written, so that the test itself is quiet.
         let line = format!("<7>{}\n", "x".repeat(3 * MAX_LINE));
