@@ -49,9 +49,9 @@ impl Setup {
     #[must_use]
     pub fn steps(mut self, steps: &[Step]) -> Self {
         self.steps.extend_from_slice(steps);
-        let owners =
+        let mut owners =
             steps.iter().filter_map(|step| if let Step::User(uid, ..) = step { Some(*uid) } else { None });
-        self.owner = owners.last().or(self.owner);
+        self.owner = owners.next_back().or(self.owner);
         self
     }
 

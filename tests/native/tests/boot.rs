@@ -119,7 +119,10 @@ fn bits(count: u64) -> u32 {
 
 /// Boots so many sockets of cores of threads and compares guest, QMP and host.
 fn topology(sockets: u64, cores: u64, threads: u64) -> Result<()> {
-    let count = usize::try_from(sockets * cores * threads).unwrap();
+    let places =
+        (0..sockets).flat_map(|s| (0..cores).flat_map(move |c| (0..threads).map(move |t| (s, c, t))));
+    let places: Vec<_> = places.collect();
+    let count = places.len();
     let smp = format!("{count},sockets={sockets},cores={cores},threads={threads}");
     let guest = Guest::boot("test=smp", &["-smp", &smp])?;
     let (thread_shift, package_shift) = (bits(threads), bits(cores) + bits(threads));
@@ -219,7 +222,7 @@ fn memory(size: &str, bytes: u64, above: u64) -> Result<()> {
     guest.check(sum <= bytes && sum + (1 << 20) > bytes, &format!("{sum:#x} bytes in the map, {total}"))?;
     let touched: Vec<&str> = text.lines().filter(|line| line.starts_with("touched ")).collect();
     let held = touched.iter().all(|line| line.trim_end().ends_with("true"));
-    guest.check(held && touched.len() >= usize::from(above > 0) + 1, &format!("{touched:?}"))?;
+    guest.check(held && touched.len() > usize::from(above > 0), &format!("{touched:?}"))?;
     guest.quit()
 }
 

@@ -122,7 +122,7 @@ fn every_process_of_an_ordinary_user_is_confined() -> Result<()> {
 
 /// Each process is in namespaces of its own, but for the gaps of the topology.
 fn apart(guest: &Guest, starter: &str) -> Result<()> {
-    let host = process(std::process::id().cast_signed())?;
+    let host = process(nix::unistd::Pid::this().as_raw())?;
     let mut seen: BTreeMap<String, String> = BTreeMap::new();
     let found: Vec<_> = residents().map(|r| guest.process(r.name).map(|p| (r, p))).collect::<Result<_>>()?;
     for (resident, process) in found {
