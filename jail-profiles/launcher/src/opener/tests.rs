@@ -160,6 +160,31 @@ fn a_lost_guard_is_an_error() {
 }
 
 #[test]
+fn what_a_kill_leaves_is_removed_and_nothing_else() {
+    let dir = Dir::new("abandoned");
+    let (socket, pid) = (dir.path("s"), dir.path("pid"));
+    let listening = open_it(What::Listener(socket.clone())).unwrap();
+    abandon_socket(&socket);
+    assert!(fs::exists(&socket).unwrap(), "somebody listens");
+    drop(listening);
+    abandon_socket(&socket);
+    assert!(!fs::exists(&socket).unwrap());
+    let held = open_it(What::PidFile(pid.clone())).unwrap();
+    abandon_pid_file(&pid, std::process::id());
+    assert!(fs::exists(&pid).unwrap(), "somebody holds it");
+    drop(held);
+    abandon_pid_file(&pid, 1);
+    assert!(fs::exists(&pid).unwrap(), "it is another launcher's");
+    abandon_pid_file(&pid, std::process::id());
+    assert!(!fs::exists(&pid).unwrap());
+    fs::write(&pid, "").unwrap();
+    abandon_socket(&pid);
+    assert!(fs::exists(&pid).unwrap(), "it is no socket");
+    abandon_pid_file(&pid, 1);
+    assert!(!fs::exists(&pid).unwrap());
+}
+
+#[test]
 fn only_our_own_is_removed() {
     let dir = Dir::new("own");
     let path = dir.path("s");
