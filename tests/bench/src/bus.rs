@@ -30,6 +30,7 @@ const CONSOLE_PORT: u16 = 0x3fd;
 /// # Errors
 /// A guest did not start or finish.
 pub fn run(host: &Host) -> Result<()> {
+    host.needs_kvm()?;
     println!("  all on one processor:");
     let free = sched_getaffinity(Pid::from_raw(0)).map_err(|errno| format!("sched_getaffinity: {errno}"))?;
     pin(&one_of(&free))?;

@@ -45,6 +45,15 @@ impl Host {
         format!("{cpus} processors, load {load}; reference: {}, -M microvm on the same KVM", self.qemu)
     }
 
+    /// Says why there can be no guests here.
+    ///
+    /// # Errors
+    /// This user has no KVM.
+    pub fn needs_kvm(&self) -> Result<()> {
+        let opened = fs::File::options().read(true).write(true).open("/dev/kvm");
+        opened.map(drop).map_err(|error| Failure::new(format!("/dev/kvm: {error}: see `bulkhead doctor`")))
+    }
+
     /// A directory for sockets.
     pub fn dir(&self) -> &Path {
         self.scratch.path()

@@ -20,6 +20,7 @@ const RAM: [&str; 2] = ["/memfd:ram-", "/memfd:memory-backend-memfd"];
 /// # Errors
 /// A guest did not start, or its processes are not ours to look at (needs root).
 pub fn run(host: &Host) -> Result<()> {
+    host.needs_kvm()?;
     let (ours, _ours_socket) = host.with_qmp(host.ours("halt"), "ours")?;
     let (qemu, _qemu_socket) = host.with_qmp(host.qemu("halt"), "qemu")?;
     let ours = family(&ours, "ours")?;

@@ -29,6 +29,7 @@ const COMMANDS: [(&str, &str, f64); 4] = [
 /// # Errors
 /// A guest did not start, or an answer is none.
 pub fn run(host: &Host) -> Result<()> {
+    host.needs_kvm()?;
     let (ours, ours_path) = host.with_qmp(host.ours("halt"), "ours")?;
     let (qemu, qemu_path) = host.with_qmp(host.qemu("halt"), "qemu")?;
     ours.stdout().expect("halting", SOON)?;

@@ -21,6 +21,7 @@ const TARGET: f64 = 15_000.0;
 /// # Errors
 /// A guest did not start.
 pub fn run(host: &Host) -> Result<()> {
+    host.needs_kvm()?;
     let mut ours = Side::default();
     let mut qemu = Side::default();
     for _ in 0..ROUNDS {
