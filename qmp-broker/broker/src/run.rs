@@ -7,6 +7,7 @@ use std::time::Duration;
 use bulkhead_control_api::{console, core};
 use bulkhead_jail::link::LinkError;
 use bulkhead_jail::{error, info, warn};
+use nix::errno::Errno;
 use tokio::io::unix::AsyncFd;
 use tokio::task::{JoinHandle, spawn_local};
 use tokio::time::{sleep, timeout};
@@ -102,7 +103,7 @@ async fn follow_core(hub: &Hub, link: &Link) -> LinkError {
 async fn console_loop(hub: Rc<Hub>, listener: AsyncFd<OwnedFd>) {
     loop {
         let link = match accept(&listener).await {
-            Ok(fd) => timeout(HELLO, Link::begin(fd)).await.unwrap_or(Err(LinkError::Closed)),
+            Ok(fd) => timeout(HELLO, Link::begin(fd)).await.unwrap_or(Err(LinkError::Io(Errno::ETIMEDOUT))),
             Err(error) => Err(LinkError::Io(error)),
         };
         match link {
@@ -113,6 +114,8 @@ async fn console_loop(hub: Rc<Hub>, listener: AsyncFd<OwnedFd>) {
                 hub.console.detach();
                 info!("link to the console: {error}");
             }
+            // The console's end is the starter's to explain.
+            Err(LinkError::Closed) => info!("the console is gone"),
             Err(error) => {
                 warn!("link to the console: {error}");
                 sleep(GLANCE).await;
