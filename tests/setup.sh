@@ -1,6 +1,7 @@
 #!/bin/sh
 # Installs what building, testing and the demonstration need on Debian 12 or later. Quick when all is there.
 set -eu
+PATH=$PATH:${HOME:-/root}/.cargo/bin
 
 missing=
 # need PACKAGE TEST...: adds the package unless the test succeeds.
@@ -36,8 +37,8 @@ if [ -n "$missing" ]; then
 	line="apt-get install -y --no-install-recommends$missing"
 	if [ "$(id -u)" = 0 ]; then
 		as_root=
-	elif sudo -n true 2>/dev/null; then
-		as_root="sudo -n"
+	elif sudo -n true 2>/dev/null || { [ -t 0 ] && command -v sudo >/dev/null && sudo -v; }; then
+		as_root=sudo
 	else
 		echo "setup: packages are missing and this user cannot install them; as root, run:" >&2
 		echo "  apt-get update && $line" >&2
