@@ -155,7 +155,7 @@ fn a_compartment_killed_while_held_ends_its_vm() -> Result<()> {
 fn a_killed_loader_is_named() -> Result<()> {
     let (mut ended, mut caught) = (0, 0);
     for _ in 0..40 {
-        let guest = Guest::boot("test=hello", &["-m", "64M"])?;
+        let mut guest = Guest::boot("test=hello", &["-m", "64M"])?;
         let loader = eventually("a loader", Duration::from_millis(60), || {
             guest.trace().find("bulkhead-loader").ok_or_else(String::new)
         });
@@ -164,13 +164,20 @@ fn a_killed_loader_is_named() -> Result<()> {
             // It may have ended meanwhile.
             let _ = kill_pid(loader.pid);
         }
-        match guest.console().expect("done: hello", Duration::from_millis(400)) {
-            Ok(()) => guest.quit()?,
-            Err(_) => {
-                guest.ends(1)?;
-                guest.said(&["bulkhead-core: loader: it ended"])?;
-                ended += 1;
+        let done = eventually("the guest's or the VM's end", SOON, || {
+            let running = guest.vm().child().is_running();
+            match guest.console().text().contains("done: hello") {
+                true => Ok(true),
+                false if !running => Ok(false),
+                false => Err("neither".to_owned()),
             }
+        })?;
+        if done {
+            guest.quit()?;
+        } else {
+            guest.ends(1)?;
+            guest.said(&["bulkhead-core: loader: it ended"])?;
+            ended += 1;
         }
         if ended == 2 {
             return Ok(());
