@@ -33,7 +33,6 @@ need xz-utils command -v xz
 need python3-venv python_venv
 
 if [ -n "$missing" ]; then
-	echo "setup: installing$missing"
 	line="apt-get install -y --no-install-recommends$missing"
 	if [ "$(id -u)" = 0 ]; then
 		as_root=
@@ -44,7 +43,7 @@ if [ -n "$missing" ]; then
 		echo "  apt-get update && $line" >&2
 		exit 1
 	fi
-	export DEBIAN_FRONTEND=noninteractive
+	echo "setup: installing$missing"
 	$as_root apt-get update -q
 	# shellcheck disable=SC2086 # the lists are words
 	$as_root env DEBIAN_FRONTEND=noninteractive $line
