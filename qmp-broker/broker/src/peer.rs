@@ -13,6 +13,7 @@ use nix::sys::socket::MsgFlags;
 use serde::{Serialize, de::DeserializeOwned};
 use tokio::io::unix::AsyncFd;
 use tokio::sync::{Notify, oneshot};
+use tokio::task::coop::consume_budget;
 use tokio::time::timeout;
 
 use crate::fd::watch;
@@ -49,6 +50,8 @@ impl Link {
     /// See [`LinkError`].
     pub async fn receive<T: DeserializeOwned>(&self) -> Result<T, LinkError> {
         loop {
+            // A peer that never stops sending must not keep everybody else from their turn.
+            consume_budget().await;
             let mut guard = self.fd.readable().await.map_err(|error| LinkError::Io(errno(&error)))?;
             let mut buffer = self.buffer.borrow_mut();
             let (length, fds) = match recv_packet(self.fd.as_fd(), &mut buffer, MsgFlags::MSG_DONTWAIT) {
@@ -183,5 +186,57 @@ struct Forget<'a, A> {
 impl<A> Drop for Forget<'_, A> {
     fn drop(&mut self) {
         self.peer.waiting.borrow_mut().remove(&self.id);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+    use std::sync::atomic::{AtomicBool, Ordering};
+
+    use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
+    use tokio::task::{LocalSet, spawn_local};
+    use tokio::time::sleep;
+
+    use super::*;
+
+    #[test]
+    fn a_peer_that_floods_leaves_others_their_turn() {
+        let (ours, theirs) =
+            socketpair(AddressFamily::Unix, SockType::SeqPacket, None, SockFlag::SOCK_CLOEXEC).unwrap();
+        let hello = encode(&Hello { magic: MAGIC, version: VERSION }).unwrap();
+        send_packet(theirs.as_fd(), &hello, &[], MsgFlags::empty()).unwrap();
+        // Sent faster than it is decoded.
+        let message = vec![(String::new(), String::new(), false); 5000];
+        let packet = encode(&message).unwrap();
+        while send_packet(theirs.as_fd(), &packet, &[], MsgFlags::MSG_DONTWAIT).is_ok() {}
+        let stop = Arc::new(AtomicBool::new(false));
+        let senders: Vec<_> = (0..2)
+            .map(|_| {
+                let (theirs, packet, stop) = (theirs.try_clone().unwrap(), packet.clone(), Arc::clone(&stop));
+                std::thread::spawn(move || {
+                    while !stop.load(Ordering::Relaxed) {
+                        let _ = send_packet(theirs.as_fd(), &packet, &[], MsgFlags::MSG_DONTWAIT);
+                    }
+                })
+            })
+            .collect();
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        let began = std::time::Instant::now();
+        LocalSet::new().block_on(&runtime, async {
+            let reader = spawn_local(async move {
+                let link = Link::begin(ours).await.unwrap();
+                // Not for ever, so that the test fails and does not hang.
+                let end = std::time::Instant::now() + Duration::from_secs(3);
+                while std::time::Instant::now() < end {
+                    link.receive::<Vec<(String, String, bool)>>().await.unwrap();
+                }
+            });
+            sleep(Duration::from_millis(10)).await;
+            reader.abort();
+        });
+        stop.store(true, Ordering::Relaxed);
+        assert!(began.elapsed() < Duration::from_secs(2), "{:?}", began.elapsed());
+        senders.into_iter().for_each(|sender| sender.join().unwrap());
     }
 }
