@@ -11,7 +11,7 @@ use bulkhead_jail::{notice, warn};
 use nix::sys::socket::{UnixAddr, getpeername, getsockopt, sockopt};
 use tokio::net::{UnixListener, UnixStream};
 use tokio::sync::Notify;
-use tokio::task::spawn_local;
+use tokio::task::{spawn_local, yield_now};
 use tokio::time::sleep;
 
 use crate::client::serve;
@@ -116,6 +116,8 @@ impl Monitor {
                     self.path.replace(Some(named.clone().unwrap_or_default()));
                     self.connected.notify_one();
                     spawn_local(Rc::clone(&self).serve(Rc::clone(&hub), Stream::Socket(stream)));
+                    // The next one is judged when this one counts and the one that gave way does not.
+                    yield_now().await;
                 }
                 Ok((stream, _)) => refuse(&hub, &stream),
                 Err(error) => {
