@@ -88,6 +88,12 @@ impl Client {
         self.is_dropped.get() || self.output.borrow().pending().is_empty()
     }
 
+    /// Whether the connection is about to end.
+    #[must_use]
+    pub fn is_dropped(&self) -> bool {
+        self.is_dropped.get()
+    }
+
     /// Ends the connection.
     pub fn drop_it(&self) {
         self.is_dropped.set(true);
@@ -122,6 +128,12 @@ impl Client {
 
     /// Sends what can be sent; true when nothing is left.
     fn try_send(&self) -> io::Result<bool> {
+        let sent = self.send_pending();
+        self.session.borrow_mut().set_output(self.output.borrow().pending().len());
+        sent
+    }
+
+    fn send_pending(&self) -> io::Result<bool> {
         let mut output = self.output.borrow_mut();
         loop {
             let pending = output.pending();
@@ -198,10 +210,7 @@ impl Client {
     }
 
     fn next_request(&self) -> Option<Item> {
-        let mut session = self.session.borrow_mut();
-        let item = session.pop();
-        session.busy = item.is_some();
-        item
+        self.session.borrow_mut().pop()
     }
 
     /// Executes requests in order until no more can come.
@@ -209,7 +218,7 @@ impl Client {
         loop {
             while let Some(item) = self.next_request() {
                 hub.execute(self, item).await;
-                self.session.borrow_mut().busy = false;
+                self.session.borrow_mut().finish();
                 self.room.notify_one();
             }
             if self.finished.get() {

@@ -94,7 +94,7 @@ impl Hub {
     /// The client that has been there longest without negotiating.
     #[must_use]
     pub fn oldest_silent(&self) -> Option<Rc<Client>> {
-        self.clients.borrow().values().find(|client| !client.is_negotiated()).cloned()
+        self.clients.borrow().values().find(|client| !client.is_negotiated() && !client.is_dropped()).cloned()
     }
 
     /// Logs a refused client, or counts it for the next line.

@@ -10,17 +10,24 @@ use bulkhead_qapi::request::{self, Mode};
 /// Requests that may wait for execution once out-of-band execution is enabled (QEMU's
 /// `QMP_REQ_QUEUE_LEN_MAX`); before that it is one at a time.
 pub const MAX_QUEUE: usize = 8;
-/// Bytes that the unfinished and waiting requests of all clients may hold together.
-pub const MAX_HELD: usize = 128 << 20;
+/// Bytes that the requests and unread replies of all clients may hold together. A reply echoes the
+/// request's id, which takes up to six times its size there, and the process may hold 512 MiB.
+pub const MAX_HELD: usize = 16 << 20;
 /// Bytes that a client may hold even when others have used up [`MAX_HELD`].
 pub const MIN_HELD: usize = 64 << 10;
+/// A parsed value is counted as so many times its text, which small values exceed a little.
+const PARSED: usize = 16;
 
 /// Input side of a client.
 #[derive(Debug)]
 pub struct Session {
     reader: Reader,
-    /// Requests that wait, with the input bytes that each took.
+    /// Requests that wait, with what each is counted as.
     queue: VecDeque<(Item, usize)>,
+    /// What the request that is being executed is counted as.
+    executing: usize,
+    /// Bytes of output that wait.
+    output: usize,
     /// Input bytes since the last request.
     since: usize,
     /// What this session has added to `total`.
@@ -28,7 +35,7 @@ pub struct Session {
     /// Bytes held by all sessions.
     total: Rc<Cell<usize>>,
     /// A request is being executed.
-    pub busy: bool,
+    busy: bool,
     /// What requests may do.
     pub mode: Mode,
 }
@@ -40,6 +47,8 @@ impl Session {
         Self {
             reader: Reader::default(),
             queue: VecDeque::new(),
+            executing: 0,
+            output: 0,
             since: 0,
             held: 0,
             total,
@@ -64,7 +73,7 @@ impl Session {
         self.since += used;
         let mut out_of_band = None;
         if let Some(item) = item {
-            let size = std::mem::take(&mut self.since);
+            let size = std::mem::take(&mut self.since).saturating_mul(PARSED);
             if request::is_out_of_band(&item) {
                 out_of_band = Some(item);
             } else {
@@ -75,15 +84,30 @@ impl Session {
         (used, out_of_band)
     }
 
-    /// The next request to execute.
+    /// The next request to execute. It counts until [`Self::finish`].
     pub fn pop(&mut self) -> Option<Item> {
-        let item = self.queue.pop_front();
+        let (item, size) = self.queue.pop_front()?;
+        self.executing = size;
+        self.busy = true;
+        Some(item)
+    }
+
+    /// The request that was popped last has been executed.
+    pub fn finish(&mut self) {
+        self.executing = 0;
+        self.busy = false;
         self.account();
-        item.map(|(item, _)| item)
+    }
+
+    /// So many bytes of output wait.
+    pub fn set_output(&mut self, bytes: usize) {
+        self.output = bytes;
+        self.account();
     }
 
     fn account(&mut self) {
-        let now = self.reader.held() + self.queue.iter().map(|(_, size)| size).sum::<usize>();
+        let queued: usize = self.queue.iter().map(|(_, size)| size).sum();
+        let now = self.reader.held() + queued + self.executing + self.output;
         self.total.set((self.total.get() + now).saturating_sub(self.held));
         self.held = now;
     }
@@ -112,9 +136,8 @@ mod tests {
         assert_eq!(session.feed(input), (2, None));
         assert!(!session.has_room());
         assert!(session.pop().is_some());
-        session.busy = true;
         assert!(!session.has_room());
-        session.busy = false;
+        session.finish();
         assert!(session.has_room());
     }
 
@@ -128,6 +151,22 @@ mod tests {
         assert!(!session.has_room());
         let (_, item) = session.feed(b"{'exec-oob': 'x'}");
         assert!(item.is_some(), "overtakes");
+    }
+
+    #[test]
+    fn requests_count_until_they_are_executed_and_replies_until_they_are_read() {
+        let total = Rc::new(Cell::new(0));
+        let mut session = Session::new(Rc::clone(&total));
+        session.feed(b"{'id': 'aaaaaaaa'}");
+        let queued = total.get();
+        assert!(queued >= 18);
+        assert!(session.pop().is_some());
+        assert_eq!(total.get(), queued);
+        session.set_output(1000);
+        session.finish();
+        assert_eq!(total.get(), 1000);
+        session.set_output(0);
+        assert_eq!(total.get(), 0);
     }
 
     #[test]

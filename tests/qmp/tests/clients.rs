@@ -286,10 +286,10 @@ fn large_values_are_bounded_together() -> Result<()> {
         hog.send(b"[\"")?;
         hogs.push(hog);
     }
-    // Together more than the 128 MiB that all clients may hold; each less than the 64 MiB of one value.
+    // Together more than the 16 MiB that all clients may hold.
     let block = vec![b'x'; 1 << 20];
     for hog in &mut hogs {
-        for _ in 0..33 {
+        for _ in 0..5 {
             hog.send(&block)?;
         }
     }
@@ -298,5 +298,42 @@ fn large_values_are_bounded_together() -> Result<()> {
     assert_eq!(refused.pointer("/error/desc"), Some(&json!("JSON token size limit exceeded")));
     let mut other = negotiated(&broker)?;
     assert!(other.ask(VERSION)?.get("return").is_some());
+    Ok(())
+}
+
+/// The id of a request comes back in its reply, each DEL as `\u007F`.
+#[test]
+fn large_replies_that_nobody_reads_are_bounded_together() -> Result<()> {
+    let broker = Broker::start(&[Kind::Server], false)?;
+    let mut hogs = Vec::new();
+    let request = format!("{{'execute': 'query-name', 'id': '{}'}}", "\u{7f}".repeat(8 << 20));
+    for _ in 0..4 {
+        let mut hog = negotiated(&broker)?;
+        hog.send(request.as_bytes())?;
+        hogs.push(hog);
+    }
+    let [first, .., last] = &mut hogs[..] else { return Err("no clients".into()) };
+    let refused = last.line()?;
+    assert_eq!(refused.pointer("/error/desc"), Some(&json!("JSON token size limit exceeded")));
+    let reply = first.line()?;
+    assert_eq!(reply.get("id").and_then(Value::as_str).map(str::len), Some(8 << 20));
+    let mut other = negotiated(&broker)?;
+    assert!(other.ask(VERSION)?.get("return").is_some());
+    Ok(())
+}
+
+#[test]
+fn a_burst_of_clients_is_counted_one_by_one() -> Result<()> {
+    let broker = Broker::start(&[Kind::Server], false)?;
+    let _first = negotiated(&broker)?;
+    // Faster than the broker greets them.
+    let burst: Vec<_> =
+        (0..300).map(|_| UnixStream::connect(broker.path(0))).collect::<std::io::Result<_>>()?;
+    let mut wires = burst.into_iter().map(Wire::over).collect::<Result<Vec<_>>>()?;
+    let mut greeted = 0;
+    for wire in &mut wires {
+        greeted += usize::from(wire.line()?.get("QMP").is_some());
+    }
+    assert_eq!(greeted, 99);
     Ok(())
 }
