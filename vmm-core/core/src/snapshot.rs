@@ -1,5 +1,7 @@
 //! The machine's state right after power-on, to which a reset returns.
 
+use std::ops::RangeInclusive;
+
 use kvm_bindings::{
     KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE, KVM_VCPUEVENT_VALID_NMI_PENDING,
     KVM_VCPUEVENT_VALID_SHADOW, KVM_VCPUEVENT_VALID_SIPI_VECTOR, KVM_VCPUEVENT_VALID_SMM, Msrs, Xsave,
@@ -13,10 +15,16 @@ use crate::sys;
 
 /// Time stamp counter: a reset sets it to 0.
 const MSR_TSC: u32 = 0x10;
+/// IA32_FEATURE_CONTROL: KVM leaves VMX operation when it becomes 0.
+const MSR_FEATURE_CONTROL: u32 = 0x3a;
 /// IA32_MISC_ENABLE; bit 0: fast string operations.
 const MSR_MISC_ENABLE: u32 = 0x1a0;
 /// IA32_MTRR_DEF_TYPE: MTRRs on, write-back where none says otherwise, as firmware leaves it.
 const MTRR_DEF_TYPE: (u32, u64) = (0x2ff, 1 << 11 | 6);
+/// MTRRs that a guest can write: eight variable ranges of two, the fixed ranges, the default type
+/// (Intel SDM vol. 3A, 11.11). KVM has them all, but does not list them.
+const MTRRS: [RangeInclusive<u32>; 5] =
+    [0x200..=0x20f, 0x250..=0x250, 0x258..=0x259, 0x268..=0x26f, 0x2ff..=0x2ff];
 /// Offsets of the local interrupt pins in the local APIC's page.
 const LVT_LINT0: usize = 0x350;
 const LVT_LINT1: usize = 0x360;
@@ -73,14 +81,16 @@ fn each_accepted(
 }
 
 impl MsrSet {
-    /// Tries all that KVM lists on a fresh vCPU.
+    /// Tries all that KVM lists, and the MTRRs, on a fresh vCPU.
     pub fn probe(host: &Kvm, vcpu: &VcpuFd) -> Result<Self> {
         let list = host.get_msr_index_list().map_err(kvm("KVM_GET_MSR_INDEX_LIST"))?;
         let wanted: Vec<_> = list
             .as_slice()
             .iter()
-            .filter(|index| **index != MSR_TSC)
-            .map(|index| kvm_msr_entry { index: *index, ..Default::default() })
+            .copied()
+            .filter(|index| *index != MSR_TSC && !MTRRS.iter().any(|range| range.contains(index)))
+            .chain(MTRRS.into_iter().flatten())
+            .map(|index| kvm_msr_entry { index, ..Default::default() })
             .collect();
         let readable = each_accepted(&wanted, |msrs| vcpu.get_msrs(msrs))?;
         let writable = each_accepted(&readable, |msrs| vcpu.set_msrs(msrs))?;
@@ -163,14 +173,18 @@ impl VcpuState {
 
     /// Sets the state. The vCPU does not run.
     pub fn restore(&self, vcpu: &VcpuFd) -> Result<()> {
+        // First out of the guest's own virtualization, or KVM refuses control registers without VMXE.
+        let control = self.msrs.iter().filter(|entry| entry.index == MSR_FEATURE_CONTROL);
+        each_accepted(&control.copied().collect::<Vec<_>>(), |msrs| vcpu.set_msrs(msrs))?;
         vcpu.set_mp_state(self.mp_state).map_err(kvm("KVM_SET_MP_STATE"))?;
-        vcpu.set_regs(&self.regs).map_err(kvm("KVM_SET_REGS"))?;
         sys::set_xsave(vcpu, &self.xsave).map_err(kvm("KVM_SET_XSAVE"))?;
         if self.xcrs.nr_xcrs > 0 {
             vcpu.set_xcrs(&self.xcrs).map_err(kvm("KVM_SET_XCRS"))?;
         }
         // The APIC base in the special registers decides how the APIC's page is read.
+        // EFER in them ends the guest's own SVM, which takes other registers along, so these come later.
         vcpu.set_sregs(&self.sregs).map_err(kvm("KVM_SET_SREGS"))?;
+        vcpu.set_regs(&self.regs).map_err(kvm("KVM_SET_REGS"))?;
         vcpu.set_lapic(&self.lapic).map_err(kvm("KVM_SET_LAPIC"))?;
         each_accepted(&self.msrs, |msrs| vcpu.set_msrs(msrs))?;
         vcpu.set_debug_regs(&self.debug).map_err(kvm("KVM_SET_DEBUGREGS"))?;
@@ -181,5 +195,57 @@ impl VcpuState {
             | KVM_VCPUEVENT_VALID_SHADOW
             | KVM_VCPUEVENT_VALID_SMM;
         vcpu.set_vcpu_events(&events).map_err(kvm("KVM_SET_VCPU_EVENTS"))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs::File;
+
+    use super::*;
+
+    fn read(vcpu: &VcpuFd, index: u32) -> u64 {
+        let mut msrs = Msrs::from_entries(&[kvm_msr_entry { index, ..Default::default() }]).unwrap();
+        assert_eq!(vcpu.get_msrs(&mut msrs).unwrap(), 1, "{index:#x}");
+        msrs.as_slice()[0].data
+    }
+
+    #[test]
+    fn a_reset_takes_back_memory_types_and_what_kvm_writes_to_memory() {
+        let kvm = File::options().read(true).write(true).open("/dev/kvm");
+        let host =
+            crate::vm::open(kvm.expect("/dev/kvm cannot be opened: run these tests in the lab").into(), 1);
+        let host = host.unwrap();
+        let vm = crate::vm::Vm::new(&host, crate::memory::create(1 << 20).unwrap()).unwrap();
+        let vcpu = vm.fd.create_vcpu(0).unwrap();
+        let supported = host.get_supported_cpuid(kvm_bindings::KVM_MAX_CPUID_ENTRIES).unwrap();
+        vcpu.set_cpuid2(&supported).unwrap();
+        power_on(&vcpu, true).unwrap();
+        let msrs = MsrSet::probe(&host, &vcpu).unwrap();
+        let state = VcpuState::take(&vcpu, &msrs, vm.xsave_size).unwrap();
+        // kvmclock in both numberings, asynchronous page faults, stolen time, end of interrupt; then a
+        // variable range, a fixed range and the default type.
+        let dirty = [
+            (0x12, 0x8001),
+            (0x4b56_4d01, 0x9001),
+            (0x4b56_4d03, 0xa001),
+            (0x4b56_4d04, 0xb001),
+            (0x200, 0xc000_0000),
+            (0x201, 0xff_c000_0800),
+            (0x250, 0x0606_0606_0606_0606),
+            (0x2ff, 0xc00),
+        ];
+        let mut tried = 0;
+        for (index, data) in dirty {
+            let before = read(&vcpu, index);
+            let entry = Msrs::from_entries(&[kvm_msr_entry { index, data, ..Default::default() }]).unwrap();
+            if vcpu.set_msrs(&entry).unwrap() == 1 {
+                assert_ne!(read(&vcpu, index), before, "{index:#x}");
+                state.restore(&vcpu).unwrap();
+                assert_eq!(read(&vcpu, index), before, "{index:#x}");
+                tried += 1;
+            }
+        }
+        assert!(tried >= 6, "{tried}");
     }
 }
