@@ -20,8 +20,9 @@ use crate::peer::Link;
 
 /// How often the end looks whether all clients have read everything.
 const GLANCE: Duration = Duration::from_millis(5);
-/// How long the console may take to say its hello.
-const HELLO: Duration = Duration::from_secs(2);
+/// How long the console may take to say its hello: the starter connects before it starts the process,
+/// which on a loaded host takes seconds to get there.
+const HELLO: Duration = Duration::from_secs(10);
 
 /// What the broker works with, beside its hub.
 #[derive(Debug)]

@@ -9,8 +9,9 @@ use nix::sys::socket::{SockFlag, accept4};
 
 use crate::sys;
 
-/// A peer that has connected says hello within this time.
-const GREETING: Duration = Duration::from_secs(1);
+/// A peer that has connected says hello within this time. The starter connects before it starts the
+/// process, which on a loaded host takes seconds to get to its hello.
+const GREETING: Duration = Duration::from_secs(10);
 
 #[derive(Debug)]
 enum Peer {
@@ -117,5 +118,24 @@ impl Door {
             warn!("{}: a peer connected and said nothing", self.name);
             self.peer = Peer::Nobody;
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::tests::rig::{connect_to, listener};
+
+    #[test]
+    fn a_peer_that_is_slow_to_start_is_let_in() {
+        let (fd, addr) = listener();
+        let mut door = Door::new("test", 1, fd);
+        let peer = connect_to(&addr);
+        assert_eq!(door.advance(), Arrival::Nothing);
+        std::thread::sleep(Duration::from_millis(2500));
+        door.expire();
+        let peer = Link::begin(peer, 1).unwrap();
+        assert_eq!(door.advance(), Arrival::Connected);
+        drop(peer);
     }
 }

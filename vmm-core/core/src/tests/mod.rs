@@ -4,4 +4,4 @@ mod compute;
 mod hostile;
 mod life;
 mod program;
-mod rig;
+pub mod rig;
