@@ -230,9 +230,8 @@ impl Server {
 
     fn on_access(&mut self, index: usize) -> Result<(), ServerError> {
         let Some(slot) = self.links.get_mut(index) else { return Ok(()) };
-        if let Some(link) = slot
-            && link.serve(&mut self.machine)? == Served::Closed
-        {
+        let Some(link) = slot else { return Ok(()) };
+        if link.serve(&mut self.machine)? == Served::Closed {
             self.epoll.delete(link)?;
             *slot = None;
         }
