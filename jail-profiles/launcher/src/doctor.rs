@@ -158,7 +158,7 @@ fn report_namespaces(lines: &mut Lines, namespaces: Result<(), Blocked>) -> bool
     } else if blocked.errno == Errno::ENOSPC {
         "raise the limits in /proc/sys/user (max_user_namespaces and the others)"
     } else {
-        "outside of a container, or in one that permits user namespaces"
+        "outside of a chroot or container, or in a container that permits user namespaces"
     });
     false
 }

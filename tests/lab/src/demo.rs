@@ -50,7 +50,7 @@ pub fn on_host(options: &host::Options) -> Result<bool> {
         }
         _ => {
             say(
-                "\n== All in the lab, as this host has no usable KVM: on that of a Debian system that QEMU emulates",
+                "\n== All in the lab, as no VM can run on this host: on the nested KVM of a Debian system that QEMU emulates",
             )?;
             host::demo(options)
         }
