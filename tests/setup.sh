@@ -50,7 +50,10 @@ if [ -n "$missing" ]; then
 fi
 
 if ! command -v cargo >/dev/null; then
-	echo "setup: no Rust toolchain: install one from https://rustup.rs, or as root run:" >&2
-	echo "  apt-get install cargo rustfmt rust-clippy    (Debian 13 or later)" >&2
+	echo "setup: no Rust toolchain: install one from https://rustup.rs" >&2
 	exit 1
+fi
+# Only the checks need these two. rustup's minimal profile lacks them.
+if ! { cargo fmt --version && cargo clippy --version; } >/dev/null 2>&1; then
+	rustup component add rustfmt clippy || echo "setup: make check will fail without rustfmt and clippy" >&2
 fi
