@@ -12,6 +12,13 @@ use crate::error::{Error, Result, kvm};
 const AMD_VENDORS: [&[u8; 12]; 2] = [b"AuthenticAMD", b"HygonGenuine"];
 /// Highest basic leaf that the topology needs.
 const LEAF_TOPOLOGY: u32 = 0xb;
+/// A guest gets no virtualization of its own: KVM's nested code is the largest surface that a tenant
+/// could reach. VMX is this bit of leaf 1 ECX ...
+const VMX: u32 = 5;
+/// ... SVM this bit of leaf 0x80000001 ECX ...
+const SVM: u32 = 2;
+/// ... and the leaf that describes SVM.
+const LEAF_SVM: u32 = 0x8000_000a;
 /// AMD's own form.
 const LEAF_TOPOLOGY_AMD: u32 = 0x8000_001e;
 /// The same information in its second form (Intel).
@@ -53,7 +60,8 @@ impl Template {
     fn from_entries(supported: &[kvm_cpuid_entry2], topology: CpuTopology, deadline: bool) -> Self {
         let amd = vendor(supported).is_some_and(|v| AMD_VENDORS.contains(&&v));
         let topology_leaf = |e: &kvm_cpuid_entry2| matches!(e.function, LEAF_TOPOLOGY | LEAF_TOPOLOGY_V2);
-        let mut entries: Vec<_> = supported.iter().filter(|e| !topology_leaf(e)).copied().collect();
+        let left_out = |e: &kvm_cpuid_entry2| topology_leaf(e) || e.function == LEAF_SVM;
+        let mut entries: Vec<_> = supported.iter().filter(|e| !left_out(e)).copied().collect();
         let mut max_leaf = 0;
         for entry in &mut entries {
             match entry.function {
@@ -64,11 +72,15 @@ impl Template {
                 1 => {
                     // x2APIC and hypervisor; the TSC deadline timer lives in KVM's local APIC.
                     entry.ecx |= 1 << 21 | 1 << 31;
+                    set_bits(&mut entry.ecx, VMX, 1, 0);
                     set_bits(&mut entry.ecx, 24, 1, u32::from(deadline));
                 }
                 0x8000_0000 if amd => entry.eax = entry.eax.max(LEAF_TOPOLOGY_AMD),
                 // TopologyExtensions: without it Linux looks at none of the topology leaves.
-                0x8000_0001 if amd => entry.ecx |= 1 << 22,
+                0x8000_0001 if amd => {
+                    entry.ecx |= 1 << 22;
+                    set_bits(&mut entry.ecx, SVM, 1, 0);
+                }
                 _ => {}
             }
         }
@@ -235,6 +247,26 @@ mod tests {
         assert_eq!(find(&cpuid, 0x8000_0001, 0).ecx, 1 << 1 | 1 << 22);
         assert_eq!(find(&cpuid, 0x8000_0000, 0).eax, 0x8000_001e);
         assert_eq!(find(&cpuid, 1, 0).ecx & 1 << 24, 0);
+    }
+
+    #[test]
+    fn guests_get_no_virtualization_of_their_own() {
+        let all = |function| kvm_cpuid_entry2 { function, ecx: u32::MAX, ..Default::default() };
+        let name = |n: &[u8; 4]| u32::from_le_bytes(*n);
+        let vendor = kvm_cpuid_entry2 {
+            eax: 1,
+            ebx: name(b"Auth"),
+            edx: name(b"enti"),
+            ecx: name(b"cAMD"),
+            ..Default::default()
+        };
+        let supported = [vendor, all(1), all(0x8000_0001), all(LEAF_SVM)];
+        let topology = CpuTopology { cpus: 1, sockets: 1, cores: 1, threads: 1 };
+        let cpuid = Template::from_entries(&supported, topology, true);
+        let ecx = |function| cpuid.entries.iter().find(|e| e.function == function).map(|e| e.ecx);
+        assert_eq!(ecx(1).map(|w| w >> VMX & 1), Some(0));
+        assert_eq!(ecx(0x8000_0001).map(|w| w >> SVM & 1), Some(0));
+        assert_eq!(ecx(LEAF_SVM), None);
     }
 
     #[test]
