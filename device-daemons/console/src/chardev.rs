@@ -78,7 +78,7 @@ impl Chardev {
                 "file"
             }
             ChardevKind::Socket { fd, address, server, wait } => {
-                device.socket(take(fd)?, address, *server);
+                device.socket(take(fd)?, address, *server)?;
                 device.awaited = *server && *wait;
                 return Ok(device);
             }
@@ -95,11 +95,13 @@ impl Chardev {
     }
 
     /// Names are those of QEMU 5.1: by the local address once there is one, as it was given before.
-    fn socket(&mut self, fd: OwnedFd, address: &str, server: bool) {
+    fn socket(&mut self, fd: OwnedFd, address: &str, server: bool) -> io::Result<()> {
         let inherited = address.starts_with("fd:");
         let local = |path: Option<&std::path::Path>| path.map_or(String::new(), |p| p.display().to_string());
         if server {
             let listener = UnixListener::from(fd);
+            // Another holder of an inherited one may be faster: then `accept` must not wait.
+            listener.set_nonblocking(true)?;
             let path = match listener.local_addr() {
                 Ok(bound) if inherited => local(bound.as_pathname()),
                 _ => address.to_owned(),
@@ -115,6 +117,7 @@ impl Chardev {
             self.disconnected = format!("disconnected:{kind}{address}");
             self.peer = Some(peer);
         }
+        Ok(())
     }
 
     /// Its id.

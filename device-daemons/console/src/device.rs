@@ -38,7 +38,7 @@ fn offset(range: map::Range, port: u64) -> Option<u64> {
 }
 
 /// The first that is to be done: what follows a reset or power-off belongs to a machine that is gone.
-fn first(earlier: Action, later: Action) -> Action {
+pub(crate) fn first(earlier: Action, later: Action) -> Action {
     if earlier == Action::None { later } else { earlier }
 }
 

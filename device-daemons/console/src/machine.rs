@@ -7,7 +7,7 @@ use nix::errno::Errno;
 use nix::time::{ClockId, clock_gettime};
 
 use crate::clock::{Now, RunClock};
-use crate::device::{Platform, serial::Serial};
+use crate::device::{Platform, first, serial::Serial};
 
 /// An interrupt line: one write to the eventfd is one edge.
 #[derive(Debug, Default)]
@@ -81,12 +81,11 @@ impl Machine {
         let now = now(&self.clock);
         let mut action = Action::None;
         for write in writes {
-            let next = self.platform.write(write, now);
-            action = if action == Action::None { next } else { action };
+            action = first(action, self.platform.write(write, now));
         }
         let (data, next) = self.platform.access(access, now);
         self.raise()?;
-        Ok((data, if action == Action::None { next } else { action }))
+        Ok((data, first(action, next)))
     }
 
     /// The serial port may be changed by `change`; interrupts that follow from it are raised.

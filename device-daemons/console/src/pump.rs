@@ -13,7 +13,9 @@ use bulkhead_jail::{info, warn};
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
+/// Stack of a pump in bytes; its largest part is one chunk.
 const STACK: usize = 64 * 1024;
+/// Bytes copied at once.
 const CHUNK: usize = 4096;
 
 /// Starts the pumps of one character device; `source` may be missing. Returns the near end.

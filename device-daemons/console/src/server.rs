@@ -5,7 +5,6 @@
 //! ```
 //! Nothing in here waits for a peer. When core closes the main link, the machine is over.
 
-use std::io;
 use std::os::fd::OwnedFd;
 use std::time::{Duration, Instant};
 
@@ -32,6 +31,7 @@ const FLUSH_BYTES: usize = 4096;
 const LONGEST_SLEEP: u64 = 60_000_000_000;
 /// Bound on delivering the last output.
 const FINISH: Duration = Duration::from_secs(1);
+/// Events taken in one round.
 const EVENTS: usize = 32;
 
 const TIMER: u64 = 0;
@@ -53,7 +53,7 @@ pub enum ServerError {
     #[error("main link to core: {0}")]
     Core(LinkError),
     /// The host failed.
-    #[error("{0}")]
+    #[error("event loop: {0}")]
     Host(#[from] Errno),
 }
 
@@ -482,11 +482,5 @@ impl Slot {
             self.listener_armed = listen;
         }
         Ok(())
-    }
-}
-
-impl From<io::Error> for ServerError {
-    fn from(error: io::Error) -> Self {
-        Self::Host(Errno::from_raw(error.raw_os_error().unwrap_or(0)))
     }
 }

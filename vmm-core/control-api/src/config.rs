@@ -5,7 +5,7 @@
 
 use serde::{Deserialize, Serialize};
 
-/// vCPU topology: `sockets * cores * threads` vCPUs.
+/// vCPU topology: `sockets * cores * threads` places, the first `cpus` of which have a vCPU.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct CpuTopology {
     /// Number of vCPUs, 1 to 64; at most `sockets * cores * threads`.

@@ -25,7 +25,7 @@ pub enum RunState {
 /// Why the machine was reset or shut down (QAPI `ShutdownCause`).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Cause {
-    /// An error of the host.
+    /// An error of the host (QAPI's; core does not send it: it says why and exits).
     HostError,
     /// QMP `quit`.
     HostQmpQuit,
@@ -33,7 +33,7 @@ pub enum Cause {
     HostQmpSystemReset,
     /// SIGTERM, SIGINT or SIGHUP.
     HostSignal,
-    /// The user interface (the stdio escape).
+    /// The user interface, of which Bulkhead has none.
     HostUi,
     /// ACPI S5.
     GuestShutdown,

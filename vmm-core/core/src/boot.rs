@@ -1,4 +1,4 @@
-//! Loader runs: one datagram asks the starter for a loader, the loader connects, gets the RAM and
+//! Loader runs: one packet asks the starter for a loader, the loader connects, gets the RAM and
 //! answers where to start.
 
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};

@@ -49,7 +49,7 @@ fn vendor(entries: &[kvm_cpuid_entry2]) -> Option<[u8; 12]> {
 }
 
 impl Template {
-    /// What KVM supports, checked.
+    /// What KVM supports, with room for the guest's topology.
     pub fn new(host: &Kvm, topology: CpuTopology) -> Result<Self> {
         let supported =
             host.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES).map_err(kvm("KVM_GET_SUPPORTED_CPUID"))?;

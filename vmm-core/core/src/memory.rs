@@ -42,7 +42,7 @@ pub fn regions(ram: u64) -> Vec<Region> {
 /// # Errors
 /// Limits or lack of memory, see [`Error`].
 pub fn create(ram: u64) -> Result<Vec<Ram>> {
-    if ram == 0 || ram % PAGE != 0 || i64::try_from(ram).is_err() {
+    if ram == 0 || !ram.is_multiple_of(PAGE) || i64::try_from(ram).is_err() {
         return Err(Error::Config("guest RAM is not a positive multiple of 4096 bytes"));
     }
     regions(ram).into_iter().map(|region| create_region(region, ram >> 20)).collect()

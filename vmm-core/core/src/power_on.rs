@@ -38,7 +38,7 @@ pub struct Parts {
     pub broker: OwnedFd,
     /// Listener for loaders.
     pub loader: OwnedFd,
-    /// Datagram socket that asks for a loader.
+    /// Connected socket; one packet on it asks for a loader.
     pub boot: OwnedFd,
     /// This process's `task` directory in the host's procfs.
     pub tasks: Option<OwnedFd>,

@@ -19,6 +19,7 @@ const CODE: u8 = 0xb;
 const DATA: u8 = 0x3;
 const TSS_BUSY: u8 = 0xb;
 
+/// A flat segment; in a 64-bit code segment L is set and D must be clear.
 fn flat(selector: u16, type_: u8, long: bool) -> kvm_segment {
     kvm_segment {
         base: 0,
@@ -66,8 +67,6 @@ fn at(start: &Start, mut sregs: kvm_sregs) -> (kvm_sregs, kvm_regs) {
             (regs.rip, regs.rbx) = (u64::from(eip), u64::from(ebx));
         }
     }
-    // In 32-bit mode the code segment is a 32-bit one, in 64-bit mode D must be clear.
-    sregs.cs.db = u8::from(sregs.cs.l == 0);
     (sregs, regs)
 }
 

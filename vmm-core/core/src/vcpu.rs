@@ -93,7 +93,7 @@ pub fn spawn(
         let _ = vcpu.kick.set(Kick::new(&mut lock(&vcpu.fd), tid));
         ready.wait();
         drop(ready);
-        Runner { vcpu: &vcpu, shared: &shared, link }.run();
+        Runner { vcpu: &vcpu, shared: &shared, link, posted: 0 }.run();
     };
     let builder = std::thread::Builder::new().name(format!("vcpu{index}")).stack_size(STACK);
     builder.spawn(thread).map_err(io("vCPU thread"))?;
@@ -127,6 +127,8 @@ struct Runner<'a> {
     vcpu: &'a Vcpu,
     shared: &'a Shared,
     link: AccessLink,
+    /// The last epoch in which something was posted.
+    posted: u64,
 }
 
 impl Runner<'_> {
@@ -202,8 +204,11 @@ impl Runner<'_> {
         What::KvmError(format!("vCPU with APIC id {} at {rip:#x}: {text}", self.vcpu.place.apic_id))
     }
 
-    fn post(&self, epoch: u64, what: What) {
-        self.shared.notices.post(Notice::Vcpu(epoch, what));
+    /// Posts what comes first in an epoch: a string instruction may ask for the same many times.
+    fn post(&mut self, epoch: u64, what: What) {
+        if std::mem::replace(&mut self.posted, epoch) != epoch {
+            self.shared.notices.post(Notice::Vcpu(epoch, what));
+        }
     }
 
     fn port_io(&mut self, port: u16, size: u8, input: bool, data: &mut [u8], epoch: u64) -> Next {

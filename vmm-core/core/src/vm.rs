@@ -112,7 +112,7 @@ impl Vm {
         let overlaps = |base: u64, len: u64| gpa < base + len && base < end;
         let taken = self.ram.iter().any(|ram| overlaps(ram.region.gpa, ram.region.len))
             || self.windows.iter().any(|(base, window)| overlaps(*base, window.len()));
-        if gpa % PAGE != 0 || taken {
+        if !gpa.is_multiple_of(PAGE) || taken {
             return Err(Error::Config("a window is not page aligned or lies over another"));
         }
         let slot = u32::try_from(self.ram.len() + self.windows.len())

@@ -58,7 +58,7 @@ pub fn plan(head: Box<[u8; HEAD]>, size: u64, ram_end: u64) -> Result<Plan, Erro
         return Err(Error::Malformed("the kernel is shorter than its entry point"));
     }
     let gpa = u64_at(h, PREF_ADDRESS);
-    if gpa % PAGE != 0 {
+    if !gpa.is_multiple_of(PAGE) {
         return Err(Error::Malformed("its load address is not on a page boundary"));
     }
     let mut claims = Claims::new(ram_end);

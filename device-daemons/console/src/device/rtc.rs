@@ -297,7 +297,7 @@ impl Rtc {
         if self.load(REG_B) & B_24_HOURS != 0 {
             return self.encode(hour);
         }
-        let clock = if hour % 12 == 0 { 12 } else { hour % 12 };
+        let clock = if hour.is_multiple_of(12) { 12 } else { hour % 12 };
         self.encode(clock) | if hour >= 12 { HOUR_PM } else { 0 }
     }
 

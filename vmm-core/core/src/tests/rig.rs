@@ -101,7 +101,7 @@ impl Rig {
         let (broker_fd, broker_addr) = listener();
         let (loader_fd, loader_addr) = listener();
         let (boot, wanted) =
-            socketpair(AddressFamily::Unix, SockType::Datagram, None, SockFlag::SOCK_CLOEXEC).unwrap();
+            socketpair(AddressFamily::Unix, SockType::SeqPacket, None, SockFlag::SOCK_CLOEXEC).unwrap();
         let ram = Arc::new(Mutex::new(None));
         let loads = Arc::new(AtomicUsize::new(0));
         let (ram_out, loads_out) = (Arc::clone(&ram), Arc::clone(&loads));
