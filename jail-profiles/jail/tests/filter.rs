@@ -88,6 +88,21 @@ fn nobody_maps_executable_memory() {
 }
 
 #[test]
+fn memory_is_given_back_and_moved_by_the_allocator_only() {
+    let fixed = u64::from((libc::MREMAP_MAYMOVE | libc::MREMAP_FIXED).unsigned_abs());
+    for process in PROCESSES {
+        // Address 0 is nobody's: where the calls are allowed, they fail.
+        let advise = |advice: i32| {
+            attempt(process, libc::SYS_madvise, [0, 4096, u64::from(advice.unsigned_abs()), 0, 0, 0])
+        };
+        assert_eq!(advise(libc::MADV_DONTNEED), None, "{}", process.name);
+        assert_eq!(advise(libc::MADV_REMOVE), Some(Signal::SIGSYS), "{}", process.name);
+        let remap = [0, 4096, 4096, fixed, 0x1000_0000, 0];
+        assert_eq!(attempt(process, libc::SYS_mremap, remap), Some(Signal::SIGSYS), "{}", process.name);
+    }
+}
+
+#[test]
 fn only_core_speaks_to_kvm_and_nobody_types_into_a_terminal() {
     /// KVM_RUN and TIOCSTI.
     const CALLS: [(u64, bool); 2] = [(0xae80, true), (0x5412, false)];
