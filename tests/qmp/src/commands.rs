@@ -47,11 +47,11 @@ fn queries() -> Vec<Case> {
     for cpu in &mut cpus72 {
         cpu.as_object_mut().map(|members| members.remove("arch"));
     }
-    let triple = |major: u32| json!({ "major": major, "minor": "*", "micro": "*" });
+    let triple = |major: Value| json!({ "major": major, "minor": "*", "micro": "*" });
     let later = "gone or changed after 5.1";
     vec![
-        Case::new(execute("query-version"), [ok(json!({ "qemu": triple(5), "package": "*" }))])
-            .qemu72("another version", [ok(json!({ "qemu": triple(7), "package": "*" }))]),
+        Case::new(execute("query-version"), [ok(json!({ "qemu": triple(5.into()), "package": "*" }))])
+            .qemu72("another version", [ok(json!({ "qemu": triple("*".into()), "package": "*" }))]),
         Case::new(execute("query-commands"), [ok(json!([{ "name": "*" }, { "name": "*" }, "..."]))]),
         Case::new(execute("query-events"), [ok(json!([{ "name": "*" }, { "name": "*" }, "..."]))])
             .qemu72(later, [not_found("The command query-events has not been found")]),
