@@ -59,11 +59,10 @@ const NEEDED: [(Cap, &str); 14] = [
 ];
 
 /// What makes a VM faster or its clocks more exact.
-const USEFUL: [(Cap, &str); 4] = [
+const USEFUL: [(Cap, &str); 3] = [
     (Cap::CoalescedPio, "KVM_CAP_COALESCED_PIO"),
     (Cap::TscDeadlineTimer, "KVM_CAP_TSC_DEADLINE_TIMER"),
     (Cap::KvmclockCtrl, "KVM_CAP_KVMCLOCK_CTRL"),
-    (Cap::X2ApicApi, "KVM_CAP_X2APIC_API"),
 ];
 
 /// Opens KVM and looks at it.
