@@ -33,18 +33,23 @@ step() {
 	fi
 }
 
-# These need the release build, and the first of them KVM.
-own="--exclude bulkhead-native-tests --exclude bulkhead-qmp-tests"
 step format cargo fmt --all --check
 step lint cargo clippy --workspace --all-targets --locked -- -D warnings
 step build cargo run -q -p bulkhead-lab -- build
+# These need the release build.
+own="--exclude bulkhead-native-tests --exclude bulkhead-qmp-tests"
+# "class: full" and "class: limited" run VMs here; without KVM the tests that need it run in the lab.
+case $("$target/release/bulkhead" doctor 2>/dev/null | tail -n 1) in
+*full* | *limited*) native="cargo test -p bulkhead-native-tests --locked --no-fail-fast" ;;
+*)
+	native="cargo run -q -p bulkhead-lab -- native --test-threads=2"
+	own="$own --exclude bulkhead-core"
+	;;
+esac
 # shellcheck disable=SC2086 # a list of options
 step unit cargo test --workspace $own --locked --no-fail-fast
-# "class: full" and "class: limited" run the native guest here; without KVM it runs in the lab.
-case $("$target/release/bulkhead" doctor 2>/dev/null | tail -n 1) in
-*full* | *limited*) step native cargo test -p bulkhead-native-tests --locked --no-fail-fast ;;
-*) step native cargo run -q -p bulkhead-lab -- native --test-threads=2 ;;
-esac
+# shellcheck disable=SC2086 # a command
+step native $native
 step qmp cargo test -p bulkhead-qmp-tests --locked --no-fail-fast
 step lab cargo run -q -p bulkhead-lab -- run
 

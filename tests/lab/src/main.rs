@@ -15,7 +15,7 @@ use bulkhead_framework::{Failure, Result};
 const USAGE: &str = "usage: bulkhead-lab COMMAND [--jobs N] [--overlay DIR] [ARGUMENT...]
   list               the cases
   run [CASE...]      run the cases, or those whose name contains one of the words
-  native [ARG...]    run the native tests in L1; arguments go to the test programs
+  native [ARG...]    run the native tests and core's in L1; arguments go to the test programs
   build              build the product's programs with the release profile
   demo               show a VM on this host's KVM where it can run one, and a Debian guest in L1 where it cannot
   shell COMMAND      run a shell command in L1

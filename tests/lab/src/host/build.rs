@@ -6,8 +6,8 @@ use std::process::{Command, Stdio};
 use bulkhead_framework::{Failure, Result};
 use serde_json::Value;
 
-/// The crate of the native tests.
-const NATIVE_TESTS: &str = "bulkhead-native-tests";
+/// The crates whose tests need a KVM, and nothing else that L1 lacks.
+const NATIVE_TESTS: [&str; 2] = ["bulkhead-native-tests", "bulkhead-core"];
 
 /// Builds the product's programs with the release profile and returns their paths.
 ///
@@ -20,12 +20,13 @@ pub fn product() -> Result<Vec<PathBuf>> {
     executables(&args, |message| message.pointer("/target/kind/0") == Some(&Value::from("bin")))
 }
 
-/// Builds the native test programs and returns their paths.
+/// Builds the test programs that need a KVM and returns their paths.
 ///
 /// # Errors
 /// As [`product`].
 pub fn native_tests() -> Result<Vec<PathBuf>> {
-    let args = ["test", "--no-run", "-p", NATIVE_TESTS];
+    let mut args = vec!["test", "--no-run"];
+    args.extend(NATIVE_TESTS.iter().flat_map(|package| ["-p", package]));
     executables(&args, |message| message.pointer("/profile/test") == Some(&Value::Bool(true)))
 }
 
