@@ -38,9 +38,9 @@ step lint cargo clippy --workspace --all-targets --locked -- -D warnings
 step build cargo run -q -p bulkhead-lab -- build
 # These need the release build.
 own="--exclude bulkhead-native-tests --exclude bulkhead-qmp-tests"
-# "class: full" and "class: limited" run VMs here; without KVM the tests that need it run in the lab.
-case $("$target/release/bulkhead" doctor 2>/dev/null | tail -n 1) in
-*full* | *limited*) native="cargo test -p bulkhead-native-tests --locked --no-fail-fast" ;;
+# With "class: full" or "class: limited" VMs run here. The native tests need root too. Else all run in the lab.
+case $(id -u):$("$target/release/bulkhead" doctor 2>/dev/null | tail -n 1) in
+0:*full* | 0:*limited*) native="cargo test -p bulkhead-native-tests --locked --no-fail-fast" ;;
 *)
 	native="cargo run -q -p bulkhead-lab -- native --test-threads=2"
 	own="$own --exclude bulkhead-core"
