@@ -13,7 +13,17 @@ pub use guest::{Guest, Setup, install, kill_pid};
 pub use pty::Pty;
 pub use trace::{Trace, eventually};
 
+use std::sync::OnceLock;
 use std::time::Duration;
+
+/// How much longer everything may take here: 1, and 5 on a processor that is emulated (the lab).
+pub fn slowness() -> u32 {
+    static FACTOR: OnceLock<u32> = OnceLock::new();
+    *FACTOR.get_or_init(|| {
+        let model = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
+        if model.contains("QEMU TCG") { 5 } else { 1 }
+    })
+}
 
 /// Bound on everything that should take milliseconds; generous because tests share the machine.
 pub const SOON: Duration = Duration::from_secs(20);

@@ -6,15 +6,18 @@ use std::time::{Duration, Instant};
 
 use bulkhead_framework::{Failure, Process, Result, process};
 
+use crate::slowness;
+
 /// Waits until `probe` has something; what it says in between goes into the failure.
 ///
 /// # Errors
-/// `limit` passed.
+/// `limit` times [`slowness`] passed.
 pub fn eventually<T>(
     what: &str,
     limit: Duration,
     mut probe: impl FnMut() -> std::result::Result<T, String>,
 ) -> Result<T> {
+    let limit = limit * slowness();
     let end = Instant::now() + limit;
     loop {
         match probe() {
