@@ -218,9 +218,11 @@ impl Client {
             };
             let input = chunk.get(..count).unwrap_or_default();
             if let (Some((last, before)), false) = (input.split_last(), matches!(passed, Passed::Nothing)) {
-                // What was asked before the descriptors came has no claim to them.
                 self.feed(hub, before).await;
-                self.wait_for_room().await;
+                // What was asked before has no claim to these, but perhaps to those that they replace.
+                while !self.session.borrow().is_idle() {
+                    self.room.notified().await;
+                }
                 self.keep(passed);
                 self.feed(hub, std::slice::from_ref(last)).await;
             } else {
