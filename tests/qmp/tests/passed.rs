@@ -1,13 +1,13 @@
 //! Clients that pass descriptors: of every kind, too many, and without using them.
 
 use std::fs::File;
-use std::io::{Read, Write};
+use std::io::Read;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 
 use bulkhead_control_api::core::{Event, RunState};
-use bulkhead_framework::Result;
+use bulkhead_framework::{Result, Vm, launcher_path};
 use bulkhead_qmp_tests::broker::{Broker, Kind};
 use bulkhead_qmp_tests::wire::Wire;
 use nix::sys::epoll::{Epoll, EpollCreateFlags};
@@ -186,10 +186,10 @@ fn pipeline(wire: &mut Wire) -> Result<()> {
     Ok(())
 }
 
-#[test]
-fn a_broker_full_of_descriptors_goes_on() -> Result<()> {
-    let broker = Broker::start(&[Kind::Server], false)?;
-    let mut wire = negotiated(&broker, 0)?;
+/// Fills a broker: what is kept, and one that waits for each client.
+fn fill(path: &Path) -> Result<()> {
+    let mut wire = Wire::connect(path)?;
+    wire.negotiate(false)?;
     let null = File::open("/dev/null")?;
     let null: BorrowedFd<'_> = null.as_fd();
     let mut refused = Value::Null;
@@ -200,10 +200,42 @@ fn a_broker_full_of_descriptors_goes_on() -> Result<()> {
         }
     }
     assert_eq!(refused.pointer("/error/desc"), Some(&json!("Too many file descriptors: 1024 are kept")));
+    let mut others = Vec::new();
+    for _ in 0..99 {
+        let mut other = Wire::connect(path)?;
+        other.send_fds(b" ", &[null; BOMB])?;
+        others.push(other);
+    }
     let sets = wire.ask(QUERY)?;
     assert_eq!(sets.get("return").and_then(Value::as_array).map(Vec::len), Some(1024));
-    wire.stream().write_all(b"{'execute': 'remove-fd', 'arguments': {'fdset-id': 1000}}")?;
-    assert_eq!(wire.line()?, json!({"return": {}}));
-    assert_eq!(wire.ask_with(ADD, &[null])?.pointer("/return/fdset-id"), Some(&json!(1000)));
+    wire.ask("{'execute': 'remove-fd', 'arguments': {'fdset-id': 1000}}")?;
+    assert_eq!(wire.ask_with(ADD, &[null; BOMB])?.pointer("/return/fdset-id"), Some(&json!(1000)));
+    // What each of the others sent is there.
+    for (number, other) in others.iter_mut().enumerate() {
+        other.negotiate(false)?;
+        wire.ask(&format!("{{'execute': 'remove-fd', 'arguments': {{'fdset-id': {number}}}}}"))?;
+        assert_eq!(other.ask(&getfd(&format!("n{number}")))?, json!({"return": {}}));
+    }
+    for number in 99..1024 {
+        wire.ask(&format!("{{'execute': 'remove-fd', 'arguments': {{'fdset-id': {number}}}}}"))?;
+    }
+    assert_eq!(wire.ask(QUERY)?, json!({"return": []}));
     Ok(())
+}
+
+#[test]
+fn a_broker_full_of_descriptors_goes_on() -> Result<()> {
+    fill(&Broker::start(&[Kind::Server], false)?.path(0))
+}
+
+/// The same within the jail's limits. It needs the release build and a KVM; the other tests do not.
+#[test]
+fn a_vm_full_of_descriptors_goes_on() -> Result<()> {
+    if !launcher_path().exists() || !Path::new("/dev/kvm").exists() {
+        println!("not run: no release build of the launcher, or no KVM on this host");
+        return Ok(());
+    }
+    let vm = Vm::builder().args(["-S", "-m", "256M"]).start()?;
+    fill(&vm.dir().join("q.sock"))
+        .map_err(|failure| failure.with_logs(&[vm.console().clone(), vm.stderr().clone()]))
 }
