@@ -12,6 +12,7 @@ use bulkhead_qmp_tests::broker::{Broker, Kind};
 use bulkhead_qmp_tests::wire::Wire;
 use nix::sys::epoll::{Epoll, EpollCreateFlags};
 use nix::sys::memfd::{MFdFlags, memfd_create};
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use serde_json::{Value, json};
 
 const VERSION: &str = "{'execute': 'query-version'}";
@@ -225,6 +226,9 @@ fn fill(path: &Path) -> Result<()> {
 
 #[test]
 fn a_broker_full_of_descriptors_goes_on() -> Result<()> {
+    // Broker and clients are one process here.
+    let (_, hard) = getrlimit(Resource::RLIMIT_NOFILE).map_err(std::io::Error::from)?;
+    setrlimit(Resource::RLIMIT_NOFILE, hard, hard).map_err(std::io::Error::from)?;
     fill(&Broker::start(&[Kind::Server], false)?.path(0))
 }
 
