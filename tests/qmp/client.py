@@ -4,11 +4,39 @@ usage: client.py SOCKET    (its machine is stopped and may be run and stopped ag
 """
 
 import asyncio
+import os
 import sys
 
 from qemu.qmp import ExecuteError, QMPClient
 
 LIMIT = 10
+
+
+async def check_descriptors(qmp: QMPClient) -> None:
+    """Passes descriptors to a machine that runs."""
+    reader, writer = os.pipe()
+    qmp.send_fd_scm(writer)
+    assert await qmp.execute("getfd", {"fdname": "pipe"}) == {}
+    os.close(writer)
+    os.set_blocking(reader, False)
+    try:
+        os.read(reader, 1)
+    except BlockingIOError:
+        pass
+    else:
+        raise AssertionError("the server does not hold the pipe")
+    assert await qmp.execute("closefd", {"fdname": "pipe"}) == {}
+    assert os.read(reader, 1) == b"", "the server still holds the pipe"
+
+    # An id of the client's own, removed before the first reply is there.
+    qmp.send_fd_scm(reader)
+    added, removed = await asyncio.gather(
+        qmp.execute("add-fd", {"fdset-id": 5, "opaque": "a pipe"}),
+        qmp.execute("remove-fd", {"fdset-id": 5}),
+    )
+    assert added["fdset-id"] == 5 and isinstance(added["fd"], int) and removed == {}, added
+    assert await qmp.execute("query-fdsets") == []
+    os.close(reader)
 
 
 async def check(path: str) -> None:
@@ -28,6 +56,7 @@ async def check(path: str) -> None:
         event = await asyncio.wait_for(events.get(), LIMIT)
         assert event["event"] == "RESUME" and event["timestamp"]["seconds"] > 0, event
         assert (await qmp.execute("query-status"))["status"] == "running"
+        await check_descriptors(qmp)
         await qmp.execute("stop")
         event = await asyncio.wait_for(events.get(), LIMIT)
         assert event["event"] == "STOP", event

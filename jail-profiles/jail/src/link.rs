@@ -105,19 +105,38 @@ pub fn recv_packet(
     buffer: &mut [u8],
     flags: MsgFlags,
 ) -> Result<(usize, Vec<OwnedFd>), LinkError> {
+    let received = receive(fd, buffer, flags)?;
+    if received.cut { Err(LinkError::Malformed) } else { Ok((received.len, received.fds)) }
+}
+
+/// What one call received.
+#[derive(Debug)]
+pub struct Received {
+    /// Bytes, 0 at the end.
+    pub len: usize,
+    /// Descriptors, close-on-exec.
+    pub fds: Vec<OwnedFd>,
+    /// Something did not fit: bytes of a packet, or descriptors (also because this process is at its
+    /// limit of them).
+    pub cut: bool,
+}
+
+/// Receives bytes or a packet with at most [`MAX_FDS`] descriptors.
+///
+/// # Errors
+/// The socket's error.
+pub fn receive(fd: BorrowedFd<'_>, buffer: &mut [u8], flags: MsgFlags) -> Result<Received, Errno> {
     let mut control = [0u64; CONTROL_WORDS];
     let (len, control_len, seen) = loop {
         match recvmsg(fd, buffer, &mut control, flags | MsgFlags::MSG_CMSG_CLOEXEC) {
             Err(Errno::EINTR) => {}
-            Err(errno) => return Err(errno.into()),
-            Ok(received) => break received,
+            result => break result?,
         }
     };
     // Taken into ownership before anything is judged, so that a refusal closes them.
     let bytes: Vec<u8> = control.iter().flat_map(|word| word.to_ne_bytes()).take(control_len).collect();
     let fds: Vec<OwnedFd> = rights(&bytes).into_iter().map(own).collect();
-    let cut = MsgFlags::MSG_TRUNC | MsgFlags::MSG_CTRUNC;
-    if seen.intersects(cut) { Err(LinkError::Malformed) } else { Ok((len, fds)) }
+    Ok(Received { len, fds, cut: seen.intersects(MsgFlags::MSG_TRUNC | MsgFlags::MSG_CTRUNC) })
 }
 
 /// `recvmsg(2)`; returns the lengths of packet and control data, and the flags.

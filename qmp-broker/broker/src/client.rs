@@ -2,6 +2,7 @@
 
 use std::cell::{Cell, RefCell};
 use std::io::{self, ErrorKind};
+use std::os::fd::OwnedFd;
 use std::rc::Rc;
 use std::time::Duration;
 
@@ -12,7 +13,9 @@ use tokio::sync::Notify;
 use tokio::time::{Instant, timeout};
 
 use crate::hub::{Hub, greeting_line};
+use crate::monitor::Monitor;
 use crate::output::Output;
+use crate::passed::Passed;
 use crate::session::Session;
 use crate::stream::Stream;
 
@@ -24,8 +27,12 @@ pub const FLUSH: Duration = Duration::from_secs(1);
 /// One connected client.
 #[derive(Debug)]
 pub struct Client {
+    /// Where it connected.
+    pub monitor: Rc<Monitor>,
     stream: Stream,
     session: RefCell<Session>,
+    /// The descriptor that waits for a command to take it.
+    passed: RefCell<Option<OwnedFd>>,
     output: RefCell<Output>,
     since: Instant,
     /// Requests wait, or no more will come.
@@ -44,10 +51,12 @@ pub struct Client {
 impl Client {
     /// A client that has just connected.
     #[must_use]
-    pub fn new(stream: Stream, held: Rc<Cell<usize>>) -> Self {
+    pub fn new(monitor: Rc<Monitor>, stream: Stream, held: Rc<Cell<usize>>) -> Self {
         Self {
+            monitor,
             stream,
             session: RefCell::new(Session::new(held)),
+            passed: RefCell::default(),
             output: RefCell::default(),
             since: Instant::now(),
             work: Notify::new(),
@@ -80,6 +89,24 @@ impl Client {
     #[must_use]
     pub fn age(&self) -> Duration {
         self.since.elapsed()
+    }
+
+    /// Takes the descriptor that it passed last, if none has taken that yet.
+    #[must_use]
+    pub fn take_passed(&self) -> Option<OwnedFd> {
+        self.passed.take()
+    }
+
+    /// Keeps what came with input. Whatever waited before is closed.
+    fn keep(&self, passed: Passed) {
+        match passed {
+            Passed::Nothing => {}
+            Passed::First(fd) => drop(self.passed.replace(Some(fd))),
+            Passed::Cut => {
+                warn!("descriptors that a QMP client passed are closed: there is no room for them");
+                self.passed.replace(None);
+            }
+        }
     }
 
     /// Whether everything queued has been sent.
@@ -181,26 +208,41 @@ impl Client {
             if self.stream.readable().await.is_err() {
                 break;
             }
-            let mut input = match self.stream.try_read(&mut chunk) {
-                Ok(0) => break,
-                Ok(count) => chunk.get(..count).unwrap_or_default(),
+            let (count, passed) = match self.stream.try_read(&mut chunk) {
+                Ok((0, _)) => break,
+                Ok(received) => received,
                 Err(error) if matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::Interrupted) => {
                     continue;
                 }
                 Err(_) => break,
             };
-            while !input.is_empty() {
-                self.wait_for_room().await;
-                let (used, out_of_band) = self.session.borrow_mut().feed(input);
-                input = input.get(used..).unwrap_or_default();
-                match out_of_band {
-                    Some(item) => hub.execute(self, item).await,
-                    None => self.work.notify_one(),
+            let input = chunk.get(..count).unwrap_or_default();
+            if let (Some((last, before)), false) = (input.split_last(), matches!(passed, Passed::Nothing)) {
+                self.feed(hub, before).await;
+                // What was asked before has no claim to these, but perhaps to those that they replace.
+                while !self.session.borrow().is_idle() {
+                    self.room.notified().await;
                 }
+                self.keep(passed);
+                self.feed(hub, std::slice::from_ref(last)).await;
+            } else {
+                self.feed(hub, input).await;
             }
         }
         self.finished.set(true);
         self.work.notify_one();
+    }
+
+    async fn feed(&self, hub: &Rc<Hub>, mut input: &[u8]) {
+        while !input.is_empty() {
+            self.wait_for_room().await;
+            let (used, out_of_band) = self.session.borrow_mut().feed(input);
+            input = input.get(used..).unwrap_or_default();
+            match out_of_band {
+                Some(item) => hub.execute(self, item).await,
+                None => self.work.notify_one(),
+            }
+        }
     }
 
     async fn wait_for_room(&self) {
@@ -237,8 +279,8 @@ impl Client {
 }
 
 /// Serves a client until it is gone. Its task holds nothing when this returns.
-pub async fn serve(hub: Rc<Hub>, stream: Stream) {
-    let client = Rc::new(Client::new(stream, Rc::clone(&hub.held)));
+pub async fn serve(hub: Rc<Hub>, monitor: Rc<Monitor>, stream: Stream) {
+    let client = Rc::new(Client::new(monitor, stream, Rc::clone(&hub.held)));
     let number = hub.add(Rc::clone(&client));
     client.push(&greeting_line());
     let requests = async {

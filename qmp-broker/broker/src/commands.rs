@@ -12,7 +12,10 @@ use bulkhead_qapi::types::misc::{KvmInfo, NameInfo, UuidInfo};
 use bulkhead_qapi::types::run_state::{RunState, StatusInfo};
 use bulkhead_qapi::{Error, introspect};
 use serde::Serialize;
+use serde::de::DeserializeOwned;
 use serde_json::{Map, Value, json};
+
+use crate::descriptors::Op;
 
 /// A reply: the value of `return`, or an error.
 pub type Reply = Result<Value, Error>;
@@ -28,6 +31,8 @@ pub enum Step {
     PowerButton,
     /// The console's character devices.
     Chardevs,
+    /// The descriptors that clients passed.
+    Descriptors(Op),
     /// The end of the VM, after an empty reply.
     Quit,
 }
@@ -66,8 +71,22 @@ pub fn begin(call: Call, known: &Known<'_>, mode: &mut Mode) -> Step {
         Handler::QueryCpusFast => Step::Core(core::Op::Cpus),
         Handler::SystemPowerdown => Step::PowerButton,
         Handler::QueryChardev => Step::Chardevs,
+        Handler::Getfd => descriptors(call.args, Op::Getfd),
+        Handler::Closefd => descriptors(call.args, Op::Closefd),
+        Handler::AddFd => descriptors(call.args, Op::AddFd),
+        Handler::RemoveFd => descriptors(call.args, Op::RemoveFd),
+        Handler::QueryFdsets => Step::Descriptors(Op::QueryFdsets),
         query => Step::Reply(answer(query, known)),
     }
+}
+
+fn descriptors<A: DeserializeOwned>(args: Map<String, Value>, op: impl FnOnce(A) -> Op) -> Step {
+    parse(args).map_or_else(|error| Step::Reply(Err(error)), |args| Step::Descriptors(op(args)))
+}
+
+/// The arguments of a command, which have been checked against the schema.
+fn parse<A: DeserializeOwned>(args: Map<String, Value>) -> Result<A, Error> {
+    serde_json::from_value(Value::Object(args)).map_err(|error| Error::generic(error.to_string()))
 }
 
 fn answer(query: Handler, known: &Known<'_>) -> Reply {
@@ -97,11 +116,20 @@ fn answer(query: Handler, known: &Known<'_>) -> Reply {
         | Handler::InjectNmi
         | Handler::QueryCpusFast
         | Handler::SystemPowerdown
-        | Handler::QueryChardev => Err(Error::generic("not a query that the broker answers itself")),
+        | Handler::QueryChardev
+        | Handler::Getfd
+        | Handler::Closefd
+        | Handler::AddFd
+        | Handler::RemoveFd
+        | Handler::QueryFdsets => Err(Error::generic("not a query that the broker answers itself")),
     }
 }
 
-fn reply(value: impl Serialize) -> Reply {
+/// The reply that carries a value.
+///
+/// # Errors
+/// The value is none of JSON.
+pub fn reply(value: impl Serialize) -> Reply {
     serde_json::to_value(value).map_err(|error| Error::generic(error.to_string()))
 }
 
@@ -111,8 +139,7 @@ fn negotiate(args: Map<String, Value>, mode: &mut Mode) -> Reply {
             "Capabilities negotiation is already complete, command ignored",
         ));
     }
-    let args: QmpCapabilitiesArg =
-        serde_json::from_value(Value::Object(args)).map_err(|error| Error::generic(error.to_string()))?;
+    let args: QmpCapabilitiesArg = parse(args)?;
     *mode =
         Mode { negotiated: true, oob: args.enable.is_some_and(|list| list.contains(&QMPCapability::Oob)) };
     Ok(json!({}))

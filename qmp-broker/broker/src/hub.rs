@@ -19,6 +19,7 @@ use tokio::time::{Instant, sleep_until};
 
 use crate::client::Client;
 use crate::commands::{self, Known, Reply, Step};
+use crate::descriptors::Descriptors;
 use crate::monitor::Monitor;
 use crate::peer::{NoAnswer, Peer};
 
@@ -39,6 +40,8 @@ pub struct Hub {
     pub console: Peer<console::Answer>,
     /// Bytes held by all clients' requests.
     pub held: Rc<Cell<usize>>,
+    /// Descriptors that clients passed.
+    descriptors: RefCell<Descriptors>,
     /// The VM ends: clients are flushed and the broker exits.
     pub ended: Notify,
     state: Cell<core::RunState>,
@@ -62,6 +65,7 @@ impl Hub {
             core: Peer::default(),
             console: Peer::default(),
             held: Rc::default(),
+            descriptors: RefCell::default(),
             ended: Notify::new(),
             state: Cell::new(core::RunState::Prelaunch),
             shutdown_sent: Cell::new(false),
@@ -80,9 +84,12 @@ impl Hub {
         number
     }
 
-    /// Forgets a client.
+    /// Forgets a client. With the last one the fd sets go, unless the machine is stopped.
     pub fn remove(&self, number: u64) {
         self.clients.borrow_mut().remove(&number);
+        if self.clients() == 0 && self.state.get() == core::RunState::Running {
+            self.descriptors.borrow_mut().clear_sets();
+        }
     }
 
     /// Number of clients.
@@ -170,6 +177,9 @@ impl Hub {
         client.set_mode(mode);
         let reply = match step {
             Step::Reply(reply) => reply,
+            Step::Descriptors(op) => {
+                self.descriptors.borrow_mut().execute(op, &client.monitor.label, || client.take_passed())
+            }
             Step::Quit => {
                 tokio::task::spawn_local(Rc::clone(self).quit());
                 Ok(json!({}))
@@ -200,7 +210,7 @@ impl Hub {
                 Ok(json!({}))
             }
             Step::Reply(reply) => reply,
-            Step::Quit => Ok(json!({})),
+            Step::Descriptors(_) | Step::Quit => Ok(json!({})),
         }
     }
 

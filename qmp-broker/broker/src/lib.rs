@@ -10,10 +10,12 @@
 
 pub mod client;
 pub mod commands;
+pub mod descriptors;
 pub mod fd;
 pub mod hub;
 pub mod monitor;
 pub mod output;
+pub mod passed;
 pub mod peer;
 pub mod run;
 pub mod session;

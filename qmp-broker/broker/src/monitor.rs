@@ -101,7 +101,7 @@ impl Monitor {
 
     async fn serve(self: Rc<Self>, hub: Rc<Hub>, stream: Stream) {
         self.clients.set(self.clients.get() + 1);
-        serve(hub, stream).await;
+        serve(hub, Rc::clone(&self), stream).await;
         self.clients.set(self.clients.get() - 1);
     }
 

@@ -61,7 +61,13 @@ impl Session {
     /// out-of-band execution.
     #[must_use]
     pub fn has_room(&self) -> bool {
-        if self.mode.oob { self.queue.len() < MAX_QUEUE } else { self.queue.is_empty() && !self.busy }
+        if self.mode.oob { self.queue.len() < MAX_QUEUE } else { self.is_idle() }
+    }
+
+    /// Whether no request waits or is being executed.
+    #[must_use]
+    pub fn is_idle(&self) -> bool {
+        self.queue.is_empty() && !self.busy
     }
 
     /// Reads up to the end of one request, which is queued, or returned if it is to be executed out

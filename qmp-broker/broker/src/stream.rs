@@ -5,10 +5,12 @@ use std::os::fd::{AsFd, OwnedFd};
 
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 use tokio::net::UnixStream;
 
 use crate::fd::watch;
+use crate::passed::{self, Passed};
 
 /// Bytes written at once to a descriptor that may block: a pipe that polls writable takes so many.
 const PIPE_BUF: usize = 4096;
@@ -16,8 +18,7 @@ const PIPE_BUF: usize = 4096;
 /// A connection to a client.
 #[derive(Debug)]
 pub enum Stream {
-    /// A connected unix stream socket. Descriptors that a client sends are discarded by the kernel:
-    /// nothing here receives control messages.
+    /// A connected unix stream socket.
     Socket(UnixStream),
     /// Standard input and output. Their file descriptions are shared with the user's shell, so they
     /// stay in blocking mode.
@@ -36,14 +37,20 @@ impl Stream {
         }
     }
 
-    /// Reads what is there; 0 at the end.
+    /// Reads what is there, 0 bytes at the end, and the descriptors that come with it.
     ///
     /// # Errors
     /// `WouldBlock` if there is nothing, or the descriptor failed.
-    pub fn try_read(&self, buffer: &mut [u8]) -> io::Result<usize> {
+    pub fn try_read(&self, buffer: &mut [u8]) -> io::Result<(usize, Passed)> {
         match self {
-            Self::Socket(socket) => socket.try_read(buffer),
-            Self::Stdio(input, _) => input.when(PollFlags::POLLIN, |fd| Ok(nix::unistd::read(fd, buffer)?)),
+            Self::Socket(socket) => {
+                let receive = || Ok(passed::receive(socket.as_fd(), buffer)?);
+                socket.try_io(Interest::READABLE, receive)
+            }
+            Self::Stdio(input, _) => {
+                let read = |fd: &OwnedFd| Ok((nix::unistd::read(fd, buffer)?, Passed::Nothing));
+                input.when(PollFlags::POLLIN, read)
+            }
         }
     }
 
@@ -109,8 +116,8 @@ impl Shared {
             Self::File(fd) => return act(fd),
         };
         let interest = match events {
-            PollFlags::POLLIN => tokio::io::Interest::READABLE,
-            _ => tokio::io::Interest::WRITABLE,
+            PollFlags::POLLIN => Interest::READABLE,
+            _ => Interest::WRITABLE,
         };
         fd.try_io(interest, |fd| {
             let mut polled = [PollFd::new(fd.as_fd(), events)];

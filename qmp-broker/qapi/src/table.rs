@@ -36,6 +36,11 @@ pub enum Handler {
     SystemPowerdown,
     Quit,
     InjectNmi,
+    Getfd,
+    Closefd,
+    AddFd,
+    RemoveFd,
+    QueryFdsets,
 }
 
 /// A command.
@@ -137,6 +142,22 @@ pub static COMMANDS: &[Command] = &[
     Command::new("system_reset", Handler::SystemReset, Role::Operator, "Resets the machine."),
     Command::new("system_powerdown", Handler::SystemPowerdown, Role::Operator, "Presses the power button."),
     Command::new("inject-nmi", Handler::InjectNmi, Role::Operator, "Injects an NMI into every vCPU."),
+    Command::new("getfd", Handler::Getfd, Role::Operator, "Names a descriptor that the client sent.")
+        .args(misc::GetfdArg::DESCRIPTION),
+    Command::new("closefd", Handler::Closefd, Role::Operator, "Closes a named descriptor.")
+        .args(misc::ClosefdArg::DESCRIPTION),
+    Command::new(
+        "add-fd",
+        Handler::AddFd,
+        Role::Operator,
+        "Adds a descriptor that the client sent to a set.",
+    )
+    .args(misc::AddFdArg::DESCRIPTION)
+    .returns::<misc::AddfdInfo>(),
+    Command::new("remove-fd", Handler::RemoveFd, Role::Operator, "Closes descriptors of a set.")
+        .args(misc::RemoveFdArg::DESCRIPTION),
+    Command::new("query-fdsets", Handler::QueryFdsets, Role::Monitor, "The sets of descriptors.")
+        .returns::<Vec<misc::FdsetInfo>>(),
     // machine
     Command::new("query-cpus-fast", Handler::QueryCpusFast, Role::Monitor, "The vCPUs and their threads.")
         .returns::<Vec<machine::CpuInfoFast>>(),

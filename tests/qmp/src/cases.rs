@@ -1,4 +1,5 @@
-//! The table of cases: requests that never reach a command. [`crate::commands`] has the others.
+//! The table of cases: requests that never reach a command. [`crate::commands`] and
+//! [`crate::descriptors`] have the others.
 
 use serde_json::{Value, json};
 
@@ -22,6 +23,8 @@ pub struct Case {
     pub stopped: bool,
     /// What is sent, each chunk with a write of its own.
     pub send: Vec<Vec<u8>>,
+    /// How many descriptors, of /dev/null, come with each chunk; none where this ends.
+    pub fds: Vec<usize>,
     /// What QEMU 5.1 answers: see [`crate::runner::like`] for the patterns.
     pub expect: Vec<Value>,
     /// Why, and how, QEMU 7.2 answers otherwise.
@@ -35,6 +38,7 @@ impl Case {
             start: Start::Plain,
             stopped: false,
             send: vec![send.as_ref().to_vec()],
+            fds: Vec::new(),
             expect: expect.into_iter().collect(),
             qemu72: None,
         }
@@ -83,7 +87,7 @@ impl Case {
             text.truncate(200);
             text.push_str("...");
         }
-        format!("{:?} {text}", self.start)
+        format!("{:?} {text} {:?}", self.start, self.fds)
     }
 }
 
@@ -133,6 +137,7 @@ pub fn all() -> Vec<Case> {
         negotiation(),
         writes(),
         crate::commands::all(),
+        crate::descriptors::all(),
     ]
     .concat()
 }

@@ -4,6 +4,7 @@ use std::cell::Cell;
 use std::rc::Rc;
 
 use bulkhead_broker::commands::{self, Known, Step};
+use bulkhead_broker::descriptors::Descriptors;
 use bulkhead_broker::hub::reply_line;
 use bulkhead_broker::session::Session;
 use bulkhead_control_api::{config, core};
@@ -55,6 +56,7 @@ fn answer(session: &mut Session, config: &config::Broker, item: Item) {
             let known = Known { config, state: core::RunState::Running };
             match commands::begin(call, &known, &mut session.mode) {
                 Step::Reply(reply) => reply,
+                Step::Descriptors(op) => Descriptors::default().execute(op, "", || None),
                 Step::Core(_) | Step::PowerButton | Step::Chardevs | Step::Quit => Ok(json!({})),
             }
         }

@@ -4,6 +4,7 @@
 pub mod broker;
 pub mod cases;
 pub mod commands;
+pub mod descriptors;
 pub mod drive;
 pub mod fake;
 pub mod qemu;

@@ -1,5 +1,6 @@
 //! Runs cases against a server.
 
+use std::os::fd::AsFd;
 use std::path::Path;
 use std::time::Duration;
 
@@ -76,8 +77,9 @@ pub fn exchange(path: &Path, case: &Case) -> Result<Vec<Value>> {
         Start::Plain => wire.negotiate(false)?,
         Start::Oob => wire.negotiate(true)?,
     }
-    for chunk in &case.send {
-        wire.send(chunk)?;
+    let null = std::fs::File::open("/dev/null")?;
+    for (chunk, fds) in case.send.iter().zip(case.fds.iter().chain(std::iter::repeat(&0))) {
+        wire.send_fds(chunk, &vec![null.as_fd(); *fds])?;
         if case.send.len() > 1 {
             std::thread::sleep(PAUSE);
         }

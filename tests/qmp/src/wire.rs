@@ -1,11 +1,13 @@
 //! A raw QMP connection: bytes out, JSON lines in.
 
-use std::io::{BufRead, BufReader, ErrorKind, Write};
+use std::io::{BufRead, BufReader, ErrorKind, IoSlice, Write};
+use std::os::fd::{AsRawFd, BorrowedFd, RawFd};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
 use bulkhead_framework::{Failure, Result};
+use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg};
 use serde_json::Value;
 
 /// How long a line may take.
@@ -62,6 +64,20 @@ impl Wire {
         Ok(self.stream.write_all(bytes)?)
     }
 
+    /// Sends bytes in one message with descriptors.
+    ///
+    /// # Errors
+    /// The server closed the connection.
+    pub fn send_fds(&mut self, bytes: &[u8], fds: &[BorrowedFd<'_>]) -> Result<()> {
+        let raw: Vec<RawFd> = fds.iter().map(AsRawFd::as_raw_fd).collect();
+        let rights = [ControlMessage::ScmRights(&raw)];
+        let control: &[ControlMessage<'_>] = if raw.is_empty() { &[] } else { &rights };
+        let part = [IoSlice::new(bytes)];
+        let sent = sendmsg::<()>(self.stream.as_raw_fd(), &part, control, MsgFlags::MSG_NOSIGNAL, None);
+        let sent = sent.map_err(std::io::Error::from)?;
+        self.send(bytes.get(sent..).unwrap_or_default())
+    }
+
     /// Receives one line, which must be strict JSON in ASCII and end in CRLF.
     ///
     /// # Errors
@@ -86,7 +102,15 @@ impl Wire {
     /// # Errors
     /// As [`Self::send`] and [`Self::line`].
     pub fn ask(&mut self, request: &str) -> Result<Value> {
-        self.send(request.as_bytes())?;
+        self.ask_with(request, &[])
+    }
+
+    /// The same with descriptors.
+    ///
+    /// # Errors
+    /// As [`Self::ask`].
+    pub fn ask_with(&mut self, request: &str, fds: &[BorrowedFd<'_>]) -> Result<Value> {
+        self.send_fds(request.as_bytes(), fds)?;
         loop {
             let line = self.line()?;
             if line.get("event").is_none() {

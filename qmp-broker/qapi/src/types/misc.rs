@@ -27,3 +27,69 @@ qapi_struct! {
         "present" present: bool,
     }
 }
+
+qapi_struct! {
+    /// Arguments of `getfd`.
+    GetfdArg {
+        /// The descriptor's name from now on.
+        "fdname" fdname: String,
+    }
+}
+
+qapi_struct! {
+    /// Arguments of `closefd`.
+    ClosefdArg {
+        /// The descriptor's name.
+        "fdname" fdname: String,
+    }
+}
+
+qapi_struct! {
+    /// Arguments of `add-fd`.
+    AddFdArg {
+        /// The set; without it a new one.
+        "fdset-id" fdset_id: Option<i64>,
+        /// What the client wants to remember of it.
+        "opaque" opaque: Option<String>,
+    }
+}
+
+qapi_struct! {
+    /// A descriptor that was added to a set.
+    AddfdInfo {
+        /// The set.
+        "fdset-id" fdset_id: i64,
+        /// The descriptor's number in `remove-fd`.
+        "fd" fd: i64,
+    }
+}
+
+qapi_struct! {
+    /// Arguments of `remove-fd`.
+    RemoveFdArg {
+        /// The set.
+        "fdset-id" fdset_id: i64,
+        /// The descriptor; without it all of the set.
+        "fd" fd: Option<i64>,
+    }
+}
+
+qapi_struct! {
+    /// A descriptor of a set.
+    FdsetFdInfo {
+        /// Its number in `remove-fd`.
+        "fd" fd: i64,
+        /// As given when it was added.
+        "opaque" opaque: Option<String>,
+    }
+}
+
+qapi_struct! {
+    /// A set of descriptors.
+    FdsetInfo {
+        /// Its id.
+        "fdset-id" fdset_id: i64,
+        /// Its descriptors.
+        "fds" fds: Vec<FdsetFdInfo>,
+    }
+}

@@ -1,0 +1,291 @@
+//! Descriptors that clients passed: named ones of each monitor, and the fd sets of all.
+
+use std::collections::BTreeMap;
+use std::os::fd::OwnedFd;
+
+use bulkhead_qapi::Error;
+use bulkhead_qapi::types::misc::{
+    AddFdArg, AddfdInfo, ClosefdArg, FdsetFdInfo, FdsetInfo, GetfdArg, RemoveFdArg,
+};
+use serde_json::json;
+
+use crate::commands::{Reply, reply};
+
+/// Descriptors that may be kept, over all names and sets. With one more for each client, 253 of a
+/// message that is being received and the clients themselves, this process stays below its limit.
+pub const MAX_KEPT: usize = 1024;
+/// Names that a monitor may have.
+pub const MAX_NAMES: usize = 256;
+/// Descriptors that a set may have.
+pub const MAX_MEMBERS: usize = 256;
+/// Bytes that a name may have.
+pub const MAX_NAME: usize = 1024;
+/// Bytes that the `opaque` texts of all sets may have together: `query-fdsets` returns them all.
+pub const MAX_OPAQUE: usize = 64 << 10;
+/// The first number of a set's member. No number is given twice, and none is the process's own.
+const FIRST_NUMBER: i64 = 3;
+
+/// What is to be done.
+#[derive(Debug)]
+pub enum Op {
+    /// Names the descriptor that waits.
+    Getfd(GetfdArg),
+    /// Closes a named one.
+    Closefd(ClosefdArg),
+    /// Adds the descriptor that waits to a set.
+    AddFd(AddFdArg),
+    /// Closes one of a set, or all.
+    RemoveFd(RemoveFdArg),
+    /// Lists the sets.
+    QueryFdsets,
+}
+
+/// A member of a set.
+#[derive(Debug)]
+pub struct Member {
+    /// What clients call it.
+    pub number: i64,
+    /// What its client wants to remember.
+    pub opaque: Option<String>,
+    /// The descriptor.
+    pub fd: OwnedFd,
+}
+
+/// All of them. Dropping one closes it.
+#[derive(Debug, Default)]
+pub struct Descriptors {
+    /// By monitor, then by name.
+    names: BTreeMap<String, BTreeMap<String, OwnedFd>>,
+    /// By id; in a set the oldest first.
+    sets: BTreeMap<i64, Vec<Member>>,
+    /// Members there have been.
+    count: i64,
+}
+
+impl Descriptors {
+    /// Executes a command of a monitor's client. `take` gives the descriptor that waits.
+    ///
+    /// # Errors
+    /// QEMU's, or a limit is reached. A descriptor that was taken is closed then.
+    pub fn execute(&mut self, op: Op, monitor: &str, take: impl FnOnce() -> Option<OwnedFd>) -> Reply {
+        let supplied = || take().ok_or_else(|| Error::generic("No file descriptor supplied via SCM_RIGHTS"));
+        match op {
+            Op::Getfd(args) => self.name(monitor, args.fdname, supplied()?),
+            Op::Closefd(args) => self.close_name(monitor, &args.fdname),
+            Op::AddFd(args) => self.add(args, supplied()?),
+            Op::RemoveFd(args) => self.remove(&args),
+            Op::QueryFdsets => reply(self.list()),
+        }
+    }
+
+    /// Closes the members of all sets.
+    pub fn clear_sets(&mut self) {
+        self.sets.clear();
+    }
+
+    fn kept(&self) -> usize {
+        let named: usize = self.names.values().map(BTreeMap::len).sum();
+        named + self.sets.values().map(Vec::len).sum::<usize>()
+    }
+
+    fn check_room(&self) -> Result<(), Error> {
+        if self.kept() < MAX_KEPT {
+            return Ok(());
+        }
+        Err(Error::generic(format!("Too many file descriptors: {MAX_KEPT} are kept")))
+    }
+
+    fn name(&mut self, monitor: &str, name: String, fd: OwnedFd) -> Reply {
+        if name.starts_with(|first: char| first.is_ascii_digit()) {
+            return Err(Error::generic("Parameter 'fdname' expects a name not starting with a digit"));
+        }
+        if name.len() > MAX_NAME {
+            return Err(Error::generic(format!("Parameter 'fdname' expects at most {MAX_NAME} bytes")));
+        }
+        let room = self.check_room();
+        let names = self.names.entry(monitor.to_owned()).or_default();
+        if !names.contains_key(&name) {
+            room?;
+            if names.len() >= MAX_NAMES {
+                return Err(Error::generic(format!(
+                    "Too many file descriptors: the monitor has {MAX_NAMES} names"
+                )));
+            }
+        }
+        names.insert(name, fd);
+        Ok(json!({}))
+    }
+
+    fn close_name(&mut self, monitor: &str, name: &str) -> Reply {
+        match self.names.get_mut(monitor).and_then(|names| names.remove(name)) {
+            Some(_) => Ok(json!({})),
+            None => Err(not_found(name)),
+        }
+    }
+
+    fn add(&mut self, args: AddFdArg, fd: OwnedFd) -> Reply {
+        let id = args.fdset_id.unwrap_or_else(|| self.lowest_free_id());
+        if id < 0 {
+            return Err(Error::generic("Parameter 'fdset-id' expects a non-negative value"));
+        }
+        self.check_room()?;
+        if self.sets.get(&id).is_some_and(|members| members.len() >= MAX_MEMBERS) {
+            return Err(Error::generic(format!("Too many file descriptors: fdset {id} has {MAX_MEMBERS}")));
+        }
+        let opaque: usize = self.sets.values().flatten().map(opaque_len).sum();
+        if opaque + args.opaque.as_ref().map_or(0, String::len) > MAX_OPAQUE {
+            return Err(Error::generic(format!(
+                "Parameter 'opaque' expects at most {MAX_OPAQUE} bytes over all fdsets"
+            )));
+        }
+        let number = FIRST_NUMBER + self.count;
+        self.count += 1;
+        self.sets.entry(id).or_default().push(Member { number, opaque: args.opaque, fd });
+        reply(AddfdInfo { fdset_id: id, fd: number })
+    }
+
+    fn lowest_free_id(&self) -> i64 {
+        let taken = (0..).zip(self.sets.keys()).take_while(|(expected, id)| expected == *id);
+        taken.last().map_or(0, |(last, _)| last + 1)
+    }
+
+    fn remove(&mut self, args: &RemoveFdArg) -> Reply {
+        let id = args.fdset_id;
+        let unknown = || match args.fd {
+            Some(number) => not_found(&format!("fdset-id:{id}, fd:{number}")),
+            None => not_found(&format!("fdset-id:{id}")),
+        };
+        let members = self.sets.get_mut(&id).ok_or_else(unknown)?;
+        if let Some(number) = args.fd {
+            let index = members.iter().position(|member| member.number == number).ok_or_else(unknown)?;
+            members.remove(index);
+        } else {
+            members.clear();
+        }
+        if members.is_empty() {
+            self.sets.remove(&id);
+        }
+        Ok(json!({}))
+    }
+
+    fn list(&self) -> Vec<FdsetInfo> {
+        let member = |member: &Member| FdsetFdInfo { fd: member.number, opaque: member.opaque.clone() };
+        let set = |(id, members): (&i64, &Vec<Member>)| FdsetInfo {
+            fdset_id: *id,
+            fds: members.iter().map(member).collect(),
+        };
+        self.sets.iter().rev().map(set).collect()
+    }
+}
+
+fn opaque_len(member: &Member) -> usize {
+    member.opaque.as_ref().map_or(0, String::len)
+}
+
+fn not_found(name: &str) -> Error {
+    Error::generic(format!("File descriptor named '{name}' not found"))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs::File;
+    use std::io::Read;
+    use std::os::unix::net::UnixStream;
+
+    use serde_json::Value;
+
+    use super::*;
+
+    fn null() -> Option<OwnedFd> {
+        Some(File::open("/dev/null").unwrap().into())
+    }
+
+    /// The value or the error's text.
+    fn run(all: &mut Descriptors, op: Op) -> Value {
+        run_with(all, op, null())
+    }
+
+    fn run_with(all: &mut Descriptors, op: Op, fd: Option<OwnedFd>) -> Value {
+        all.execute(op, "m", || fd).unwrap_or_else(|error| error.desc.into())
+    }
+
+    fn getfd(name: &str) -> Op {
+        Op::Getfd(GetfdArg { fdname: name.to_owned() })
+    }
+
+    fn add(id: Option<i64>, opaque: Option<String>) -> Op {
+        Op::AddFd(AddFdArg { fdset_id: id, opaque })
+    }
+
+    fn remove(id: i64, fd: Option<i64>) -> Op {
+        Op::RemoveFd(RemoveFdArg { fdset_id: id, fd })
+    }
+
+    #[test]
+    fn a_name_is_replaced_and_belongs_to_its_monitor() {
+        let mut all = Descriptors::default();
+        let (one, mut one_end) = UnixStream::pair().unwrap();
+        assert_eq!(run_with(&mut all, getfd("a"), Some(one.into())), json!({}));
+        assert_eq!(run(&mut all, getfd("a")), json!({}));
+        assert_eq!(one_end.read(&mut [0; 1]).unwrap(), 0, "closed");
+        let close = || Op::Closefd(ClosefdArg { fdname: "a".to_owned() });
+        let other = all.execute(close(), "other", || None).unwrap_err();
+        assert_eq!(other.desc, "File descriptor named 'a' not found");
+        assert_eq!(run(&mut all, close()), json!({}));
+        assert_eq!(all.kept(), 0);
+    }
+
+    #[test]
+    fn sets_fill_the_lowest_gap_and_numbers_are_never_given_again() {
+        let mut all = Descriptors::default();
+        for (id, expected) in [(None, 0), (Some(2), 2), (None, 1), (None, 3), (Some(i64::MAX), i64::MAX)] {
+            assert_eq!(run(&mut all, add(id, None))["fdset-id"], expected);
+        }
+        assert_eq!(run(&mut all, remove(1, None)), json!({}));
+        assert_eq!(run(&mut all, add(None, None)), json!({"fdset-id": 1, "fd": 8}));
+        assert_eq!(run(&mut all, remove(1, Some(5))), "File descriptor named 'fdset-id:1, fd:5' not found");
+        assert_eq!(run(&mut all, remove(1, Some(8))), json!({}));
+        assert_eq!(run(&mut all, remove(1, None)), "File descriptor named 'fdset-id:1' not found");
+        all.clear_sets();
+        assert_eq!(run(&mut all, Op::QueryFdsets), json!([]));
+    }
+
+    #[test]
+    fn names_are_limited() {
+        let mut all = Descriptors::default();
+        for number in 0..MAX_NAMES {
+            assert_eq!(run(&mut all, getfd(&format!("n{number}"))), json!({}));
+        }
+        assert_eq!(run(&mut all, getfd("more")), "Too many file descriptors: the monitor has 256 names");
+        assert_eq!(run(&mut all, getfd("n7")), json!({}), "replaced");
+        assert!(all.execute(getfd("more"), "other", null).is_ok());
+        let long = run(&mut all, getfd(&"x".repeat(MAX_NAME + 1)));
+        assert_eq!(long, "Parameter 'fdname' expects at most 1024 bytes");
+    }
+
+    #[test]
+    fn sets_are_limited() {
+        let mut all = Descriptors::default();
+        for _ in 0..MAX_MEMBERS {
+            assert_eq!(run(&mut all, add(Some(0), None))["fdset-id"], 0);
+        }
+        assert_eq!(run(&mut all, add(Some(0), None)), "Too many file descriptors: fdset 0 has 256");
+        for _ in MAX_MEMBERS..MAX_KEPT {
+            assert!(run(&mut all, add(None, None)).is_object());
+        }
+        let full = "Too many file descriptors: 1024 are kept";
+        assert_eq!(run(&mut all, add(None, None)), full);
+        assert_eq!(run(&mut all, getfd("a")), full);
+        assert_eq!(run(&mut all, remove(0, None)), json!({}));
+        assert_eq!(run(&mut all, getfd("a")), json!({}));
+    }
+
+    #[test]
+    fn opaque_texts_are_limited_together() {
+        let mut all = Descriptors::default();
+        assert!(run(&mut all, add(None, Some("x".repeat(MAX_OPAQUE - 1)))).is_object());
+        let long = "Parameter 'opaque' expects at most 65536 bytes over all fdsets";
+        assert_eq!(run(&mut all, add(None, Some("xx".to_owned()))), long);
+        assert!(run(&mut all, add(None, Some("x".to_owned()))).is_object());
+    }
+}
