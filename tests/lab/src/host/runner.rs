@@ -14,7 +14,11 @@ use super::machine::{Line, Machine};
 use crate::agent::cases::Case;
 
 /// How long a case may take; the waits inside it are shorter and explain more.
-const CASE: Duration = Duration::from_secs(180);
+const CASE: Duration = Duration::from_secs(120);
+
+/// How often one case may lose its L1. An L1 under QEMU's emulation stops for good now and then, its kernel and
+/// the agent with it; a case that fails says so by itself, through the agent.
+const LOST: u32 = 1;
 
 /// How long the native tests, the demonstration or a command may take.
 const PROGRAM: Duration = Duration::from_secs(1500);
@@ -35,7 +39,7 @@ pub fn run(cases: &[&'static Case], options: &Options) -> Result<bool> {
     let start = Instant::now();
     let lab = Lab::prepare(options, Vec::new())?;
     println!("lab: prepared in {:.1} s, {} cases", start.elapsed().as_secs_f32(), cases.len());
-    let queue = Mutex::new(cases.iter().copied().collect::<VecDeque<_>>());
+    let queue = Mutex::new(cases.iter().map(|case| (*case, 0)).collect::<Queue>());
     let failed = Mutex::new(0);
     let workers = options.jobs.clamp(1, cases.len().max(1));
     let stopped = std::thread::scope(|scope| {
@@ -94,6 +98,9 @@ pub fn demo(options: &Options) -> Result<bool> {
     lab.program(&mut lab.boot("demo")?, "demo")
 }
 
+/// Cases to run, each with the number of L1s that it has lost.
+type Queue = VecDeque<(&'static Case, u32)>;
+
 /// What all L1s of one invocation share.
 struct Lab {
     image: Image,
@@ -116,17 +123,12 @@ impl Lab {
         Ok(machine)
     }
 
-    /// Takes cases from `queue` until it is empty. An L1 that ended or hung fails its case and is replaced.
-    fn work(
-        &self,
-        worker: usize,
-        queue: &Mutex<VecDeque<&'static Case>>,
-        failed: &Mutex<usize>,
-    ) -> Result<()> {
+    /// Takes cases from `queue` until it is empty. An L1 that ended or hung is replaced.
+    fn work(&self, worker: usize, queue: &Mutex<Queue>, failed: &Mutex<usize>) -> Result<()> {
         let mut machine = None;
         loop {
             let next = queue.lock().unwrap_or_else(PoisonError::into_inner).pop_front();
-            let Some(case) = next else { return Ok(()) };
+            let Some((case, lost)) = next else { return Ok(()) };
             let mut l1 = match machine.take() {
                 Some(l1) => l1,
                 None => self.boot(&worker.to_string())?,
@@ -145,6 +147,15 @@ impl Lab {
                 Ok(outcome) => {
                     machine = Some(l1);
                     outcome.err()
+                }
+                Err(failure) if lost < LOST => {
+                    println!(
+                        "lab: L1 {worker} is lost after {seconds:.1} s of {}, which runs again",
+                        case.name
+                    );
+                    self.keep(&format!("{}-lost", case.name), &logs, Some(&failure.to_string()))?;
+                    queue.lock().unwrap_or_else(PoisonError::into_inner).push_front((case, lost + 1));
+                    continue;
                 }
                 Err(failure) => Some(failure.to_string()),
             };
