@@ -1,12 +1,11 @@
 //! The table of cases against our broker and against Debian's QEMU.
 
 use std::path::Path;
-use std::process::Command;
 
-use bulkhead_framework::{Failure, Result, Vm, launcher_path};
+use bulkhead_framework::{Failure, Result, Vm};
 use bulkhead_qmp_tests::broker::{Broker, Kind};
 use bulkhead_qmp_tests::qemu::Qemu;
-use bulkhead_qmp_tests::{cases, runner};
+use bulkhead_qmp_tests::{cases, runner, vms_run_here};
 
 fn run_all(path: &Path, is_qemu72: bool) -> Result<()> {
     let cases = cases::all();
@@ -31,10 +30,7 @@ fn our_broker_answers_as_the_table_says() -> Result<()> {
 /// The same on the whole product. It needs the release build and a host that runs VMs; the other tests do not.
 #[test]
 fn a_vm_answers_as_the_table_says() -> Result<()> {
-    let doctor = Command::new(launcher_path()).arg("doctor").output();
-    // 0: kernels and the native guest, 3: the native guest only.
-    if !doctor.is_ok_and(|output| matches!(output.status.code(), Some(0 | 3))) {
-        println!("not run: no release build of the launcher, or it cannot run VMs here (bulkhead doctor)");
+    if !vms_run_here() {
         return Ok(());
     }
     let vm = Vm::builder().args(["-S", "-smp", "2", "-m", "256M"]).start()?;

@@ -7,8 +7,9 @@ use std::os::unix::net::UnixStream;
 use std::path::Path;
 
 use bulkhead_control_api::core::{Event, RunState};
-use bulkhead_framework::{Result, Vm, launcher_path};
+use bulkhead_framework::{Result, Vm};
 use bulkhead_qmp_tests::broker::{Broker, Kind};
+use bulkhead_qmp_tests::vms_run_here;
 use bulkhead_qmp_tests::wire::Wire;
 use nix::sys::epoll::{Epoll, EpollCreateFlags};
 use nix::sys::memfd::{MFdFlags, memfd_create};
@@ -235,8 +236,7 @@ fn a_broker_full_of_descriptors_goes_on() -> Result<()> {
 /// The same within the jail's limits. It needs the release build and a KVM; the other tests do not.
 #[test]
 fn a_vm_full_of_descriptors_goes_on() -> Result<()> {
-    if !launcher_path().exists() || !Path::new("/dev/kvm").exists() {
-        println!("not run: no release build of the launcher, or no KVM on this host");
+    if !vms_run_here() {
         return Ok(());
     }
     let vm = Vm::builder().args(["-S", "-m", "256M"]).start()?;
