@@ -113,10 +113,8 @@ fn keyword(word: &[u8]) -> Result<Value, String> {
         b"false" => Ok(Value::Bool(false)),
         b"null" => Ok(Value::Null),
         _ => {
-            // QEMU formats the message into 1,024 bytes.
-            let mut message = format!("invalid keyword '{}'", text::lossy(word));
-            message.truncate(1023);
-            Err(message)
+            // QEMU formats the message into 1,024 bytes; a keyword is ASCII, so characters are bytes.
+            Err(format!("invalid keyword '{}'", text::lossy(word)).chars().take(1023).collect())
         }
     }
 }
