@@ -15,6 +15,7 @@ use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::socket::{MsgFlags, recv, send};
 
+use crate::connection::Connection;
 use crate::pump;
 
 /// The most bytes of input that are read ahead of the guest. More than its FIFO takes, so that a
@@ -28,6 +29,10 @@ pub struct Chardev {
     /// QEMU's description while there is a peer, and while there is none.
     connected: String,
     disconnected: String,
+    /// QEMU's description of a peer that was handed over, while it is there.
+    adopted: Option<String>,
+    is_socket: bool,
+    is_server: bool,
     listener: Option<UnixListener>,
     peer: Option<UnixStream>,
     /// The peer is a pump's near end.
@@ -60,6 +65,9 @@ impl Chardev {
             label: config.id.clone(),
             connected: String::new(),
             disconnected: String::new(),
+            adopted: None,
+            is_socket: matches!(config.kind, ChardevKind::Socket { .. }),
+            is_server: matches!(config.kind, ChardevKind::Socket { server: true, .. }),
             listener: None,
             peer: None,
             pumped: false,
@@ -129,7 +137,11 @@ impl Chardev {
     /// QEMU's description of the back end as it is now.
     #[must_use]
     pub fn filename(&self) -> &str {
-        if self.peer.is_some() { &self.connected } else { &self.disconnected }
+        match &self.adopted {
+            _ if self.peer.is_none() => &self.disconnected,
+            Some(name) => name,
+            None => &self.connected,
+        }
     }
 
     /// Whether the machine has to wait for a client.
@@ -188,9 +200,24 @@ impl Chardev {
         Ok(())
     }
 
+    /// What a descriptor that was handed over is, if this device can talk to it now.
+    #[must_use]
+    pub fn judge(&self, fd: OwnedFd) -> Option<Connection> {
+        let free = self.is_socket && self.peer.is_none();
+        if free { Connection::judge(fd, self.is_server) } else { None }
+    }
+
+    /// Takes a client that was handed over. Its file status flags are left alone: nothing here relies on them.
+    pub fn adopt(&mut self, connection: Connection) {
+        self.adopted = Some(connection.name);
+        self.peer = Some(UnixStream::from(connection.fd));
+        self.awaited = false;
+    }
+
     /// Forgets the peer. Input that it sent before stays.
     pub fn disconnect(&mut self) {
         self.peer = None;
+        self.adopted = None;
         self.blocked = false;
     }
 

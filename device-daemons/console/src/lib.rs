@@ -3,6 +3,7 @@
 pub mod bus;
 pub mod chardev;
 pub mod clock;
+pub mod connection;
 pub mod device;
 pub mod machine;
 pub mod pump;

@@ -9,7 +9,7 @@ use std::os::fd::OwnedFd;
 use std::time::{Duration, Instant};
 
 use bulkhead_bus_api::main_link::{Command, FromCore, ToCore};
-use bulkhead_control_api::console::{self, Answer, Op, Reply};
+use bulkhead_control_api::console::{self, Answer, Client, Op, Reply};
 use bulkhead_jail::link::{Link, LinkError};
 use bulkhead_jail::topology::LINK_CONTROL_CONSOLE;
 use bulkhead_jail::{info, notice, warn};
@@ -308,8 +308,7 @@ impl Server {
                 };
                 Ok(())
             }
-            Ok(Some((request, fds))) if fds.is_empty() => self.answer(request)?,
-            Ok(Some(_)) => Err(LinkError::Malformed),
+            Ok(Some((request, fds))) => self.answer(request, fds)?,
             Err(error) => Err(error),
         };
         match result {
@@ -325,14 +324,19 @@ impl Server {
     }
 
     /// Does what the broker asks; the inner error is the link's.
-    fn answer(&mut self, request: console::Request) -> Result<Result<(), LinkError>, ServerError> {
-        let name = match request.op {
-            Op::Chardevs => "chardevs",
-            Op::PowerButton => "power-button",
+    fn answer(
+        &mut self,
+        request: console::Request,
+        mut fds: Vec<OwnedFd>,
+    ) -> Result<Result<(), LinkError>, ServerError> {
+        let (name, takes) = match request.op {
+            Op::Chardevs => ("chardevs", 0),
+            Op::PowerButton => ("power-button", 0),
+            Op::AddClient { .. } => ("add-client", 1),
         };
         // Core alone knows the run state; this process sees as much of it as concerns its clock.
         let state = if self.machine.runs() { "running" } else { "paused" };
-        if !LINK_CONTROL_CONSOLE.permits(name, state) {
+        if !LINK_CONTROL_CONSOLE.permits(name, state) || fds.len() > takes {
             return Ok(Err(LinkError::Malformed));
         }
         let answer = match request.op {
@@ -341,6 +345,7 @@ impl Server {
                 self.machine.press_power_button()?;
                 Answer::Done
             }
+            Op::AddClient { chardev } => Answer::Client(self.add_client(&chardev, fds.pop())?),
         };
         let Peer::Up(link) = &self.broker else { return Ok(Ok(())) };
         match link.send_with(&Reply { id: request.id, answer }, &[], MsgFlags::MSG_DONTWAIT) {
@@ -357,6 +362,18 @@ impl Server {
             frontend_open: self.serial == Some(i),
         };
         self.slots.iter().enumerate().map(describe).collect()
+    }
+
+    fn add_client(&mut self, label: &str, fd: Option<OwnedFd>) -> Result<Client, ServerError> {
+        let found = self.slots.iter_mut().enumerate().find(|(_, slot)| slot.chardev.label() == label);
+        let Some((index, slot)) = found else { return Ok(Client::NoChardev) };
+        let Some(connection) = fd.and_then(|fd| slot.chardev.judge(fd)) else { return Ok(Client::Refused) };
+        if self.serial == Some(index) {
+            // What was said before the client came is not for it.
+            self.machine.with_serial(|serial| serial.consume(serial.output_len()))?;
+        }
+        slot.chardev.adopt(connection);
+        Ok(Client::Added)
     }
 
     fn on_listener(&mut self, index: usize) -> Result<(), ServerError> {

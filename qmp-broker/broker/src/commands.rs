@@ -8,7 +8,7 @@ use bulkhead_qapi::types::control::{
     CommandInfo, EventInfo, QMPCapability, QmpCapabilitiesArg, VersionInfo, VersionTriple,
 };
 use bulkhead_qapi::types::machine::{CpuInfoArch, CpuInfoFast, CpuInstanceProperties, SysEmuTarget};
-use bulkhead_qapi::types::misc::{KvmInfo, NameInfo, UuidInfo};
+use bulkhead_qapi::types::misc::{AddClientArg, KvmInfo, NameInfo, UuidInfo};
 use bulkhead_qapi::types::run_state::{RunState, StatusInfo};
 use bulkhead_qapi::{Error, introspect};
 use serde::Serialize;
@@ -33,6 +33,8 @@ pub enum Step {
     Chardevs,
     /// The descriptors that clients passed.
     Descriptors(Op),
+    /// A named descriptor for a character device.
+    AddClient(AddClientArg),
     /// The end of the VM, after an empty reply.
     Quit,
 }
@@ -76,6 +78,7 @@ pub fn begin(call: Call, known: &Known<'_>, mode: &mut Mode) -> Step {
         Handler::AddFd => descriptors(call.args, Op::AddFd),
         Handler::RemoveFd => descriptors(call.args, Op::RemoveFd),
         Handler::QueryFdsets => Step::Descriptors(Op::QueryFdsets),
+        Handler::AddClient => parse(call.args).map_or_else(|error| Step::Reply(Err(error)), Step::AddClient),
         query => Step::Reply(answer(query, known)),
     }
 }
@@ -121,7 +124,8 @@ fn answer(query: Handler, known: &Known<'_>) -> Reply {
         | Handler::Closefd
         | Handler::AddFd
         | Handler::RemoveFd
-        | Handler::QueryFdsets => Err(Error::generic("not a query that the broker answers itself")),
+        | Handler::QueryFdsets
+        | Handler::AddClient => Err(Error::generic("not a query that the broker answers itself")),
     }
 }
 

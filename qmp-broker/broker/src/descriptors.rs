@@ -78,6 +78,11 @@ impl Descriptors {
         }
     }
 
+    /// Takes a named one of a monitor out.
+    pub fn take_named(&mut self, monitor: &str, name: &str) -> Option<OwnedFd> {
+        self.names.get_mut(monitor)?.remove(name)
+    }
+
     /// Closes the members of all sets.
     pub fn clear_sets(&mut self) {
         self.sets.clear();
@@ -117,7 +122,7 @@ impl Descriptors {
     }
 
     fn close_name(&mut self, monitor: &str, name: &str) -> Reply {
-        match self.names.get_mut(monitor).and_then(|names| names.remove(name)) {
+        match self.take_named(monitor, name) {
             Some(_) => Ok(json!({})),
             None => Err(not_found(name)),
         }

@@ -41,13 +41,13 @@ pub struct Hub {
     /// Bytes held by all clients' requests.
     pub held: Rc<Cell<usize>>,
     /// Descriptors that clients passed.
-    descriptors: RefCell<Descriptors>,
+    pub(crate) descriptors: RefCell<Descriptors>,
     /// The VM ends: clients are flushed and the broker exits.
     pub ended: Notify,
     state: Cell<core::RunState>,
     shutdown_sent: Cell<bool>,
     /// Held while a command that needs a peer is executed: one at a time across all clients.
-    turn: Mutex<()>,
+    pub(crate) turn: Mutex<()>,
     clients: RefCell<BTreeMap<u64, Rc<Client>>>,
     next_client: Cell<u64>,
     /// When refused clients may be logged again, and how many were refused since the last time.
@@ -184,6 +184,7 @@ impl Hub {
                 tokio::task::spawn_local(Rc::clone(self).quit());
                 Ok(json!({}))
             }
+            Step::AddClient(args) => self.add_client(args, &client.monitor.label).await,
             step => {
                 let _turn = self.turn.lock().await;
                 self.through_peer(step).await
@@ -210,7 +211,7 @@ impl Hub {
                 Ok(json!({}))
             }
             Step::Reply(reply) => reply,
-            Step::Descriptors(_) | Step::Quit => Ok(json!({})),
+            Step::Descriptors(_) | Step::AddClient(_) | Step::Quit => Ok(json!({})),
         }
     }
 
@@ -251,7 +252,7 @@ impl Hub {
     }
 }
 
-fn away(who: &str, error: NoAnswer) -> Error {
+pub(crate) fn away(who: &str, error: NoAnswer) -> Error {
     Error::generic(format!("{who} cannot be reached: {error}"))
 }
 

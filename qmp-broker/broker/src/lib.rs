@@ -8,6 +8,7 @@
 //! One thread, one tokio task per client, listener and link. Run-state changes come from core on one
 //! ordered link: an event is in every client's output before the reply that follows it.
 
+mod add_client;
 pub mod client;
 pub mod commands;
 pub mod descriptors;

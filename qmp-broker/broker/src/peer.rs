@@ -2,7 +2,7 @@
 
 use std::cell::{Cell, RefCell};
 use std::collections::BTreeMap;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::rc::Rc;
 use std::time::Duration;
 
@@ -70,9 +70,13 @@ impl Link {
     }
 
     async fn send<T: Serialize>(&self, message: &T) -> Result<(), LinkError> {
+        self.send_with(message, &[]).await
+    }
+
+    async fn send_with<T: Serialize>(&self, message: &T, fds: &[BorrowedFd<'_>]) -> Result<(), LinkError> {
         let packet = encode(message).map_err(|_| LinkError::Malformed)?;
         loop {
-            match send_packet(self.fd.as_fd(), &packet, &[], MsgFlags::MSG_DONTWAIT) {
+            match send_packet(self.fd.as_fd(), &packet, fds, MsgFlags::MSG_DONTWAIT) {
                 Err(Errno::EAGAIN) => {
                     let mut guard = self.fd.writable().await.map_err(|error| LinkError::Io(errno(&error)))?;
                     guard.clear_ready();
@@ -157,13 +161,24 @@ impl<A> Peer<A> {
     /// # Errors
     /// [`NoAnswer::Away`]: the link ended meanwhile.
     pub async fn ask_patiently<R: Serialize>(&self, make: impl FnOnce(u32) -> R) -> Result<A, NoAnswer> {
+        self.hand_over(make, None).await
+    }
+
+    /// The same with a descriptor, which is closed here as soon as it is sent.
+    async fn hand_over<R: Serialize>(
+        &self,
+        make: impl FnOnce(u32) -> R,
+        fd: Option<OwnedFd>,
+    ) -> Result<A, NoAnswer> {
         let link = self.link().await;
         let id = self.next.get();
         self.next.set(id.wrapping_add(1));
         let (sender, receiver) = oneshot::channel();
         self.waiting.borrow_mut().insert(id, sender);
         let _forget = Forget { peer: self, id };
-        link.send(&make(id)).await.map_err(|_| NoAnswer::Away)?;
+        let fds: Vec<BorrowedFd<'_>> = fd.iter().map(AsFd::as_fd).collect();
+        link.send_with(&make(id), &fds).await.map_err(|_| NoAnswer::Away)?;
+        drop(fd);
         receiver.await.map_err(|_| NoAnswer::Away)
     }
 
@@ -172,8 +187,20 @@ impl<A> Peer<A> {
     /// # Errors
     /// See [`NoAnswer`].
     pub async fn ask<R: Serialize>(&self, make: impl FnOnce(u32) -> R) -> Result<A, NoAnswer> {
+        self.ask_with(make, None).await
+    }
+
+    /// The same with a descriptor, which is closed here in any case.
+    ///
+    /// # Errors
+    /// See [`NoAnswer`].
+    pub async fn ask_with<R: Serialize>(
+        &self,
+        make: impl FnOnce(u32) -> R,
+        fd: Option<OwnedFd>,
+    ) -> Result<A, NoAnswer> {
         let late = |_| Err(if self.link.borrow().is_some() { NoAnswer::Late } else { NoAnswer::Away });
-        timeout(ANSWER, self.ask_patiently(make)).await.unwrap_or_else(late)
+        timeout(ANSWER, self.hand_over(make, fd)).await.unwrap_or_else(late)
     }
 }
 

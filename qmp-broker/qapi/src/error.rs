@@ -39,6 +39,11 @@ impl Error {
         Self { class: Class::CommandNotFound, desc: desc.into() }
     }
 
+    /// An error of class `DeviceNotActive`.
+    pub fn device_not_active(desc: impl Into<String>) -> Self {
+        Self { class: Class::DeviceNotActive, desc: desc.into() }
+    }
+
     /// The value of a reply's `error` member.
     #[must_use]
     pub fn to_value(&self) -> Value {

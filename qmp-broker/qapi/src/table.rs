@@ -41,6 +41,7 @@ pub enum Handler {
     AddFd,
     RemoveFd,
     QueryFdsets,
+    AddClient,
 }
 
 /// A command.
@@ -158,6 +159,8 @@ pub static COMMANDS: &[Command] = &[
         .args(misc::RemoveFdArg::DESCRIPTION),
     Command::new("query-fdsets", Handler::QueryFdsets, Role::Monitor, "The sets of descriptors.")
         .returns::<Vec<misc::FdsetInfo>>(),
+    Command::new("add_client", Handler::AddClient, Role::Operator, "Gives a named descriptor to a server.")
+        .args(misc::AddClientArg::DESCRIPTION),
     // machine
     Command::new("query-cpus-fast", Handler::QueryCpusFast, Role::Monitor, "The vCPUs and their threads.")
         .returns::<Vec<machine::CpuInfoFast>>(),

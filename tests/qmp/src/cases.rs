@@ -138,6 +138,7 @@ pub fn all() -> Vec<Case> {
         writes(),
         crate::commands::all(),
         crate::descriptors::all(),
+        crate::add_client::all(),
     ]
     .concat()
 }

@@ -4,15 +4,15 @@ use serde_json::{Value, json};
 
 use crate::cases::{Case, error, ok};
 
-fn execute(command: &str, arguments: &str) -> String {
+pub(crate) fn execute(command: &str, arguments: &str) -> String {
     format!("{{\"execute\":\"{command}\",\"arguments\":{{{arguments}}}}}")
 }
 
-fn getfd(name: &str) -> String {
+pub(crate) fn getfd(name: &str) -> String {
     execute("getfd", &format!("\"fdname\":\"{name}\""))
 }
 
-fn closefd(name: &str) -> String {
+pub(crate) fn closefd(name: &str) -> String {
     execute("closefd", &format!("\"fdname\":\"{name}\""))
 }
 
@@ -28,7 +28,7 @@ fn query() -> String {
     execute("query-fdsets", "")
 }
 
-fn done() -> Value {
+pub(crate) fn done() -> Value {
     ok(json!({}))
 }
 
@@ -36,7 +36,7 @@ fn not_supplied() -> Value {
     error("No file descriptor supplied via SCM_RIGHTS")
 }
 
-fn unknown(name: &str) -> Value {
+pub(crate) fn unknown(name: &str) -> Value {
     error(format!("File descriptor named '{name}' not found"))
 }
 
@@ -54,7 +54,7 @@ fn set(id: i64, members: &[Option<&str>]) -> Value {
 }
 
 /// Chunks with the number of descriptors that come with each.
-fn case<S: AsRef<str>>(chunks: &[(S, usize)], expect: impl IntoIterator<Item = Value>) -> Case {
+pub(crate) fn case<S: AsRef<str>>(chunks: &[(S, usize)], expect: impl IntoIterator<Item = Value>) -> Case {
     let mut case = Case::new("", expect);
     case.send = chunks.iter().map(|(chunk, _)| chunk.as_ref().as_bytes().to_vec()).collect();
     case.fds = chunks.iter().map(|(_, fds)| *fds).collect();

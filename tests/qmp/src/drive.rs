@@ -57,7 +57,9 @@ fn answer(session: &mut Session, config: &config::Broker, item: Item) {
             match commands::begin(call, &known, &mut session.mode) {
                 Step::Reply(reply) => reply,
                 Step::Descriptors(op) => Descriptors::default().execute(op, "", || None),
-                Step::Core(_) | Step::PowerButton | Step::Chardevs | Step::Quit => Ok(json!({})),
+                Step::Core(_) | Step::PowerButton | Step::Chardevs | Step::AddClient(_) | Step::Quit => {
+                    Ok(json!({}))
+                }
             }
         }
     };

@@ -116,11 +116,11 @@ impl Core {
     }
 }
 
-/// Serves the console's side of its control link from a thread.
+/// Serves the console's side of its control link from a thread. Its one character device takes no clients.
 pub fn console(fd: OwnedFd) {
     std::thread::spawn(move || {
         let Ok(mut link) = Link::connect(fd, VERSION) else { return };
-        while let Ok(console::Request { id, op }) = link.recv() {
+        while let Ok((console::Request { id, op }, _)) = link.recv_with(MsgFlags::empty()) {
             let answer = match op {
                 console::Op::PowerButton => console::Answer::Done,
                 console::Op::Chardevs => console::Answer::Chardevs(vec![console::Chardev {
@@ -128,6 +128,10 @@ pub fn console(fd: OwnedFd) {
                     filename: "null".to_owned(),
                     frontend_open: true,
                 }]),
+                console::Op::AddClient { chardev } if chardev == "serial0" => {
+                    console::Answer::Client(console::Client::Refused)
+                }
+                console::Op::AddClient { .. } => console::Answer::Client(console::Client::NoChardev),
             };
             if link.send(&console::Reply { id, answer }).is_err() {
                 return;

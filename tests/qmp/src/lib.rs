@@ -1,6 +1,7 @@
 //! QMP conformance: one table of cases for our broker and for Debian's QEMU, the fake peers that our
 //! broker is tested with, and a mutator.
 
+pub mod add_client;
 pub mod broker;
 pub mod cases;
 pub mod commands;

@@ -27,7 +27,9 @@ impl Qemu {
         std::fs::write(&bios, firmware)?;
         let mut command = Command::new("qemu-system-x86_64");
         command.args(["-M", "pc", "-accel", "tcg", "-S", "-nodefaults", "-display", "none", "-m", "16"]);
-        command.args(["-smp", "2", "-bios"]).arg(&bios);
+        command.args(["-smp", "2", "-serial", "null", "-bios"]).arg(&bios);
+        let free = scratch.path().join("free");
+        command.arg("-chardev").arg(format!("socket,id=free,path={},server=on,wait=off", free.display()));
         command.arg("-qmp").arg(format!("unix:{},server=on,wait=off", scratch.path().join("qmp0").display()));
         let child = Child::start(&mut command, "QEMU output", "QEMU errors")?;
         Ok(Self { scratch, _child: child })

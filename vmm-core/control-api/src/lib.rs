@@ -11,7 +11,7 @@ pub mod loader;
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 
 /// Version of everything in this crate; both ends of a link must have the same.
-pub const VERSION: u16 = 1;
+pub const VERSION: u16 = 2;
 /// The longest message, in bytes.
 pub const MAX_MESSAGE: usize = 16 * 1024;
 /// The largest configuration blob, in bytes.

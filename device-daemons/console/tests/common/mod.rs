@@ -187,10 +187,20 @@ impl Rig {
         reply.answer
     }
 
+    /// Hands a connection over to `chardev`.
+    pub fn add_client(&mut self, chardev: &str, fd: Option<OwnedFd>) -> Answer {
+        let op = console::Op::AddClient { chardev: chardev.to_owned() };
+        let broker = self.broker.as_mut().unwrap();
+        let fds: Vec<BorrowedFd<'_>> = fd.iter().map(AsFd::as_fd).collect();
+        broker.send_with(&console::Request { id: 7, op }, &fds, MsgFlags::empty()).unwrap();
+        drop(fd);
+        broker.recv::<console::Reply>().unwrap().answer
+    }
+
     pub fn filename(&mut self) -> String {
         match self.ask(console::Op::Chardevs) {
             Answer::Chardevs(list) => list[0].filename.clone(),
-            Answer::Done => String::new(),
+            Answer::Done | Answer::Client(_) => String::new(),
         }
     }
 

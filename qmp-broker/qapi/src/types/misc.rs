@@ -45,6 +45,20 @@ qapi_struct! {
 }
 
 qapi_struct! {
+    /// Arguments of `add_client`.
+    AddClientArg {
+        /// `spice`, `vnc`, or the id of a character device.
+        "protocol" protocol: String,
+        /// Name of the connection's descriptor.
+        "fdname" fdname: String,
+        /// The client need not authenticate itself (`spice`, `vnc`).
+        "skipauth" skipauth: Option<bool>,
+        /// The connection begins with TLS (`spice`).
+        "tls" tls: Option<bool>,
+    }
+}
+
+qapi_struct! {
     /// Arguments of `add-fd`.
     AddFdArg {
         /// The set; without it a new one.
