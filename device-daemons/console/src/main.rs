@@ -36,7 +36,8 @@ fn run() -> Result<(), Failure> {
             found => found,
         },
     };
-    let parts = Parts { core: start.take("core")?, broker: start.take("broker")?, chardevs, serial };
+    let (core, broker) = (start.take("core")?, start.take("broker")?);
+    let parts = Parts { core, broker, opener: start.opener(), chardevs, serial };
     let server = Server::new(parts)?;
     start.enter()?;
     Ok(server.run()?)

@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 
 use bulkhead_bus_api::main_link::{Command, FromCore, ToCore};
 use bulkhead_control_api::console::{self, Answer, Client, Op, Reply};
+use bulkhead_control_api::opener::FromOpener;
 use bulkhead_jail::link::{Link, LinkError};
 use bulkhead_jail::topology::LINK_CONTROL_CONSOLE;
 use bulkhead_jail::{info, notice, warn};
@@ -37,6 +38,7 @@ const EVENTS: usize = 32;
 const TIMER: u64 = 0;
 const CORE: u64 = 1;
 const BROKER: u64 = 2;
+const OPENER: u64 = 3;
 /// Kinds of numbered descriptors, in the upper half of an event's data.
 const PEER: u64 = 1 << 32;
 const LISTENER: u64 = 2 << 32;
@@ -84,6 +86,8 @@ pub struct Parts {
     pub core: OwnedFd,
     /// Link to the broker: a connected socket.
     pub broker: OwnedFd,
+    /// Where another connection comes from when the broker was started anew.
+    pub opener: Option<Link>,
     /// Character devices.
     pub chardevs: Vec<Chardev>,
     /// Index of the one behind COM1.
@@ -105,6 +109,7 @@ pub struct Server {
     timer: TimerFd,
     core: Peer,
     broker: Peer,
+    opener: Option<Link>,
     welcomed: bool,
     links: Vec<Option<AccessLink>>,
     machine: Machine,
@@ -140,12 +145,15 @@ impl Server {
         epoll.add(&timer, event(EpollFlags::EPOLLIN, TIMER))?;
         // Until our hello only the end of the link is of interest, which epoll always reports.
         epoll.add(&parts.core, event(EpollFlags::empty(), CORE))?;
-        epoll.add(&parts.broker, event(EpollFlags::EPOLLIN, BROKER))?;
+        if let Some(opener) = &parts.opener {
+            epoll.add(opener, event(EpollFlags::EPOLLIN, OPENER))?;
+        }
         let mut server = Self {
             epoll,
             timer,
             core: Peer::Held(parts.core),
             broker: Peer::Gone,
+            opener: parts.opener,
             welcomed: false,
             links: Vec::new(),
             machine: Machine::new(parts.serial.is_some()),
@@ -157,11 +165,7 @@ impl Server {
             serial: parts.serial,
             flushed: 0,
         };
-        match Link::begin(parts.broker, bulkhead_control_api::VERSION) {
-            Ok(link) => server.broker = Peer::Greeting(link),
-            Err(LinkError::Closed) => info!("the broker is gone; the machine goes on without it"),
-            Err(error) => warn!("link to the broker: {error}; the machine goes on without it"),
-        }
+        server.greet_broker(parts.broker)?;
         for slot in server.slots.iter().filter(|slot| slot.chardev.awaits_client()) {
             notice!("waiting for connection on: {}", slot.chardev.filename());
         }
@@ -223,6 +227,7 @@ impl Server {
                 self.machine.update()?;
             }
             _ if data == CORE => return self.on_core(),
+            _ if data == OPENER => self.on_opener()?,
             _ => self.on_broker()?,
         }
         Ok(Flow::Continue)
@@ -291,6 +296,50 @@ impl Server {
         }
     }
 
+    /// Begins the link to the broker, in place of one that there was.
+    fn greet_broker(&mut self, fd: OwnedFd) -> Result<(), ServerError> {
+        self.forget_broker()?;
+        match Link::begin(fd, bulkhead_control_api::VERSION) {
+            Ok(link) => {
+                self.epoll.add(&link, event(EpollFlags::EPOLLIN, BROKER))?;
+                self.broker = Peer::Greeting(link);
+            }
+            Err(LinkError::Closed) => info!("the broker is gone; the machine goes on without it"),
+            Err(error) => warn!("link to the broker: {error}; the machine goes on without it"),
+        }
+        Ok(())
+    }
+
+    fn forget_broker(&mut self) -> Result<(), ServerError> {
+        if let Peer::Greeting(link) | Peer::Up(link) = &self.broker {
+            self.epoll.delete(link)?;
+        }
+        self.broker = Peer::Gone;
+        Ok(())
+    }
+
+    /// The opener gives a connection to a broker that was started anew.
+    fn on_opener(&mut self) -> Result<(), ServerError> {
+        let Some(link) = &mut self.opener else { return Ok(()) };
+        match link.recv_with::<FromOpener>(MsgFlags::MSG_DONTWAIT) {
+            Err(LinkError::WouldBlock) => Ok(()),
+            Ok((FromOpener::Given { name }, fds)) if name == "broker" => match fds.into_iter().next() {
+                Some(fd) => self.greet_broker(fd),
+                None => Ok(()),
+            },
+            Ok(_) => {
+                warn!("opener: a message that is not for this process");
+                Ok(())
+            }
+            Err(error) => {
+                warn!("opener: {error}; a broker that is started anew will not be found");
+                self.epoll.delete(link)?;
+                self.opener = None;
+                Ok(())
+            }
+        }
+    }
+
     /// The machine runs on without a broker, so nothing here ends it.
     fn on_broker(&mut self) -> Result<(), ServerError> {
         let result = match &mut self.broker {
@@ -316,11 +365,7 @@ impl Server {
             Err(LinkError::Closed) => info!("the broker is gone; the machine goes on without it"),
             Err(error) => warn!("link to the broker: {error}; the machine goes on without it"),
         }
-        if let Peer::Greeting(link) | Peer::Up(link) = &self.broker {
-            self.epoll.delete(link)?;
-        }
-        self.broker = Peer::Gone;
-        Ok(())
+        self.forget_broker()
     }
 
     /// Does what the broker asks; the inner error is the link's.

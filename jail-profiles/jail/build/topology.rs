@@ -10,6 +10,8 @@ use crate::profile;
 #[serde(deny_unknown_fields)]
 struct File {
     version: u32,
+    /// Gaps of all processes.
+    gap: Vec<Gap>,
     process: Vec<Process>,
     link: Vec<Link>,
 }
@@ -24,6 +26,8 @@ struct Process {
     restart: String,
     namespaces: Vec<String>,
     fds: Vec<String>,
+    #[serde(default)]
+    store: usize,
     limits: Limits,
     #[serde(default)]
     gap: Vec<Gap>,
@@ -87,7 +91,24 @@ fn namespaces(names: &[String]) -> Result<String, Box<dyn Error>> {
     Ok(out + "]")
 }
 
-fn process(out: &mut String, root: &Path, process: &Process) -> Result<(), Box<dyn Error>> {
+fn gaps(all: &[Gap], process: &Process) -> Result<String, Box<dyn Error>> {
+    let mut out = String::from("&[");
+    for gap in process.gap.iter().chain(all) {
+        let missing: Vec<String> =
+            gap.namespaces.iter().filter(|n| process.namespaces.contains(n)).cloned().collect();
+        write!(
+            out,
+            "Gap {{ starter: {:?}, namespaces: {}, why: {:?}, substitute: {:?} }},",
+            gap.starter,
+            namespaces(&missing)?,
+            gap.why,
+            gap.substitute
+        )?;
+    }
+    Ok(out + "]")
+}
+
+fn process(out: &mut String, root: &Path, process: &Process, all: &[Gap]) -> Result<(), Box<dyn Error>> {
     let profile = profile::compile(root, &process.name)?;
     let fsize = match &process.limits.fsize {
         toml::Value::Integer(bytes) => format!("FileSize::Bytes({bytes})"),
@@ -100,21 +121,11 @@ fn process(out: &mut String, root: &Path, process: &Process) -> Result<(), Box<d
         "boot" => "Boots::Boot",
         other => return Err(format!("{}: boots {other}", process.name).into()),
     };
-    if process.restart != "never" {
-        return Err(format!("{}: no restart rule {}", process.name, process.restart).into());
-    }
-    let mut gaps = String::from("&[");
-    for gap in &process.gap {
-        write!(
-            gaps,
-            "Gap {{ starter: {:?}, namespaces: {}, why: {:?}, substitute: {:?} }},",
-            gap.starter,
-            namespaces(&gap.namespaces)?,
-            gap.why,
-            gap.substitute
-        )?;
-    }
-    gaps.push(']');
+    let restart = match process.restart.as_str() {
+        "never" => "Restart::Never",
+        "always" => "Restart::Always",
+        other => return Err(format!("{}: restart {other}", process.name).into()),
+    };
     let mut bpf = String::from("&[");
     for i in &profile.bpf {
         write!(bpf, "sock_filter {{ code: {}, jt: {}, jf: {}, k: {} }},", i.code, i.jt, i.jf, i.k)?;
@@ -123,14 +134,16 @@ fn process(out: &mut String, root: &Path, process: &Process) -> Result<(), Box<d
     writeln!(
         out,
         "/// {about}.\npub static {upper}: Process = Process {{ name: {name:?}, binary: {binary:?}, about: {about:?}, \
-         boots: {boots}, namespaces: {spaces}, gaps: {gaps}, fds: &{fds:?}, \
+         boots: {boots}, restart: {restart}, namespaces: {spaces}, gaps: {gaps}, fds: &{fds:?}, store: {store}, \
          limits: Limits {{ nofile: {nofile}, data: {data}, fsize: {fsize} }}, syscalls: &{syscalls:?}, filter: {bpf} }};",
         about = process.about,
         upper = process.name.to_uppercase(),
         name = process.name,
         binary = process.binary,
         spaces = namespaces(&process.namespaces)?,
+        gaps = gaps(all, process)?,
         fds = process.fds,
+        store = process.store,
         nofile = process.limits.nofile,
         data = process.limits.data << 20,
         syscalls = profile.syscalls,
@@ -183,7 +196,7 @@ pub fn generate(root: &Path) -> Result<String, Box<dyn Error>> {
     let names: Vec<&str> = file.process.iter().map(|p| p.name.as_str()).collect();
     let mut out = String::new();
     for p in &file.process {
-        process(&mut out, root, p)?;
+        process(&mut out, root, p, &file.gap)?;
     }
     for l in &file.link {
         link(&mut out, l, &names)?;

@@ -8,5 +8,6 @@ pub mod link;
 pub mod log;
 mod sandbox;
 pub mod start;
+pub mod starter;
 pub mod surroundings;
 pub mod topology;

@@ -5,16 +5,26 @@ use std::env;
 use std::ffi::CString;
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd, RawFd};
 
-use bulkhead_control_api::{MAX_CONFIG, decode};
+use bulkhead_control_api::opener::FromOpener;
+use bulkhead_control_api::{MAX_CONFIG, VERSION, decode};
 use nix::errno::Errno;
-use nix::sys::socket::{self, MsgFlags};
+use nix::sys::memfd::{MFdFlags, memfd_create};
+use nix::sys::socket::{AddressFamily, MsgFlags, SockFlag, SockType, UnixAddr, connect, socket};
 use serde::de::DeserializeOwned;
 
+use crate::link::{Link, LinkError};
+use crate::starter::Starter;
 use crate::topology::Process;
 use crate::{log, sandbox, surroundings};
 
 /// First inherited descriptor (`sd_listen_fds(3)`).
 const FIRST_FD: RawFd = 3;
+/// What a unit's `BULKHEAD_STARTER` says.
+pub const SYSTEMD: &str = "systemd";
+/// Where a unit finds the opener of its VM, in its own root directory.
+const OPENER: &str = "/run/bulkhead/opener";
+/// Descriptors that the opener may give to one process.
+const MAX_GIVEN: usize = 1024;
 
 /// Why a process does not start.
 #[derive(Debug, thiserror::Error)]
@@ -37,6 +47,9 @@ pub enum StartError {
     /// The kernel refused a step of the jail.
     #[error("jail: {0}: {1}")]
     Step(&'static str, Errno),
+    /// The opener did not give what the process needs.
+    #[error("opener: {0} (its own log says why)")]
+    Opener(#[from] LinkError),
 }
 
 /// A process that has its descriptors and is confined by everything but seccomp.
@@ -44,10 +57,15 @@ pub enum StartError {
 pub struct Start {
     process: &'static Process,
     fds: BTreeMap<String, OwnedFd>,
+    starter: Starter,
+    opener: Option<Link>,
 }
 
 /// The inherited descriptors by number and name.
-fn inherited() -> Result<Vec<(RawFd, String)>, StartError> {
+fn inherited(starter: &str) -> Result<Vec<(RawFd, String)>, StartError> {
+    if starter == SYSTEMD && env::var_os("LISTEN_FDS").is_none() {
+        return Ok(Vec::new());
+    }
     let var = |name: &'static str| env::var(name).map_err(|_| StartError::Environment(name));
     let pid: i32 = var("LISTEN_PID")?.parse().map_err(|_| StartError::Environment("LISTEN_PID"))?;
     if pid != nix::unistd::getpid().as_raw() {
@@ -83,28 +101,64 @@ impl Start {
         }
         let starter =
             env::var("BULKHEAD_STARTER").map_err(|_| StartError::Environment("BULKHEAD_STARTER"))?;
-        let list = inherited()?;
+        let list = inherited(&starter)?;
+        let notify = env::var("NOTIFY_SOCKET").ok();
         sandbox::forget_environment();
-        let mut fds = BTreeMap::new();
-        let mut end = FIRST_FD;
+        let end = FIRST_FD + RawFd::try_from(list.len()).unwrap_or(RawFd::MAX - FIRST_FD);
+        let mut start = Self { process, fds: BTreeMap::new(), starter: Starter::default(), opener: None };
         for (number, name) in list {
-            if !process.may_have(&name) {
-                return Err(StartError::Foreign(name));
-            }
-            if fds.insert(name.clone(), adopt(number)).is_some() {
-                return Err(StartError::Foreign(name));
-            }
-            end = number + 1;
+            start.add(name, adopt(number))?;
         }
+        surroundings::check(process, &starter, end)?;
+        start.starter = match (start.fds.remove("notify"), notify) {
+            (Some(fd), _) => Starter::new(Some(fd)),
+            (None, Some(address)) if starter == SYSTEMD => {
+                Starter::connect(&address).map_err(|e| StartError::Step("NOTIFY_SOCKET", e))?
+            }
+            (None, _) => Starter::default(),
+        };
+        start.ask_opener(&starter)?;
         for rule in process.fds.iter().filter(|r| !r.ends_with('?') && !r.ends_with('*')) {
-            if !fds.contains_key(*rule) {
+            if !start.fds.contains_key(*rule) {
                 return Err(StartError::Missing((*rule).to_owned()));
             }
         }
-        surroundings::check(process, &starter, end)?;
-        sandbox::restrict_files(fds.get("proc").map(AsFd::as_fd))?;
+        sandbox::restrict_files(start.fds.get("proc").map(AsFd::as_fd))?;
         sandbox::catch_violations(process)?;
-        Ok(Self { process, fds })
+        Ok(start)
+    }
+
+    fn add(&mut self, name: String, fd: OwnedFd) -> Result<(), StartError> {
+        if !self.process.may_have(&name) || self.fds.contains_key(&name) {
+            return Err(StartError::Foreign(name));
+        }
+        self.fds.insert(name, fd);
+        Ok(())
+    }
+
+    /// Takes what the opener gives. Under the launcher that is nothing yet: its end of the link is for later.
+    fn ask_opener(&mut self, starter: &str) -> Result<(), StartError> {
+        let fd = match self.fds.remove("opener") {
+            Some(fd) => fd,
+            None if starter == SYSTEMD => connect_to_opener()?,
+            None => return Ok(()),
+        };
+        let mut link = Link::connect(fd, VERSION)?;
+        for _ in 0..=MAX_GIVEN {
+            let (message, fds) = link.recv_with::<FromOpener>(MsgFlags::empty())?;
+            let mut fds = fds.into_iter();
+            match (message, fds.next(), fds.next()) {
+                (FromOpener::Given { name }, Some(fd), None) => self.add(name, fd)?,
+                (FromOpener::Done, None, None) => {
+                    if self.process.may_have("opener") {
+                        self.opener = Some(link);
+                    }
+                    return Ok(());
+                }
+                _ => break,
+            }
+        }
+        Err(LinkError::Malformed.into())
     }
 
     /// The descriptor of that name.
@@ -143,17 +197,56 @@ impl Start {
         decode(&blob).map_err(|_| StartError::Config("of another version: install matching binaries"))
     }
 
+    /// The link on which the opener replaces connections later, if this process keeps it.
+    pub const fn opener(&mut self) -> Option<Link> {
+        self.opener.take()
+    }
+
+    /// The starter, for what is to be kept before the jail is entered.
+    #[must_use]
+    pub const fn starter(&self) -> &Starter {
+        &self.starter
+    }
+
+    /// The memfd with the state that outlives the process: the one that its predecessor has left, or a new
+    /// one, which is empty.
+    ///
+    /// # Errors
+    /// The host has no memfd, or the starter cannot be told of it.
+    pub fn state(&mut self) -> Result<OwnedFd, StartError> {
+        if let Some(fd) = self.fds.remove("state") {
+            return Ok(fd);
+        }
+        let fd = memfd_create("bulkhead-state", MFdFlags::MFD_CLOEXEC)
+            .map_err(|e| StartError::Step("memfd", e))?;
+        self.starter.keep("state", fd.as_fd()).map_err(|e| StartError::Step("keeping the state", e))?;
+        Ok(fd)
+    }
+
+    /// What else the predecessor has left: the descriptors `kept.*`, by their whole names.
+    pub fn kept(&mut self) -> BTreeMap<String, OwnedFd> {
+        let (kept, others) =
+            std::mem::take(&mut self.fds).into_iter().partition(|(name, _)| name.starts_with("kept."));
+        self.fds = others;
+        kept
+    }
+
     /// Applies the seccomp filter to every thread, verifies it and tells the starter READY=1.
     ///
     /// # Errors
     /// [`StartError`]; the process must then exit. A descriptor that was not taken is closed.
-    pub fn enter(mut self) -> Result<(), StartError> {
-        let notify = self.fds.remove("notify");
+    pub fn enter(self) -> Result<Starter, StartError> {
         sandbox::filter_system_calls(self.process)?;
-        if let Some(fd) = notify {
-            // The starter may be gone; that is not for this process to judge.
-            let _ = socket::send(fd.as_raw_fd(), b"READY=1", MsgFlags::MSG_NOSIGNAL | MsgFlags::MSG_DONTWAIT);
-        }
-        Ok(())
+        // The starter may be gone; that is not for this process to judge.
+        let _ = self.starter.ready();
+        Ok(self.starter)
     }
+}
+
+fn connect_to_opener() -> Result<OwnedFd, StartError> {
+    let fd = socket(AddressFamily::Unix, SockType::SeqPacket, SockFlag::SOCK_CLOEXEC, None);
+    let fd = fd.map_err(|e| StartError::Step("socket", e))?;
+    let address = UnixAddr::new(OPENER).map_err(|e| StartError::Step(OPENER, e))?;
+    connect(fd.as_raw_fd(), &address).map_err(|e| StartError::Step(OPENER, e))?;
+    Ok(fd)
 }

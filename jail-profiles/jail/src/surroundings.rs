@@ -7,7 +7,7 @@ use nix::errno::Errno;
 use nix::sys::resource::{Resource, getrlimit};
 use nix::unistd::getpid;
 
-use crate::start::StartError;
+use crate::start::{SYSTEMD, StartError};
 use crate::topology::{FileSize, Namespace, Process};
 
 /// Host name inside a UTS namespace that a starter made.
@@ -26,10 +26,13 @@ pub(crate) fn check(process: &Process, starter: &str, end: RawFd) -> Result<(), 
                 return Err(missing("not in a pid namespace of its own"));
             }
             Namespace::Uts => own_host_name()?,
-            Namespace::Net => empty_network()?,
+            Namespace::Net => empty_network(starter)?,
             // Nothing inside tells these from the host's; tests look at them from outside.
             Namespace::Pid | Namespace::User | Namespace::Ipc => {}
         }
+    }
+    if starter == SYSTEMD && process.namespaces.contains(&Namespace::Mount) {
+        small_root()?;
     }
     no_capabilities()?;
     limits(process)?;
@@ -49,16 +52,37 @@ fn empty_root() -> Result<(), StartError> {
     }
 }
 
+/// A unit's root holds its executable and the sockets of its starters, and cannot be written. The directories are
+/// systemd's mount points.
+fn small_root() -> Result<(), StartError> {
+    const USUAL: [&str; 8] = ["dev", "proc", "run", "sys", "tmp", "usr", "var", "root"];
+    let entries = std::fs::read_dir("/").map_err(|e| missing(format!("root directory: {e}")))?;
+    for entry in entries.flatten() {
+        if !USUAL.iter().any(|usual| entry.file_name() == *usual) {
+            return Err(missing(format!("the root directory has {}", entry.path().display())));
+        }
+    }
+    let root = nix::sys::statvfs::statvfs("/").map_err(|e| StartError::Step("statvfs", e))?;
+    if !root.flags().contains(nix::sys::statvfs::FsFlags::ST_RDONLY) {
+        return Err(missing("the root directory can be written"));
+    }
+    Ok(())
+}
+
 fn own_host_name() -> Result<(), StartError> {
     let name = nix::unistd::gethostname().map_err(|e| StartError::Step("gethostname", e))?;
     if name == HOST_NAME { Ok(()) } else { Err(missing("not in a UTS namespace of its own")) }
 }
 
-/// A new namespace may hold tunnel devices that the kernel makes in each; none of them is up.
-fn empty_network() -> Result<(), StartError> {
+/// A new namespace may hold tunnel devices that the kernel makes in each; none of them is up. systemd brings the
+/// loopback interface up, which leads nowhere.
+fn empty_network(starter: &str) -> Result<(), StartError> {
     let addresses = nix::ifaddrs::getifaddrs().map_err(|e| StartError::Step("getifaddrs", e))?;
     for interface in addresses {
-        if interface.flags.contains(nix::net::if_::InterfaceFlags::IFF_UP) {
+        let loopback = interface.flags.contains(nix::net::if_::InterfaceFlags::IFF_LOOPBACK);
+        if interface.flags.contains(nix::net::if_::InterfaceFlags::IFF_UP)
+            && !(starter == SYSTEMD && loopback)
+        {
             return Err(missing(format!("network interface {} is up", interface.interface_name)));
         }
     }

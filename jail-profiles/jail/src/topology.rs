@@ -41,6 +41,15 @@ pub enum Boots {
     Boot,
 }
 
+/// What happens when a process dies after its first READY=1.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Restart {
+    /// Its end is the VM's (of a loader: the boot's).
+    Never,
+    /// It is started again, for ever.
+    Always,
+}
+
 /// RLIMIT_FSIZE of a process.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum FileSize {
@@ -74,12 +83,16 @@ pub struct Process {
     pub about: &'static str,
     /// When it is started.
     pub boots: Boots,
+    /// What its death means.
+    pub restart: Restart,
     /// Namespaces of its own.
     pub namespaces: &'static [Namespace],
     /// Starters that cannot make them all.
     pub gaps: &'static [Gap],
     /// Names of its descriptors: `name`, `name?` (optional) or `name.*` (any number).
     pub fds: &'static [&'static str],
+    /// Descriptors that its starter keeps for it at most: `state` and `kept.*`.
+    pub store: usize,
     /// Resource limits.
     pub limits: Limits,
     /// System calls that its filter allows, at least with some arguments.
@@ -96,6 +109,12 @@ impl Process {
             Some(prefix) => fd.starts_with(prefix) && fd.len() > prefix.len(),
             None => rule.trim_end_matches('?') == fd,
         })
+    }
+
+    /// Whether its starter keeps a descriptor of that name beyond its death.
+    #[must_use]
+    pub fn may_keep(&self, fd: &str) -> bool {
+        self.may_have(fd) && (fd == "state" || fd.starts_with("kept."))
     }
 
     /// The namespaces that `starter` gives this process.

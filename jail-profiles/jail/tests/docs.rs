@@ -2,7 +2,7 @@
 
 use std::fmt::{self, Write as _};
 
-use bulkhead_jail::topology::{Boots, FileSize, LINKS, Link, PROCESSES, Process};
+use bulkhead_jail::topology::{Boots, FileSize, LINKS, Link, PROCESSES, Process, Restart};
 
 const BEGIN: &str = "<!-- derived from topology.toml -->\n";
 const END: &str = "<!-- end of the derived part -->\n";
@@ -20,7 +20,11 @@ fn process(out: &mut String, process: &Process) -> fmt::Result {
         FileSize::Unlimited => "unlimited".into(),
     };
     writeln!(out, "### {} (`{}`)\n\n{}.\n", process.name, process.binary, process.about)?;
-    writeln!(out, "- Started {started}.")?;
+    let again = match process.restart {
+        Restart::Never => "",
+        Restart::Always => "; again, for ever, when it dies",
+    };
+    writeln!(out, "- Started {started}{again}.")?;
     writeln!(out, "- Namespaces of its own: {}.", spaces.join(", "))?;
     for gap in process.gaps {
         let missing: Vec<String> = gap.namespaces.iter().map(|n| format!("{n:?}").to_lowercase()).collect();
@@ -32,7 +36,11 @@ fn process(out: &mut String, process: &Process) -> fmt::Result {
             missing.join(", ")
         )?;
     }
-    writeln!(out, "- Descriptors: {}.", fds.join(", "))?;
+    let kept = match process.store {
+        0 => String::new(),
+        most => format!("; of these its starter keeps at most {most} beyond its death (`state`, `kept.*`)"),
+    };
+    writeln!(out, "- Descriptors: {}{kept}.", fds.join(", "))?;
     writeln!(
         out,
         "- At most {} descriptors, {} MiB of private memory, file size {fsize}.",

@@ -1,15 +1,20 @@
 //! Starts a VM's compartments, watches them, and ends the VM as a whole.
 //!
-//! The launcher is the supervisor; no guest or QMP input reaches it. It waits for four things:
-//! signals, the end of a compartment, core's request for a loader, and log lines.
+//! The launcher is the supervisor; no guest or QMP input reaches it. It waits for signals, the end of a
+//! compartment, what a compartment says to its starter, core's request for a loader, and log lines.
 
-use std::collections::{BTreeMap, VecDeque};
+mod kept;
+mod pace;
+
+use std::collections::BTreeMap;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::time::{Duration, Instant};
 
 use bulkhead_control_api::config;
 use bulkhead_control_api::config::ChardevKind;
-use bulkhead_jail::topology::{self, Boots, Process};
+use bulkhead_control_api::opener::FromOpener;
+use bulkhead_jail::link::Link;
+use bulkhead_jail::topology::{self, Boots, Process, Restart};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::signal::{SigSet, Signal};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
@@ -22,6 +27,8 @@ use crate::relay::{Pumped, Relay, say};
 use crate::rendezvous::Rendezvous;
 use crate::spawn::{self, Host, Order, Started};
 use crate::terminal::Terminal;
+use kept::Kept;
+use pace::Pace;
 
 /// Processes that are started with the VM.
 fn residents() -> impl Iterator<Item = &'static Process> {
@@ -62,6 +69,21 @@ struct Running {
     started: Started,
     relay: Relay,
     log_open: bool,
+    /// What it says to its starter comes here, until it closes its end.
+    notify: Option<OwnedFd>,
+    /// The opener's end of its link to it.
+    opener: Option<Link>,
+    ready: bool,
+}
+
+/// A compartment that is started again when it dies.
+#[derive(Default)]
+struct Again {
+    /// It has been ready once.
+    proven: bool,
+    /// It is to be started.
+    due: bool,
+    pace: Pace,
 }
 
 struct Supervisor {
@@ -71,9 +93,11 @@ struct Supervisor {
     meetings: BTreeMap<&'static str, Rendezvous>,
     configs: BTreeMap<&'static str, OwnedFd>,
     boot: (OwnedFd, OwnedFd),
-    notify: (OwnedFd, OwnedFd),
     running: Vec<Running>,
-    ready: usize,
+    kept: BTreeMap<&'static str, Kept>,
+    again: BTreeMap<&'static str, Again>,
+    /// All have been ready once.
+    ready: bool,
     /// Core has asked for a loader and none has been started for it yet.
     boot_wanted: bool,
     boots: Pace,
@@ -107,38 +131,49 @@ pub fn run(vm: Vm, guard: Guard) -> u8 {
     supervisor.status
 }
 
-/// A budget of loaders: a guest that resets itself in a loop must not keep the host busy.
-struct Pace {
-    at: VecDeque<Instant>,
-}
-
-impl Pace {
-    /// Boots without a pause ...
-    const BURST: usize = 10;
-    /// ... within this.
-    const SPAN: Duration = Duration::from_secs(1);
-
-    fn new() -> Self {
-        Self { at: VecDeque::new() }
-    }
-
-    /// When the next one may be.
-    fn next(&self) -> Option<Instant> {
-        if self.at.len() < Self::BURST { None } else { self.at.front().map(|at| *at + Self::SPAN) }
-    }
-
-    fn take(&mut self) {
-        self.at.push_back(Instant::now());
-        if self.at.len() > Self::BURST {
-            self.at.pop_front();
-        }
-    }
-}
-
 /// A pair for one-word messages. Not datagrams: those can be sent to any address from either end.
 fn packets() -> Result<(OwnedFd, OwnedFd), String> {
     let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
     socketpair(AddressFamily::Unix, SockType::SeqPacket, None, flags).map_err(|e| format!("socketpair: {e}"))
+}
+
+impl Running {
+    /// Takes what the compartment has said to its starter.
+    fn listen(&mut self, kept: &mut BTreeMap<&'static str, Kept>, again: &mut BTreeMap<&'static str, Again>) {
+        let process = self.started.process;
+        let Some(notify) = &self.notify else { return };
+        let heard = kept.entry(process.name).or_default().listen(process, notify.as_fd());
+        if heard.refused > 0 {
+            say("<4>", NAME, &format!("{}: {} descriptors are not kept", process.binary, heard.refused));
+        }
+        self.ready |= heard.ready;
+        if heard.ready && process.restart == Restart::Always {
+            again.entry(process.name).or_default().proven = true;
+        }
+        if heard.closed {
+            self.notify = None;
+        }
+    }
+}
+
+/// Names of a character device's descriptors.
+fn names_of(kind: &ChardevKind) -> Vec<String> {
+    match kind {
+        ChardevKind::Null => Vec::new(),
+        ChardevKind::Stdio => vec!["stdio.in".to_owned(), "stdio.out".to_owned()],
+        ChardevKind::File { fd } | ChardevKind::Socket { fd, .. } => vec![fd.clone()],
+    }
+}
+
+/// The opener's link to a compartment, begun and with nothing to give yet; the second end is the compartment's.
+fn opener_link() -> Result<(Link, OwnedFd), String> {
+    let fail = |e: &dyn std::fmt::Display| format!("opener's link: {e}");
+    let flags = SockFlag::SOCK_CLOEXEC;
+    let (ours, theirs) =
+        socketpair(AddressFamily::Unix, SockType::SeqPacket, None, flags).map_err(|e| fail(&e))?;
+    let link = Link::begin(ours, bulkhead_control_api::VERSION).map_err(|e| fail(&e))?;
+    link.send(&FromOpener::Done).map_err(|e| fail(&e))?;
+    Ok((link, theirs))
 }
 
 impl Supervisor {
@@ -159,11 +194,12 @@ impl Supervisor {
             meetings,
             configs,
             boot: packets()?,
-            notify: packets()?,
             running: Vec::new(),
-            ready: 0,
+            kept: BTreeMap::new(),
+            again: BTreeMap::new(),
+            ready: false,
             boot_wanted: false,
-            boots: Pace::new(),
+            boots: Pace::default(),
             status: 0,
             deadline: None,
             core_exit: None,
@@ -176,9 +212,10 @@ impl Supervisor {
             self.start(process)?;
         }
         // What a compartment has is its own: /dev/kvm is core's alone, and a client sees the end of a
-        // connection when the console closes it.
+        // connection when its compartment closes it. What a compartment that is started again needs stays.
         let given: Vec<String> = residents().flat_map(|p| self.opened_for(p)).collect();
-        self.vm.fds.retain(|name, _| !given.contains(name));
+        let lasting = self.lasting();
+        self.vm.fds.retain(|name, _| !given.contains(name) || lasting.contains(name));
         Ok(())
     }
 
@@ -190,6 +227,8 @@ impl Supervisor {
                 connections.push((link.as_name.to_owned(), meeting.connect()?));
             }
         }
+        let (notify, theirs) = packets()?;
+        let opener = if process.may_have("opener") { Some(opener_link()?) } else { None };
         let mut fds: Vec<(String, BorrowedFd<'_>)> = Vec::new();
         fds.extend(self.configs.get(process.name).map(|fd| ("config".to_owned(), fd.as_fd())));
         for (name, meeting) in &self.meetings {
@@ -202,29 +241,62 @@ impl Supervisor {
             fds.push(("boot".into(), self.boot.1.as_fd()));
         }
         if process.boots == Boots::Vm {
-            fds.push(("notify".into(), self.notify.1.as_fd()));
+            fds.push(("notify".into(), theirs.as_fd()));
         }
+        fds.extend(opener.iter().map(|(_, fd)| ("opener".to_owned(), fd.as_fd())));
         let wanted = self.opened_for(process);
         fds.extend(
             self.vm.fds.iter().filter(|(n, _)| wanted.contains(n)).map(|(n, fd)| (n.clone(), fd.as_fd())),
         );
+        let kept = self.kept.entry(process.name).or_default();
+        fds.extend(kept.iter().map(|(name, fd)| (name.clone(), fd)));
         let order = Order { process, vm: self.vm.name.as_deref(), fds, ram: self.vm.core.ram };
         let started = self.host.start(order, |pidfd| self.guard.process(pidfd))?;
-        self.running.push(Running { started, relay: Relay::new(process.binary), log_open: true });
+        let (opener, relay) = (opener.map(|(link, _)| link), Relay::new(process.binary));
+        let notify = Some(notify);
+        self.running.push(Running { started, relay, log_open: true, notify, opener, ready: false });
         Ok(())
+    }
+
+    /// Starts compartments anew that have died, and connects their peers to them again.
+    fn start_again(&mut self) -> Result<(), String> {
+        let due =
+            |(name, again): (&&'static str, &Again)| (again.due && again.pace.allows()).then_some(*name);
+        let names: Vec<&'static str> = self.again.iter().filter_map(due).collect();
+        for process in residents().filter(|p| names.contains(&p.name)) {
+            if let Some(again) = self.again.get_mut(process.name) {
+                again.due = false;
+                again.pace.take();
+            }
+            self.start(process)?;
+            for link in topology::LINKS.iter().filter(|l| l.listener == process.name) {
+                let Some(meeting) = self.meetings.get(link.name) else { continue };
+                let peer = self.running.iter().find(|r| r.started.process.name == link.connector);
+                let Some(opener) = peer.and_then(|peer| peer.opener.as_ref()) else { continue };
+                let connection = meeting.connect()?;
+                let given = FromOpener::Given { name: link.as_name.to_owned() };
+                // A peer that is dying gets its connection when it is started anew.
+                let _ = opener.send_with(&given, &[connection.as_fd()], MsgFlags::MSG_DONTWAIT);
+            }
+        }
+        Ok(())
+    }
+
+    /// Names of the opened descriptors that a compartment needs again when it is started anew: all but
+    /// connections, whose end its clients must see.
+    fn lasting(&self) -> Vec<String> {
+        let console = self.vm.console.chardevs.iter();
+        let chardevs = console.chain(self.vm.broker.monitors.iter().map(|monitor| &monitor.chardev));
+        let lasts = |kind: &ChardevKind| !matches!(kind, ChardevKind::Socket { server: false, .. });
+        chardevs.filter(|c| lasts(&c.kind)).flat_map(|c| names_of(&c.kind)).collect()
     }
 
     /// Names of the opened descriptors that a process gets: those of the topology that are not per
     /// object, and those that its character devices name.
     fn opened_for(&self, process: &Process) -> Vec<String> {
-        let of = |kind: &ChardevKind| match kind {
-            ChardevKind::Null => Vec::new(),
-            ChardevKind::Stdio => vec!["stdio.in".to_owned(), "stdio.out".to_owned()],
-            ChardevKind::File { fd } | ChardevKind::Socket { fd, .. } => vec![fd.clone()],
-        };
         match process.name {
-            "console" => self.vm.console.chardevs.iter().flat_map(|c| of(&c.kind)).collect(),
-            "broker" => self.vm.broker.monitors.iter().flat_map(|m| of(&m.chardev.kind)).collect(),
+            "console" => self.vm.console.chardevs.iter().flat_map(|c| names_of(&c.kind)).collect(),
+            "broker" => self.vm.broker.monitors.iter().flat_map(|m| names_of(&m.chardev.kind)).collect(),
             _ => process.fds.iter().map(|f| f.trim_end_matches('?').to_owned()).collect(),
         }
     }
@@ -238,48 +310,45 @@ impl Supervisor {
         mask.thread_block().map_err(|e| format!("sigprocmask: {e}"))?;
         let signals = SignalFd::with_flags(&mask, SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK)
             .map_err(|e| format!("signalfd: {e}"))?;
-        while !self.running.is_empty() {
+        while !self.running.is_empty() || self.again.values().any(|again| again.due) {
             let ready = self.wait(&signals)?;
             let ready = |at: usize| ready.get(at) == Some(&true);
             if ready(0) {
                 self.take_signals(&signals);
             }
-            if ready(1) {
-                self.take_ready();
-            }
-            if ready(3) {
+            if ready(2) {
                 self.replace_guard()?;
             }
+            self.listen();
             self.take_logs_and_ends();
-            if ready(2) {
+            if ready(1) {
                 let mut word = [0; 8];
                 self.boot_wanted |=
                     socket::recv(self.boot.0.as_raw_fd(), &mut word, MsgFlags::MSG_DONTWAIT).is_ok();
             }
             self.boot()?;
+            self.start_again()?;
             self.check_deadlines();
         }
         Ok(())
     }
 
-    /// Which of [signals, notify, boot, guard] have something; returns also for ends and logs.
+    /// Which of [signals, boot, guard] have something; returns also for ends, logs and words to the starter.
     fn wait(&self, signals: &SignalFd) -> Result<Vec<bool>, String> {
         let on = |fd| PollFd::new(fd, PollFlags::POLLIN);
-        let mut fds = vec![
-            on(signals.as_fd()),
-            on(self.notify.0.as_fd()),
-            on(self.boot.0.as_fd()),
-            on(self.guard.life()),
-        ];
+        let mut fds = vec![on(signals.as_fd()), on(self.boot.0.as_fd()), on(self.guard.life())];
         for running in &self.running {
             fds.push(on(running.started.pidfd.as_fd()));
             // A log at its end would be ready for ever: wait for the process instead.
             let log =
                 if running.log_open { running.started.log.as_fd() } else { running.started.pidfd.as_fd() };
             fds.push(on(log));
+            fds.extend(running.notify.as_ref().map(|notify| on(notify.as_fd())));
         }
+        let again = self.again.values().filter(|a| a.due).map(|a| a.pace.next().unwrap_or_else(Instant::now));
+        let again = again.min();
         let boot = if self.boot_wanted { self.boots.next() } else { None };
-        let next = [self.deadline, self.core_exit, boot].into_iter().flatten().min();
+        let next = [self.deadline, self.core_exit, boot, again].into_iter().flatten().min();
         let timeout = next.map_or(PollTimeout::NONE, |at| {
             let left = at.saturating_duration_since(Instant::now()) + Duration::from_millis(1);
             PollTimeout::try_from(left).unwrap_or(PollTimeout::MAX)
@@ -312,15 +381,14 @@ impl Supervisor {
         }
     }
 
-    fn take_ready(&mut self) {
-        let mut word = [0; 32];
-        while let Ok(len) = socket::recv(self.notify.0.as_raw_fd(), &mut word, MsgFlags::MSG_DONTWAIT) {
-            if word.get(..len) == Some(b"READY=1") {
-                self.ready += 1;
-            }
+    /// Takes what compartments say to their starter.
+    fn listen(&mut self) {
+        for running in &mut self.running {
+            running.listen(&mut self.kept, &mut self.again);
         }
-        if self.ready == residents().count() {
-            self.ready += 1;
+        let is_ready = |p: &Process| self.find(p.name).is_some_and(|running| running.ready);
+        if !self.ready && residents().all(is_ready) {
+            self.ready = true;
             // Without a service manager this does nothing.
             let _ = sd_notify::notify(&[sd_notify::NotifyState::Ready]);
         }
@@ -328,7 +396,7 @@ impl Supervisor {
 
     /// Starts the loader that core waits for, once the last one is gone and the budget allows it.
     fn boot(&mut self) -> Result<(), String> {
-        let early = self.boots.next().is_some_and(|at| Instant::now() < at);
+        let early = !self.boots.allows();
         let ending = self.killed || self.deadline.is_some();
         if !self.boot_wanted || early || ending || self.find("loader").is_some() {
             return Ok(());
@@ -354,11 +422,14 @@ impl Supervisor {
 
     fn take_logs_and_ends(&mut self) {
         let mut ended = Vec::new();
-        self.running.retain_mut(|running| {
+        let Self { running, kept, again, .. } = self;
+        running.retain_mut(|running| {
             if running.log_open && running.relay.pump(&mut running.started.log) == Pumped::End {
                 running.log_open = false;
             }
             let Some(status) = running.started.reap() else { return true };
+            // What it has asked to be kept before it died is kept.
+            running.listen(kept, again);
             // What it still said, within bounds: another process may hold the log open.
             for _ in 0..LAST_READS {
                 if !running.log_open || running.relay.pump(&mut running.started.log) != Pumped::Some {
@@ -415,18 +486,34 @@ impl Supervisor {
                 self.core_exit = Some(Instant::now() + CORE_EXIT_TIME);
             }
             (_, Some(0)) => {}
+            _ if self.may_start_again(process) => {
+                let pause = if self.again.get(process.name).is_some_and(|a| !a.pace.allows()) {
+                    " in a second"
+                } else {
+                    ""
+                };
+                say("<4>", NAME, &format!("{} {how}: it is started again{pause}", process.binary));
+            }
             _ => self.lost(process, &how),
+        }
+    }
+
+    /// Whether a compartment that has died is to be started again, which is noted then.
+    fn may_start_again(&mut self, process: &Process) -> bool {
+        let lives = self.deadline.is_none() && self.find("core").is_some();
+        match self.again.get_mut(process.name) {
+            Some(again) if again.proven && lives => {
+                again.due = true;
+                true
+            }
+            _ => false,
         }
     }
 
     /// A compartment that is not restarted has died while the VM runs.
     fn lost(&mut self, process: &Process, how: &str) {
         self.status = 1;
-        say(
-            "<3>",
-            NAME,
-            &format!("{} {how}: the VM ends (this compartment is not restarted)", process.binary),
-        );
+        say("<3>", NAME, &format!("{} {how}: the VM ends", process.binary));
         self.kill_all();
     }
 
@@ -449,25 +536,9 @@ impl Supervisor {
 
     fn kill_all(&mut self) {
         self.killed = true;
+        self.again.clear();
         for running in &self.running {
             running.started.signal(Signal::SIGKILL);
         }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn boots_are_paced() {
-        let mut pace = Pace::new();
-        for _ in 0..Pace::BURST {
-            assert_eq!(pace.next(), None);
-            pace.take();
-        }
-        assert!(pace.next().is_some_and(|at| at > Instant::now()));
-        pace.take();
-        assert_eq!(pace.at.len(), Pace::BURST);
     }
 }

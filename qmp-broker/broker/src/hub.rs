@@ -44,6 +44,8 @@ pub struct Hub {
     pub(crate) descriptors: RefCell<Descriptors>,
     /// The VM ends: clients are flushed and the broker exits.
     pub ended: Notify,
+    /// Core has told the run state.
+    pub core_known: Notify,
     state: Cell<core::RunState>,
     shutdown_sent: Cell<bool>,
     /// Held while a command that needs a peer is executed: one at a time across all clients.
@@ -67,6 +69,7 @@ impl Hub {
             held: Rc::default(),
             descriptors: RefCell::default(),
             ended: Notify::new(),
+            core_known: Notify::new(),
             state: Cell::new(core::RunState::Prelaunch),
             shutdown_sent: Cell::new(false),
             turn: Mutex::new(()),

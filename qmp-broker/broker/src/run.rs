@@ -24,6 +24,9 @@ const GLANCE: Duration = Duration::from_millis(5);
 /// which on a loaded host takes seconds to get there.
 const HELLO: Duration = Duration::from_secs(10);
 
+/// How long clients wait for core's first word on the run state.
+const FIRST_STATUS: Duration = Duration::from_secs(1);
+
 /// What the broker works with, beside its hub.
 #[derive(Debug)]
 pub struct Sources {
@@ -38,11 +41,13 @@ pub struct Sources {
 /// Serves until the VM ends. Needs a `LocalSet`.
 pub async fn run(hub: Rc<Hub>, sources: Sources) {
     spawn_local(console_loop(Rc::clone(&hub), sources.console));
+    let core: JoinHandle<()> = spawn_local(core_loop(Rc::clone(&hub), sources.core));
+    // A broker that is started anew must not tell its first client a run state that was long ago.
+    let _ = timeout(FIRST_STATUS, hub.core_known.notified()).await;
     let monitors = hub.monitors.clone();
     for (monitor, source) in monitors.iter().zip(sources.monitors) {
         monitor::start(&hub, monitor, source);
     }
-    let core: JoinHandle<()> = spawn_local(core_loop(Rc::clone(&hub), sources.core));
     tokio::select! {
         () = hub.ended.notified() => {}
         _ = core => {}
@@ -92,6 +97,7 @@ async fn follow_core(hub: &Hub, link: &Link) -> LinkError {
                 // At once, so that no later event is overwritten.
                 if let Ok(core::Answer::Status(state)) = result {
                     hub.set_state(state);
+                    hub.core_known.notify_one();
                 }
                 hub.core.answer(id, result);
             }

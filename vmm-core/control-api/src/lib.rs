@@ -7,6 +7,7 @@ pub mod config;
 pub mod console;
 pub mod core;
 pub mod loader;
+pub mod opener;
 
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 

@@ -114,7 +114,7 @@ impl Rig {
         let chardev = Chardev::new(chardev, take).unwrap();
         let (core, core_end) = pair();
         let (broker, broker_end) = pair();
-        let parts = Parts { core, broker, chardevs: vec![chardev], serial: Some(0) };
+        let parts = Parts { opener: None, core, broker, chardevs: vec![chardev], serial: Some(0) };
         let server = thread::spawn(move || {
             Server::new(parts).and_then(Server::run).map_err(|error| error.to_string())
         });
