@@ -5,7 +5,7 @@
 use bulkhead_control_api::config;
 
 use crate::cli::{Error, Problem};
-use crate::options::{At, Backend, Options, Place, Target};
+use crate::options::{At, Backend, Monitor, Options, Place, Target};
 use crate::terminal::Terminal;
 
 /// Name of the native guest in messages.
@@ -136,12 +136,15 @@ fn default_serial(options: &Options, devices: &mut Devices) -> Result<Option<con
     devices.take(&target, Owner::Console)
 }
 
-fn monitor(target: &At<Target>, devices: &mut Devices) -> Result<config::Monitor, Error> {
+fn monitor(monitor: &At<Monitor>, devices: &mut Devices) -> Result<config::Monitor, Error> {
+    let Monitor { target, role, uids, gids } = monitor.value.clone();
+    let target = At { at: monitor.at.clone(), value: target };
+    let target = &target;
     let chardev = devices.take(target, Owner::Broker)?;
     let chardev = chardev.ok_or_else(|| target.error(Problem::MonitorBackend))?;
     match chardev.kind {
         config::ChardevKind::Socket { .. } | config::ChardevKind::Stdio => {
-            Ok(config::Monitor { chardev, role: config::Role::Operator })
+            Ok(config::Monitor { chardev, role, uids, gids })
         }
         config::ChardevKind::Null | config::ChardevKind::File { .. } => {
             Err(target.error(Problem::MonitorBackend))

@@ -2,9 +2,11 @@
 
 mod chardev;
 mod memory;
+mod monitor;
 mod smp;
 
 pub use chardev::{Backend, Chardev, Place};
+pub use monitor::Monitor;
 
 use bulkhead_control_api::config::CpuTopology;
 
@@ -60,7 +62,7 @@ pub struct Options {
     /// `-chardev`, in their order.
     pub chardevs: Vec<At<Chardev>>,
     /// `-mon` and `-qmp`, in their order.
-    pub monitors: Vec<At<Target>>,
+    pub monitors: Vec<At<Monitor>>,
     /// `-S`.
     pub stopped: bool,
     /// `-no-reboot`.
@@ -173,7 +175,7 @@ impl Options {
             }
             Opt::Qmp => {
                 let target = chardev::target(text)?;
-                self.monitors.push(At { at: given.at.clone(), value: target });
+                self.monitors.push(At { at: given.at.clone(), value: Monitor::open(target) });
             }
             _ => {}
         }
@@ -193,8 +195,8 @@ impl Options {
                 self.chardevs.push(At { at: given.at.clone(), value: chardev });
             }
             Opt::Monitor => {
-                let id = monitor(params)?;
-                self.monitors.push(At { at: given.at.clone(), value: Target::Chardev(id) });
+                let monitor = monitor::monitor(params)?;
+                self.monitors.push(At { at: given.at.clone(), value: monitor });
             }
             _ => {}
         }
@@ -207,20 +209,6 @@ fn check_is(params: &Params, name: &str, only: &str, problem: fn(String) -> Prob
         Some(other) if other != only => Err(problem(other.to_owned())),
         _ => Ok(()),
     }
-}
-
-/// The character device of a `-mon`. QEMU's default mode is readline.
-fn monitor(params: &Params) -> Result<String, Problem> {
-    let id = params.text("chardev").ok_or(Problem::MissingParameter("chardev"))?;
-    match params.text("mode") {
-        Some("control") => {}
-        None | Some("readline") => return Err(Problem::ReadlineMonitor),
-        Some(other) => return Err(Problem::BadValue("mode", other.to_owned())),
-    }
-    if params.flag("pretty") == Some(true) {
-        return Err(Problem::PrettyMonitor);
-    }
-    Ok(id.to_owned())
 }
 
 /// `xxxxxxxx-xxxx-xxxx-xxxx-xxxxxxxxxxxx`, the bytes in that order.

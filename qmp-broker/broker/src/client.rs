@@ -16,6 +16,7 @@ use crate::hub::{Hub, greeting_line};
 use crate::monitor::Monitor;
 use crate::output::Output;
 use crate::passed::Passed;
+use crate::policy::Credentials;
 use crate::session::Session;
 use crate::stream::Stream;
 
@@ -29,6 +30,8 @@ pub const FLUSH: Duration = Duration::from_secs(1);
 pub struct Client {
     /// Where it connected.
     pub monitor: Rc<Monitor>,
+    /// Who it was when it connected.
+    pub peer: Option<Credentials>,
     stream: Stream,
     session: RefCell<Session>,
     /// The descriptor that waits for a command to take it.
@@ -54,6 +57,7 @@ impl Client {
     pub fn new(monitor: Rc<Monitor>, stream: Stream, held: Rc<Cell<usize>>) -> Self {
         Self {
             monitor,
+            peer: stream.credentials(),
             stream,
             session: RefCell::new(Session::new(held)),
             passed: RefCell::default(),

@@ -2,7 +2,7 @@
 
 use bulkhead_control_api::{config, console, core};
 use bulkhead_qapi::request::{Call, Mode};
-use bulkhead_qapi::table::{self, Handler};
+use bulkhead_qapi::table::{self, Handler, Role};
 use bulkhead_qapi::types::char::ChardevInfo;
 use bulkhead_qapi::types::control::{
     CommandInfo, EventInfo, QMPCapability, QmpCapabilitiesArg, VersionInfo, VersionTriple,
@@ -46,6 +46,8 @@ pub struct Known<'a> {
     pub config: &'a config::Broker,
     /// The run state as core reported it last.
     pub state: core::RunState,
+    /// The client's role.
+    pub role: Role,
 }
 
 /// Version of the server: QEMU's whose schema is served, and ours.
@@ -97,13 +99,13 @@ fn answer(query: Handler, known: &Known<'_>) -> Reply {
         Handler::QueryVersion => reply(version()),
         Handler::QueryCommands => {
             let info = |command: &table::Command| CommandInfo { name: command.name.to_owned() };
-            reply(table::COMMANDS.iter().map(info).collect::<Vec<_>>())
+            reply(table::commands(known.role).map(info).collect::<Vec<_>>())
         }
         Handler::QueryEvents => {
             let info = |event: &&table::Event| EventInfo { name: event.name.to_owned() };
-            reply(table::EVENTS.iter().map(info).collect::<Vec<_>>())
+            reply(table::events(known.role).iter().map(info).collect::<Vec<_>>())
         }
-        Handler::QueryQmpSchema => Ok(introspect::schema()),
+        Handler::QueryQmpSchema => Ok(introspect::schema(known.role)),
         Handler::QueryStatus => {
             let running = known.state == core::RunState::Running;
             reply(StatusInfo { running, singlestep: false, status: run_state(known.state) })

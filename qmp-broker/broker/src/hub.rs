@@ -8,30 +8,35 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use bulkhead_control_api::{config, console, core};
 use bulkhead_jail::topology;
 use bulkhead_jail::warn;
+use bulkhead_qapi::request::{self, Refusal};
+use bulkhead_qapi::table::Role;
 use bulkhead_qapi::types::char::ChardevInfo;
 use bulkhead_qapi::types::run_state::{
     GuestPanicAction, GuestPanickedData, ResetData, ShutdownCause, ShutdownData,
 };
-use bulkhead_qapi::{Error, json, request, table};
+use bulkhead_qapi::{Error, json, table};
 use serde_json::{Value, json};
 use tokio::sync::{Mutex, Notify};
 use tokio::time::{Instant, sleep_until};
 
+use crate::audit::Audit;
 use crate::client::Client;
 use crate::commands::{self, Known, Reply, Step};
 use crate::descriptors::Descriptors;
 use crate::monitor::Monitor;
 use crate::peer::{NoAnswer, Peer};
+use crate::policy::{Credentials, Denied, Policy, Subject};
 
 /// How long core may take to end the VM after `quit`.
 const QUIT: Duration = Duration::from_secs(5);
-/// Refused clients are logged no more often than this.
-const REFUSALS: Duration = Duration::from_secs(1);
 
 /// What all clients share.
 #[derive(Debug)]
 pub struct Hub {
     config: config::Broker,
+    /// Who may connect and do what.
+    policy: RefCell<Policy>,
+    audit: Audit,
     /// The monitors, in the order of the configuration.
     pub monitors: Vec<Rc<Monitor>>,
     /// Link to core.
@@ -52,8 +57,6 @@ pub struct Hub {
     pub(crate) turn: Mutex<()>,
     clients: RefCell<BTreeMap<u64, Rc<Client>>>,
     next_client: Cell<u64>,
-    /// When refused clients may be logged again, and how many were refused since the last time.
-    refused: Cell<(Instant, u32)>,
 }
 
 impl Hub {
@@ -62,6 +65,8 @@ impl Hub {
     pub fn new(config: config::Broker) -> Self {
         let monitors = config.monitors.iter().map(|monitor| Rc::new(Monitor::new(monitor))).collect();
         Self {
+            policy: RefCell::new(Policy::new(&config.monitors)),
+            audit: Audit::default(),
             config,
             monitors,
             core: Peer::default(),
@@ -75,7 +80,6 @@ impl Hub {
             turn: Mutex::new(()),
             clients: RefCell::default(),
             next_client: Cell::default(),
-            refused: Cell::new((Instant::now(), 0)),
         }
     }
 
@@ -107,16 +111,45 @@ impl Hub {
         self.clients.borrow().values().find(|client| !client.is_negotiated() && !client.is_dropped()).cloned()
     }
 
-    /// Logs a refused client, or counts it for the next line.
-    pub fn log_refusal(&self, why: &str) {
-        let (next, count) = self.refused.get();
-        let now = Instant::now();
-        if now < next {
-            self.refused.set((next, count + 1));
-        } else {
-            warn!("a QMP client is refused: {why} ({count} more since the last such line)");
-            self.refused.set((now + REFUSALS, 0));
+    /// Replaces the policy: for new clients, and for those that there are from their next command on.
+    /// One that may no longer be there is disconnected.
+    pub fn set_policy(&self, policy: Policy) {
+        self.policy.replace(policy);
+        let clients: Vec<_> = self.clients.borrow().values().cloned().collect();
+        for client in clients {
+            // Those that are denied are logged and dropped.
+            let _ = self.role(&client);
         }
+    }
+
+    /// The role of a peer that connects to a monitor.
+    ///
+    /// # Errors
+    /// It may not.
+    pub fn admit(&self, monitor: &Monitor, peer: Option<Credentials>) -> Result<Role, Denied> {
+        let admitted = self.policy.borrow().admit(&monitor.label, peer);
+        if let Err(denied) = admitted {
+            self.log_refusal(monitor, peer, &denied.to_string());
+        }
+        admitted
+    }
+
+    /// The role of a client, unless it may not be there any more.
+    fn role(&self, client: &Client) -> Option<Role> {
+        if client.is_dropped() {
+            return None;
+        }
+        let role = self.admit(&client.monitor, client.peer).ok();
+        if role.is_none() {
+            client.drop_it();
+        }
+        role
+    }
+
+    /// Logs a refused client, or counts it for the next line.
+    pub fn log_refusal(&self, monitor: &Monitor, peer: Option<Credentials>, reason: &str) {
+        let role = self.policy.borrow().role(&monitor.label);
+        self.audit.refused(Subject { monitor: &monitor.label, role, peer }, reason);
     }
 
     /// Whether no client has output waiting.
@@ -125,12 +158,14 @@ impl Hub {
         self.clients.borrow().values().all(|client| client.is_flushed())
     }
 
-    /// Sends an event to every client that has negotiated.
+    /// Sends an event to every client that has negotiated and whose role gets events.
     pub fn emit(&self, event: &table::Event, data: Option<Value>) {
         let line = event_line(event, data);
         let clients: Vec<_> = self.clients.borrow().values().cloned().collect();
         for client in clients {
-            client.push_event(&line);
+            if self.role(&client).is_some_and(Role::gets_events) {
+                client.push_event(&line);
+            }
         }
     }
 
@@ -168,17 +203,31 @@ impl Hub {
 
     /// Executes one request of a client and queues the reply.
     pub async fn execute(self: &Rc<Self>, client: &Client, item: json::Item) {
+        let Some(role) = self.role(client) else { return };
+        let who = Subject { monitor: &client.monitor.label, role, peer: client.peer };
         let mut mode = client.mode();
-        let (id, call) = request::resolve(item, mode);
+        let (id, call) = request::resolve(item, mode, role);
+        if let Err(Refusal::Forbidden(command)) = call {
+            self.audit.forbidden(who, command);
+        }
+        let changes = call.as_ref().ok().map(|call| call.command).filter(|command| command.changes_state());
         let step = match call {
             Ok(call) => {
-                let known = Known { config: &self.config, state: self.state.get() };
+                let known = Known { config: &self.config, state: self.state.get(), role };
                 commands::begin(call, &known, &mut mode)
             }
-            Err(error) => Step::Reply(Err(error)),
+            Err(refusal) => Step::Reply(Err(refusal.into())),
         };
         client.set_mode(mode);
-        let reply = match step {
+        let reply = self.carry_out(client, step).await;
+        if let Some(command) = changes {
+            self.audit.changed(who, command.name, &reply);
+        }
+        client.push(&reply_line(id.as_ref(), &reply));
+    }
+
+    async fn carry_out(self: &Rc<Self>, client: &Client, step: Step) -> Reply {
+        match step {
             Step::Reply(reply) => reply,
             Step::Descriptors(op) => {
                 self.descriptors.borrow_mut().execute(op, &client.monitor.label, || client.take_passed())
@@ -192,8 +241,7 @@ impl Hub {
                 let _turn = self.turn.lock().await;
                 self.through_peer(step).await
             }
-        };
-        client.push(&reply_line(id.as_ref(), &reply));
+        }
     }
 
     async fn through_peer(&self, step: Step) -> Reply {

@@ -9,6 +9,7 @@
 //! ordered link: an event is in every client's output before the reply that follows it.
 
 mod add_client;
+pub mod audit;
 pub mod client;
 pub mod commands;
 pub mod descriptors;
@@ -18,6 +19,7 @@ pub mod monitor;
 pub mod output;
 pub mod passed;
 pub mod peer;
+pub mod policy;
 pub mod run;
 pub mod session;
 pub mod stream;

@@ -112,20 +112,41 @@ impl Monitor {
         let named = if self.address.starts_with("fd:") { path } else { Some(self.address.clone()) };
         loop {
             match listener.accept().await {
-                Ok((stream, _)) if make_room(&hub) => {
+                Ok((stream, _)) => {
+                    let stream = Stream::Socket(stream);
+                    if !self.admit(&hub, &stream) {
+                        continue;
+                    }
                     self.path.replace(Some(named.clone().unwrap_or_default()));
                     self.connected.notify_one();
-                    spawn_local(Rc::clone(&self).serve(Rc::clone(&hub), Stream::Socket(stream)));
+                    spawn_local(Rc::clone(&self).serve(Rc::clone(&hub), stream));
                     // The next one is judged when this one counts and the one that gave way does not.
                     yield_now().await;
                 }
-                Ok((stream, _)) => refuse(&hub, &stream),
                 Err(error) => {
                     warn!("monitor {}: accept: {error}", self.label);
                     sleep(RETRY).await;
                 }
             }
         }
+    }
+}
+
+impl Monitor {
+    /// Whether a peer is to be served. One that is not is told why.
+    fn admit(&self, hub: &Hub, stream: &Stream) -> bool {
+        let peer = stream.credentials();
+        let desc = if hub.admit(self, peer).is_err() {
+            "Access denied: this peer may not use this monitor".to_owned()
+        } else if make_room(hub) {
+            return true;
+        } else {
+            hub.log_refusal(self, peer, "too-many-clients");
+            format!("Too many clients: {MAX_CLIENTS} are connected")
+        };
+        let line = format!("{{\"error\": {{\"class\": \"GenericError\", \"desc\": \"{desc}\"}}}}\r\n");
+        stream.say(line.as_bytes());
+        false
     }
 }
 
@@ -142,15 +163,6 @@ fn make_room(hub: &Hub) -> bool {
         }
         _ => false,
     }
-}
-
-fn refuse(hub: &Hub, stream: &UnixStream) {
-    hub.log_refusal(&format!("{MAX_CLIENTS} are connected"));
-    let line = format!(
-        "{{\"error\": {{\"class\": \"GenericError\", \"desc\": \"Too many clients: {MAX_CLIENTS} are connected\"}}}}\r\n"
-    );
-    // A client that does not take it finds the connection closed.
-    let _ = stream.try_write(line.as_bytes());
 }
 
 /// What a monitor's descriptor turned out to be.
@@ -208,6 +220,10 @@ pub fn start(hub: &Rc<Hub>, monitor: &Rc<Monitor>, source: Source) {
     let (hub, monitor) = (Rc::clone(hub), Rc::clone(monitor));
     match source {
         Source::Listener(listener) => drop(spawn_local(monitor.accept_loop(hub, listener))),
-        Source::Connected(stream) => drop(spawn_local(monitor.serve(hub, stream))),
+        Source::Connected(stream) => {
+            if monitor.admit(&hub, &stream) {
+                drop(spawn_local(monitor.serve(hub, stream)));
+            }
+        }
     }
 }

@@ -11,6 +11,7 @@ use tokio::net::UnixStream;
 
 use crate::fd::watch;
 use crate::passed::{self, Passed};
+use crate::policy::Credentials;
 
 /// Bytes written at once to a descriptor that may block: a pipe that polls writable takes so many.
 const PIPE_BUF: usize = 4096;
@@ -26,6 +27,31 @@ pub enum Stream {
 }
 
 impl Stream {
+    /// Who is at the other end, where the kernel knows.
+    #[must_use]
+    pub fn credentials(&self) -> Option<Credentials> {
+        match self {
+            Self::Socket(socket) => Credentials::of(socket),
+            Self::Stdio(Shared::Polled(input), _) => Credentials::of(input.get_ref()),
+            Self::Stdio(Shared::File(_), _) => None,
+        }
+    }
+
+    /// Writes to a client that is not served, at once or not at all.
+    pub fn say(&self, bytes: &[u8]) {
+        let fd = match self {
+            Self::Socket(socket) => socket.as_fd(),
+            Self::Stdio(_, Shared::Polled(output)) => output.as_fd(),
+            Self::Stdio(_, Shared::File(output)) => output.as_fd(),
+        };
+        // Nothing has told the runtime yet whether it may be written to.
+        let mut polled = [PollFd::new(fd, PollFlags::POLLOUT)];
+        if poll(&mut polled, PollTimeout::ZERO) == Ok(1) {
+            // A client that does not take it finds the connection closed.
+            let _ = nix::unistd::write(fd, bytes);
+        }
+    }
+
     /// Waits until there may be something to read.
     ///
     /// # Errors

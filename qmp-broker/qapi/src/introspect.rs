@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, VecDeque};
 use serde_json::{Map, Value, json};
 
 use crate::schema::{Builtin, EMPTY, Enum, Member, Object, Type};
-use crate::table;
+use crate::table::{self, Role};
 
 /// Types that commands and events refer to, with the masked names that they get on the way.
 #[derive(Default)]
@@ -104,12 +104,12 @@ const fn json_type(builtin: Builtin) -> &'static str {
     }
 }
 
-/// The schema of all commands and events and of every type that they use.
+/// The schema of the commands and events of a role and of every type that they use.
 #[must_use]
-pub fn schema() -> Value {
+pub fn schema(role: Role) -> Value {
     let mut walk = Walk::default();
     let mut entities = Vec::new();
-    for command in table::COMMANDS {
+    for command in table::commands(role) {
         let arg_type = walk.name(&Type::Object(command.args));
         let ret_type = walk.name(&command.returns.unwrap_or(Type::Object(&EMPTY)));
         let mut info = map([
@@ -126,7 +126,7 @@ pub fn schema() -> Value {
         }
         entities.push(info.into());
     }
-    for event in table::EVENTS {
+    for event in table::events(role) {
         let arg_type = walk.name(&Type::Object(event.data));
         entities.push(json!({ "name": event.name, "meta-type": "event", "arg-type": arg_type }));
     }
@@ -160,9 +160,8 @@ mod tests {
         }
     }
 
-    #[test]
-    fn every_type_is_defined_once_and_used() {
-        let schema = schema();
+    fn check_types(role: Role) {
+        let schema = schema(role);
         let mut defined = BTreeSet::new();
         for entity in schema.as_array().unwrap() {
             assert!(defined.insert((entity["name"].as_str().unwrap(), entity["meta-type"] == "command")));
@@ -180,11 +179,37 @@ mod tests {
         assert_eq!(types, used);
     }
 
+    const ROLES: [Role; 4] = [Role::Any, Role::Monitor, Role::Console, Role::Operator];
+
+    #[test]
+    fn every_type_is_defined_once_and_used() {
+        ROLES.into_iter().for_each(check_types);
+    }
+
+    fn names(role: Role, meta: &str) -> BTreeSet<String> {
+        let schema = schema(role);
+        let entities = schema.as_array().unwrap().iter().filter(|entity| entity["meta-type"] == meta);
+        entities.map(|entity| entity["name"].as_str().unwrap().to_owned()).collect()
+    }
+
+    #[test]
+    fn a_role_sees_what_it_may_use() {
+        let of = |role| names(role, "command");
+        let all: BTreeSet<_> = table::COMMANDS.iter().map(|command| command.name.to_owned()).collect();
+        assert_eq!(of(Role::Operator), all);
+        let is_query = |name: &String| name.starts_with("query-") || name == "qmp_capabilities";
+        assert_eq!(of(Role::Monitor), all.into_iter().filter(is_query).collect());
+        assert!(of(Role::Console).contains("getfd") && !of(Role::Console).contains("query-status"));
+        assert!(of(Role::Any).is_subset(&of(Role::Console)) && of(Role::Any).is_subset(&of(Role::Monitor)));
+        assert_eq!(names(Role::Monitor, "event").len(), table::EVENTS.len());
+        assert_eq!(names(Role::Console, "event"), BTreeSet::new());
+    }
+
     /// The schema describes itself.
     #[test]
     fn each_entity_has_the_shape_of_schema_info() {
         let Type::Object(info) = SchemaInfo::TYPE else { panic!("not an object") };
-        for entity in schema().as_array().unwrap() {
+        for entity in schema(Role::Operator).as_array().unwrap() {
             assert_eq!(crate::check::arguments(info, entity.as_object().unwrap()), Ok(()), "{entity}");
         }
     }

@@ -3,6 +3,7 @@
 use serde_json::{Map, Value};
 
 use crate::json::Item;
+use crate::table::Role;
 use crate::{Error, check, table};
 
 /// State of a client's session that decides what a request may be.
@@ -23,6 +24,34 @@ pub struct Call {
     pub args: Map<String, Value>,
 }
 
+/// Why a request is not carried out.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Refusal {
+    /// It is wrong.
+    Invalid(Error),
+    /// The client's role does not have this command. The reply is that to an unknown one.
+    Forbidden(&'static str),
+}
+
+impl From<Error> for Refusal {
+    fn from(error: Error) -> Self {
+        Self::Invalid(error)
+    }
+}
+
+impl From<Refusal> for Error {
+    fn from(refusal: Refusal) -> Self {
+        match refusal {
+            Refusal::Invalid(error) => error,
+            Refusal::Forbidden(name) => not_found(name),
+        }
+    }
+}
+
+fn not_found(name: &str) -> Error {
+    Error::command_not_found(format!("The command {name} has not been found"))
+}
+
 /// Whether the item is to overtake the ones before it: it asks for out-of-band execution, allowed
 /// or not.
 #[must_use]
@@ -35,15 +64,15 @@ pub fn is_out_of_band(item: &Item) -> bool {
     }
 }
 
-/// The id to echo in the reply, if there is one, and what to call or which error to reply.
-pub fn resolve(item: Item, mode: Mode) -> (Option<Value>, Result<Call, Error>) {
+/// The id to echo in the reply of a client of this role, if there is one, and what to call or why not.
+pub fn resolve(item: Item, mode: Mode, role: Role) -> (Option<Value>, Result<Call, Refusal>) {
     match item {
-        Item::Error(desc) => (None, Err(Error::generic(desc))),
+        Item::Error(desc) => (None, Err(Error::generic(desc).into())),
         Item::Value(Value::Object(mut request)) => {
             let id = request.remove("id");
-            (id, call(request, mode))
+            (id, call(request, mode, role))
         }
-        Item::Value(_) => (None, Err(Error::generic("QMP input must be a JSON object"))),
+        Item::Value(_) => (None, Err(Error::generic("QMP input must be a JSON object").into())),
     }
 }
 
@@ -70,15 +99,19 @@ fn command_name(request: &Map<String, Value>, oob: bool) -> Result<(&str, bool),
     }
 }
 
-fn call(mut request: Map<String, Value>, mode: Mode) -> Result<Call, Error> {
+fn call(mut request: Map<String, Value>, mode: Mode, role: Role) -> Result<Call, Refusal> {
     let (name, out_of_band) = command_name(&request, mode.oob)?;
     if !mode.negotiated && name != "qmp_capabilities" {
-        return Err(Error::command_not_found("Expecting capabilities negotiation with 'qmp_capabilities'"));
+        let desc = "Expecting capabilities negotiation with 'qmp_capabilities'";
+        return Err(Error::command_not_found(desc).into());
     }
-    let command = table::command(name)
-        .ok_or_else(|| Error::command_not_found(format!("The command {name} has not been found")))?;
+    let command = table::command(name).ok_or_else(|| not_found(name))?;
+    // Before anything that would tell it from an unknown one.
+    if !role.may(command) {
+        return Err(Refusal::Forbidden(command.name));
+    }
     if out_of_band && !command.allow_oob {
-        return Err(Error::generic(format!("The command {name} does not support OOB")));
+        return Err(Error::generic(format!("The command {name} does not support OOB")).into());
     }
     let args = match request.remove("arguments") {
         Some(Value::Object(args)) => args,
@@ -94,9 +127,30 @@ mod tests {
 
     use super::*;
 
+    fn outcome_of(role: Role, request: Value, negotiated: bool, oob: bool) -> String {
+        let (_, result) = resolve(Item::Value(request), Mode { negotiated, oob }, role);
+        result.map_or_else(|refusal| Error::from(refusal).desc, |call| format!("call {}", call.command.name))
+    }
+
     fn outcome(request: Value, negotiated: bool, oob: bool) -> String {
-        let (_, result) = resolve(Item::Value(request), Mode { negotiated, oob });
-        result.map_or_else(|error| error.desc, |call| format!("call {}", call.command.name))
+        outcome_of(Role::Operator, request, negotiated, oob)
+    }
+
+    #[test]
+    fn a_forbidden_command_is_an_unknown_one() {
+        for key in ["execute", "exec-oob"] {
+            for arguments in [json!({}), json!({"surplus": 1}), json!(1)] {
+                for (negotiated, oob) in [(false, false), (true, false), (true, true)] {
+                    let reply = |name: &str| {
+                        let request = json!({key: name, "arguments": arguments});
+                        outcome_of(Role::Monitor, request, negotiated, oob).replace(name, "X")
+                    };
+                    assert_eq!(reply("quit"), reply("quite"));
+                }
+            }
+        }
+        let quit = json!({"execute": "quit"});
+        assert_eq!(outcome_of(Role::Console, quit, true, false), "The command quit has not been found");
     }
 
     #[test]
@@ -120,7 +174,7 @@ mod tests {
     #[test]
     fn ids_survive_errors() {
         for id in [json!(null), json!([1, {"a": 2}]), json!("x"), json!(1.5)] {
-            let (echoed, result) = resolve(Item::Value(json!({"id": id})), Mode::default());
+            let (echoed, result) = resolve(Item::Value(json!({"id": id})), Mode::default(), Role::Any);
             assert_eq!((echoed, result.is_err()), (Some(id), true));
         }
     }

@@ -3,15 +3,32 @@
 use crate::schema::{Described, EMPTY, Object, Type};
 use crate::types::{char, control, introspect, machine, misc, run_state};
 
-/// What a client must be allowed to do.
+/// What a client may do, and what it must be allowed to do for a command.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Role {
-    /// Every client may.
+    /// Of a command: every client may. Of a client: nothing else.
     Any,
     /// Reads state: monitors and operators.
     Monitor,
+    /// Connects itself to a character device: consoles and operators.
+    Console,
     /// Changes state: operators only.
     Operator,
+}
+
+impl Role {
+    /// Whether a client of this role may execute a command.
+    #[must_use]
+    pub fn may(self, command: &Command) -> bool {
+        command.role == Self::Any || command.role == self || self == Self::Operator
+    }
+
+    /// Whether a client of this role gets events. A console gets none: they tell the state of the machine,
+    /// for which it may not ask either.
+    #[must_use]
+    pub const fn gets_events(self) -> bool {
+        matches!(self, Self::Monitor | Self::Operator)
+    }
 }
 
 /// What carries out a command. The broker matches on it, so a command cannot be listed without
@@ -68,6 +85,12 @@ pub struct Command {
 }
 
 impl Command {
+    /// Whether it changes something of the machine or of what clients share.
+    #[must_use]
+    pub const fn changes_state(&self) -> bool {
+        matches!(self.role, Role::Console | Role::Operator)
+    }
+
     const fn new(name: &'static str, handler: Handler, role: Role, doc: &'static str) -> Self {
         Self {
             name,
@@ -109,22 +132,32 @@ pub static COMMANDS: &[Command] = &[
     Command::new("qmp_capabilities", Handler::QmpCapabilities, Role::Any, "Ends negotiation.")
         .args(control::QmpCapabilitiesArg::DESCRIPTION)
         .preconfig(),
-    Command::new("query-version", Handler::QueryVersion, Role::Monitor, "The version served.")
+    Command::new("query-version", Handler::QueryVersion, Role::Any, "The version served.")
         .returns::<control::VersionInfo>()
         .preconfig(),
-    Command::new("query-commands", Handler::QueryCommands, Role::Monitor, "The commands of this table.")
-        .returns::<Vec<control::CommandInfo>>()
-        .preconfig(),
-    Command::new("query-events", Handler::QueryEvents, Role::Monitor, "The events of this table.")
+    Command::new(
+        "query-commands",
+        Handler::QueryCommands,
+        Role::Any,
+        "The commands that the client may use.",
+    )
+    .returns::<Vec<control::CommandInfo>>()
+    .preconfig(),
+    Command::new("query-events", Handler::QueryEvents, Role::Any, "The events that the client gets.")
         .returns::<Vec<control::EventInfo>>()
         .preconfig()
         .deprecated(),
     Command::new("quit", Handler::Quit, Role::Operator, "Ends the machine and all its processes.")
         .preconfig(),
     // introspect
-    Command::new("query-qmp-schema", Handler::QueryQmpSchema, Role::Monitor, "The schema of this table.")
-        .returns::<Vec<introspect::SchemaInfo>>()
-        .preconfig(),
+    Command::new(
+        "query-qmp-schema",
+        Handler::QueryQmpSchema,
+        Role::Any,
+        "The schema of what the client may use.",
+    )
+    .returns::<Vec<introspect::SchemaInfo>>()
+    .preconfig(),
     // run-state
     Command::new("query-status", Handler::QueryStatus, Role::Monitor, "The run state.")
         .returns::<run_state::StatusInfo>()
@@ -143,9 +176,9 @@ pub static COMMANDS: &[Command] = &[
     Command::new("system_reset", Handler::SystemReset, Role::Operator, "Resets the machine."),
     Command::new("system_powerdown", Handler::SystemPowerdown, Role::Operator, "Presses the power button."),
     Command::new("inject-nmi", Handler::InjectNmi, Role::Operator, "Injects an NMI into every vCPU."),
-    Command::new("getfd", Handler::Getfd, Role::Operator, "Names a descriptor that the client sent.")
+    Command::new("getfd", Handler::Getfd, Role::Console, "Names a descriptor that the client sent.")
         .args(misc::GetfdArg::DESCRIPTION),
-    Command::new("closefd", Handler::Closefd, Role::Operator, "Closes a named descriptor.")
+    Command::new("closefd", Handler::Closefd, Role::Console, "Closes a named descriptor.")
         .args(misc::ClosefdArg::DESCRIPTION),
     Command::new(
         "add-fd",
@@ -159,7 +192,7 @@ pub static COMMANDS: &[Command] = &[
         .args(misc::RemoveFdArg::DESCRIPTION),
     Command::new("query-fdsets", Handler::QueryFdsets, Role::Monitor, "The sets of descriptors.")
         .returns::<Vec<misc::FdsetInfo>>(),
-    Command::new("add_client", Handler::AddClient, Role::Operator, "Gives a named descriptor to a server.")
+    Command::new("add_client", Handler::AddClient, Role::Console, "Gives a named descriptor to a server.")
         .args(misc::AddClientArg::DESCRIPTION),
     // machine
     Command::new("query-cpus-fast", Handler::QueryCpusFast, Role::Monitor, "The vCPUs and their threads.")
@@ -174,6 +207,17 @@ pub static COMMANDS: &[Command] = &[
 #[must_use]
 pub fn command(name: &str) -> Option<&'static Command> {
     COMMANDS.iter().find(|command| command.name == name)
+}
+
+/// The commands that a client of a role may execute.
+pub fn commands(role: Role) -> impl Iterator<Item = &'static Command> {
+    COMMANDS.iter().filter(move |command| role.may(command))
+}
+
+/// The events that a client of a role gets.
+#[must_use]
+pub fn events(role: Role) -> &'static [&'static Event] {
+    if role.gets_events() { EVENTS } else { &[] }
 }
 
 /// An event.

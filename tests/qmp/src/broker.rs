@@ -10,6 +10,7 @@ use std::thread::JoinHandle;
 use bulkhead_broker::fd::watch;
 use bulkhead_broker::hub::Hub;
 use bulkhead_broker::monitor;
+use bulkhead_broker::policy::Policy;
 use bulkhead_broker::run::{Sources, run};
 use bulkhead_control_api::config;
 use bulkhead_framework::{Result, Scratch};
@@ -17,6 +18,7 @@ use nix::sys::socket::{
     AddressFamily, Backlog, SockFlag, SockType, UnixAddr, bind, connect, listen, socket, socketpair,
 };
 use std::os::fd::AsRawFd;
+use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 
 use crate::fake;
 
@@ -25,7 +27,18 @@ pub struct Broker {
     scratch: Scratch,
     /// The fake core.
     pub core: fake::Core,
+    unlimited: Vec<config::Monitor>,
+    policy: UnboundedSender<Policy>,
     thread: Option<JoinHandle<std::result::Result<(), String>>>,
+}
+
+/// Role, user ids and group ids of a monitor.
+pub type Limit<'a> = (config::Role, &'a [u32], &'a [u32]);
+
+fn set_limits(monitors: &mut [config::Monitor], limits: &[Limit<'_>]) {
+    for (monitor, (role, uids, gids)) in monitors.iter_mut().zip(limits) {
+        (monitor.role, monitor.uids, monitor.gids) = (*role, uids.to_vec(), gids.to_vec());
+    }
 }
 
 /// How a monitor of a test gets its clients.
@@ -60,6 +73,20 @@ impl Broker {
         autostart: bool,
         console: bool,
     ) -> Result<Self> {
+        Self::start_limited(kinds, &[], connected, autostart, console)
+    }
+
+    /// The same, and the first monitors of all have these limits.
+    ///
+    /// # Errors
+    /// Sockets cannot be made.
+    pub fn start_limited(
+        kinds: &[Kind],
+        limits: &[Limit<'_>],
+        connected: Option<UnixStream>,
+        autostart: bool,
+        console: bool,
+    ) -> Result<Self> {
         let scratch = Scratch::new()?;
         let mut fds: BTreeMap<String, OwnedFd> = BTreeMap::new();
         let mut monitors = Vec::new();
@@ -76,6 +103,8 @@ impl Broker {
             let (number, address) = (kinds.len(), "/client".to_owned());
             monitors.push(socket_monitor(number, "chardev.client".to_owned(), address, false, false));
         }
+        let unlimited = monitors.clone();
+        set_limits(&mut monitors, limits);
         let config = config::Broker { name: None, uuid: [0; 16], monitors, autostart };
         let pair = socketpair(AddressFamily::Unix, SockType::SeqPacket, None, SockFlag::SOCK_CLOEXEC);
         let (ours, theirs) = pair.map_err(std::io::Error::from)?;
@@ -90,8 +119,17 @@ impl Broker {
             connect(fd.as_raw_fd(), &address).map_err(std::io::Error::from)?;
             fake::console(fd);
         }
-        let thread = std::thread::spawn(move || serve(config, ours, listener, fds));
-        Ok(Self { scratch, core, thread: Some(thread) })
+        let (policy, policies) = unbounded_channel();
+        let thread = std::thread::spawn(move || serve(config, (ours, listener), fds, policies));
+        Ok(Self { scratch, core, unlimited, policy, thread: Some(thread) })
+    }
+
+    /// Replaces the limits of the first monitors while the broker runs; the others have none then.
+    pub fn limit(&self, limits: &[Limit<'_>]) {
+        let mut monitors = self.unlimited.clone();
+        set_limits(&mut monitors, limits);
+        // One that has ended needs no policy.
+        let _ = self.policy.send(Policy::new(&monitors));
     }
 
     /// Path of monitor `number`.
@@ -131,15 +169,15 @@ fn socket_path(dir: &Path, number: usize) -> PathBuf {
 fn socket_monitor(number: usize, fd: String, address: String, server: bool, wait: bool) -> config::Monitor {
     let kind = config::ChardevKind::Socket { fd, address, server, wait };
     let chardev = config::Chardev { id: format!("compat_monitor{number}"), kind };
-    config::Monitor { chardev, role: config::Role::Operator }
+    config::Monitor { chardev, role: config::Role::Operator, uids: Vec::new(), gids: Vec::new() }
 }
 
 /// The life of the process, less its jail.
 fn serve(
     config: config::Broker,
-    core: OwnedFd,
-    console: OwnedFd,
+    (core, console): (OwnedFd, OwnedFd),
     mut fds: BTreeMap<String, OwnedFd>,
+    mut policies: UnboundedReceiver<Policy>,
 ) -> std::result::Result<(), String> {
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_io()
@@ -155,6 +193,13 @@ fn serve(
         Sources { core, console, monitors }
     };
     let hub = Rc::new(Hub::new(config));
-    tokio::task::LocalSet::new().block_on(&runtime, run(hub, sources));
+    let local = tokio::task::LocalSet::new();
+    let replaced = Rc::clone(&hub);
+    local.spawn_local(async move {
+        while let Some(policy) = policies.recv().await {
+            replaced.set_policy(policy);
+        }
+    });
+    local.block_on(&runtime, run(hub, sources));
     Ok(())
 }

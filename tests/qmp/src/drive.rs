@@ -10,6 +10,7 @@ use bulkhead_broker::session::Session;
 use bulkhead_control_api::{config, core};
 use bulkhead_qapi::json::{Item, Reader};
 use bulkhead_qapi::request;
+use bulkhead_qapi::table::Role;
 use serde_json::{Value, json};
 
 use crate::cases;
@@ -49,11 +50,11 @@ pub fn drive(input: &[u8]) -> usize {
 }
 
 fn answer(session: &mut Session, config: &config::Broker, item: Item) {
-    let (id, call) = request::resolve(item, session.mode);
+    let (id, call) = request::resolve(item, session.mode, Role::Operator);
     let reply = match call {
-        Err(error) => Err(error),
+        Err(refusal) => Err(refusal.into()),
         Ok(call) => {
-            let known = Known { config, state: core::RunState::Running };
+            let known = Known { config, state: core::RunState::Running, role: Role::Operator };
             match commands::begin(call, &known, &mut session.mode) {
                 Step::Reply(reply) => reply,
                 Step::Descriptors(op) => Descriptors::default().execute(op, "", || None),

@@ -144,6 +144,10 @@ pub struct Console {
 pub enum Role {
     /// Everything.
     Operator,
+    /// Reads state, gets events.
+    Monitor,
+    /// Connects itself to a character device.
+    Console,
 }
 
 /// A QMP monitor.
@@ -153,6 +157,10 @@ pub struct Monitor {
     pub chardev: Chardev,
     /// What its clients may do.
     pub role: Role,
+    /// User ids that may connect; empty: every one.
+    pub uids: Vec<u32>,
+    /// Group ids that may connect; empty: every one.
+    pub gids: Vec<u32>,
 }
 
 /// Configuration of the broker.

@@ -99,6 +99,14 @@ impl Params {
         }
     }
 
+    /// All numbers of a parameter that may be given several times.
+    pub fn numbers(&self, name: &str) -> impl Iterator<Item = u64> {
+        self.given.iter().filter(move |(given, _)| *given == name).filter_map(|(_, value)| match value {
+            Value::Number(number, _) => Some(*number),
+            Value::Text(_) | Value::Flag(_) => None,
+        })
+    }
+
     /// A number or a size in bytes.
     pub fn number(&self, name: &str) -> Option<u64> {
         match self.get(name)? {

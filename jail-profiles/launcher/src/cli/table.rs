@@ -168,7 +168,8 @@ pub static CHARDEV: Group = Group {
     ],
 };
 
-static MON: Group = Group {
+/// Parameters of a monitor.
+pub static MON: Group = Group {
     name: "mon",
     implied: Some("chardev"),
     params: &[
@@ -176,6 +177,17 @@ static MON: Group = Group {
         param("mode", Kind::Text, "control: QMP"),
         param("chardev", Kind::Text, "identifier of its character device"),
         param("pretty", Kind::Flag, "off"),
+        param(
+            "role",
+            Kind::Text,
+            "operator (default): everything; monitor: queries and events; console: add_client",
+        ),
+        param("uid", Kind::Number, "user that may connect; may be given several times (default: every user)"),
+        param(
+            "gid",
+            Kind::Number,
+            "group that may connect; may be given several times (default: every group)",
+        ),
     ],
 };
 
@@ -254,8 +266,8 @@ pub static OPTIONS: &[Spec] = &[
         Opt::Monitor,
         &["mon"],
         &MON,
-        "[chardev=]id,mode=control[,pretty=off]",
-        "Speaks QMP on a character device of type socket or stdio.",
+        "[chardev=]id,mode=control[,pretty=off][,role=operator|monitor|console][,uid=n][,gid=n]",
+        "Speaks QMP on a character device of type socket or stdio. Role, users and groups are not QEMU's: see ROLES.",
     ),
     text(
         Opt::Qmp,

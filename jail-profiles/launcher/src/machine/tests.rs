@@ -55,7 +55,10 @@ fn the_documented_command_line() {
         wait: false,
     };
     let chardev = Chardev { id: "compat_monitor0".into(), kind };
-    assert_eq!(plan.broker.monitors, [config::Monitor { chardev, role: Role::Operator }]);
+    assert_eq!(
+        plan.broker.monitors,
+        [config::Monitor { chardev, role: Role::Operator, uids: vec![], gids: vec![] }]
+    );
     assert_eq!(
         opened(&plan),
         ["stdio.in", "stdio.out", "kernel", "initrd", "kvm", "pidfile", "chardev.compat_monitor0",]
