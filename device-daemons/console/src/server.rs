@@ -287,6 +287,7 @@ impl Server {
             Command::Reset => self.machine.reset(),
             Command::Pause => self.machine.pause(),
             Command::Resume => self.machine.resume()?,
+            Command::PressPowerButton => self.machine.press_power_button()?,
         }
         let Peer::Up(link) = &self.core else { return Ok(Flow::End) };
         match link.send_with(&ToCore::Done { id }, &[], MsgFlags::MSG_DONTWAIT) {

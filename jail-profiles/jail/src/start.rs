@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::env;
 use std::ffi::CString;
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd, RawFd};
+use std::time::Duration;
 
 use bulkhead_control_api::opener::FromOpener;
 use bulkhead_control_api::{MAX_CONFIG, VERSION, decode};
@@ -14,7 +15,7 @@ use serde::de::DeserializeOwned;
 
 use crate::link::{Link, LinkError};
 use crate::starter::Starter;
-use crate::topology::Process;
+use crate::topology::{Boots, Process};
 use crate::{log, sandbox, surroundings};
 
 /// First inherited descriptor (`sd_listen_fds(3)`).
@@ -103,6 +104,7 @@ impl Start {
             env::var("BULKHEAD_STARTER").map_err(|_| StartError::Environment("BULKHEAD_STARTER"))?;
         let list = inherited(&starter)?;
         let notify = env::var("NOTIFY_SOCKET").ok();
+        let watchdog = env::var("WATCHDOG_USEC").ok().and_then(|text| text.parse().ok());
         sandbox::forget_environment();
         let end = FIRST_FD + RawFd::try_from(list.len()).unwrap_or(RawFd::MAX - FIRST_FD);
         let mut start = Self { process, fds: BTreeMap::new(), starter: Starter::default(), opener: None };
@@ -117,6 +119,11 @@ impl Start {
             }
             (None, _) => Starter::default(),
         };
+        start.starter.watchdog = watchdog.map(Duration::from_micros);
+        // The word that asked for this process: left in its FIFO it would ask for another one.
+        if let Some(boot) = start.fds.get("boot").filter(|_| process.boots == Boots::Boot) {
+            let _ = nix::unistd::read(boot, &mut [0; 64]);
+        }
         start.ask_opener(&starter)?;
         for rule in process.fds.iter().filter(|r| !r.ends_with('?') && !r.ends_with('*')) {
             if !start.fds.contains_key(*rule) {

@@ -6,6 +6,7 @@
 //! under two names must find that out.
 
 use std::os::fd::{AsFd, AsRawFd as _, BorrowedFd, OwnedFd};
+use std::time::Duration;
 
 use nix::errno::Errno;
 use nix::sys::socket::{AddressFamily, MsgFlags, SockFlag, SockType, UnixAddr, connect, send, socket};
@@ -16,13 +17,15 @@ use crate::link::send_packet;
 #[derive(Debug, Default)]
 pub struct Starter {
     fd: Option<OwnedFd>,
+    /// How long the process may be silent (`WatchdogSec=`), if that is watched.
+    pub watchdog: Option<Duration>,
 }
 
 impl Starter {
     /// Talks through this descriptor.
     #[must_use]
     pub const fn new(fd: Option<OwnedFd>) -> Self {
-        Self { fd }
+        Self { fd, watchdog: None }
     }
 
     /// Connects to the service manager's socket, as `NOTIFY_SOCKET` names it.
@@ -37,7 +40,7 @@ impl Starter {
             None => UnixAddr::new(address)?,
         };
         connect(fd.as_raw_fd(), &address)?;
-        Ok(Self { fd: Some(fd) })
+        Ok(Self { fd: Some(fd), watchdog: None })
     }
 
     /// What to wait for when a call gave `EAGAIN`.

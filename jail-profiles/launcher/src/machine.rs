@@ -2,6 +2,8 @@
 //!
 //! A pure function; `opener` carries the plan out.
 
+use std::hash::{BuildHasher as _, RandomState};
+
 use bulkhead_control_api::config;
 
 use crate::cli::{Error, Problem};
@@ -94,6 +96,7 @@ pub fn plan(options: &Options) -> Result<Plan, Error> {
         None => default_serial(options, &mut devices)?,
     };
     let autostart = !options.stopped;
+    let life = new_life();
     Ok(Plan {
         core: config::Core {
             ram: options.ram,
@@ -104,13 +107,19 @@ pub fn plan(options: &Options) -> Result<Plan, Error> {
         },
         loader: loader(options)?,
         console: config::Console {
+            life,
             chardevs: devices.all.iter().filter(|d| d.owner == Owner::Console).map(Device::config).collect(),
             serial: serial.map(|device| device.id),
         },
-        broker: config::Broker { name: options.name.clone(), uuid: options.uuid, monitors, autostart },
+        broker: config::Broker { life, name: options.name.clone(), uuid: options.uuid, monitors, autostart },
         terminal: devices.terminal(),
         opens: opens(options, &devices),
     })
+}
+
+/// A number that no other life of a machine has; keyed at random by the standard library.
+pub fn new_life() -> u64 {
+    RandomState::new().hash_one(std::process::id())
 }
 
 fn loader(options: &Options) -> Result<config::Loader, Error> {

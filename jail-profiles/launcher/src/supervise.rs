@@ -165,6 +165,12 @@ fn names_of(kind: &ChardevKind) -> Vec<String> {
     }
 }
 
+/// Whether a compartment connects to one that may be started anew, so that it will need another connection.
+fn outlives_a_listener(process: &Process) -> bool {
+    let restarts = |name| topology::PROCESSES.iter().any(|p| p.name == name && p.restart == Restart::Always);
+    topology::LINKS.iter().any(|link| link.connector == process.name && restarts(link.listener))
+}
+
 /// The opener's link to a compartment, begun and with nothing to give yet; the second end is the compartment's.
 fn opener_link() -> Result<(Link, OwnedFd), String> {
     let fail = |e: &dyn std::fmt::Display| format!("opener's link: {e}");
@@ -228,7 +234,7 @@ impl Supervisor {
             }
         }
         let (notify, theirs) = packets()?;
-        let opener = if process.may_have("opener") { Some(opener_link()?) } else { None };
+        let opener = if outlives_a_listener(process) { Some(opener_link()?) } else { None };
         let mut fds: Vec<(String, BorrowedFd<'_>)> = Vec::new();
         fds.extend(self.configs.get(process.name).map(|fd| ("config".to_owned(), fd.as_fd())));
         for (name, meeting) in &self.meetings {
@@ -237,7 +243,7 @@ impl Supervisor {
             }
         }
         fds.extend(connections.iter().map(|(name, fd)| (name.clone(), fd.as_fd())));
-        if process.may_have("boot") {
+        if process.boots == Boots::Vm && process.may_have("boot") {
             fds.push(("boot".into(), self.boot.1.as_fd()));
         }
         if process.boots == Boots::Vm {

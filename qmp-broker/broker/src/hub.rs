@@ -191,6 +191,7 @@ impl Hub {
                 let data = GuestPanickedData { action, info: None };
                 self.emit(&table::GUEST_PANICKED, serde_json::to_value(data).ok());
             }
+            core::Event::PowerButton => self.emit(&table::POWERDOWN, None),
             core::Event::Exiting => self.ended.notify_one(),
         }
     }

@@ -205,6 +205,19 @@ fn power_off_ends_the_vm() -> Result<()> {
     guest.check(guest.console().text().ends_with("powering off\r\n"), "its last words are not the last")
 }
 
+/// A service manager presses the power button by a signal to core, without QMP.
+#[test]
+fn sigpwr_presses_the_power_button() -> Result<()> {
+    let (guest, mut qmp) = held("test=powerbutton", &[])?;
+    let core = nix::unistd::Pid::from_raw(guest.process("core")?.pid);
+    guest.expect("press the button")?;
+    nix::sys::signal::kill(core, Signal::SIGPWR).map_err(|error| error.to_string())?;
+    guest.event(&mut qmp, "POWERDOWN", &Value::Null)?;
+    guest.expect("pressed, status=")?;
+    guest.event(&mut qmp, "SHUTDOWN", &json!({"guest": true, "reason": "guest-shutdown"}))?;
+    guest.ends(0)
+}
+
 #[test]
 fn the_power_button_reaches_the_guest() -> Result<()> {
     let (guest, mut qmp) = held("test=powerbutton", &[])?;

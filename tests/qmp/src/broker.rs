@@ -105,7 +105,7 @@ impl Broker {
         }
         let unlimited = monitors.clone();
         set_limits(&mut monitors, limits);
-        let config = config::Broker { name: None, uuid: [0; 16], monitors, autostart };
+        let config = config::Broker { life: 0, name: None, uuid: [0; 16], monitors, autostart };
         let pair = socketpair(AddressFamily::Unix, SockType::SeqPacket, None, SockFlag::SOCK_CLOEXEC);
         let (ours, theirs) = pair.map_err(std::io::Error::from)?;
         let core = fake::Core::start(theirs.try_clone()?, theirs);

@@ -17,7 +17,7 @@ pub enum FromCore {
         /// Interrupts (GSI numbers) that the daemon may raise by writing to the eventfd.
         irqs: Vec<u32>,
     },
-    /// Do this, then answer [`ToCore::Done`] with the same id. No vCPU runs meanwhile.
+    /// Do this, then answer [`ToCore::Done`] with the same id. No vCPU runs meanwhile, if the command does not say otherwise.
     Command {
         /// Echoed in the answer.
         id: u32,
@@ -26,7 +26,7 @@ pub enum FromCore {
     },
 }
 
-/// What core asks of a bus daemon while no vCPU runs.
+/// What core asks of a bus daemon.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Command {
     /// Put every device into its reset state; keep what a reset keeps (RTC time, connections).
@@ -35,6 +35,8 @@ pub enum Command {
     Pause,
     /// Let the virtual clock go on from where it stopped.
     Resume,
+    /// The host presses the power button. vCPUs may run meanwhile.
+    PressPowerButton,
 }
 
 /// Daemon to core.

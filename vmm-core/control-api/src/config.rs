@@ -133,6 +133,8 @@ pub struct Chardev {
 /// Configuration of the console.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Console {
+    /// Which life of core this is for: a state that outlived another one is not for this machine.
+    pub life: u64,
     /// Character devices of this process.
     pub chardevs: Vec<Chardev>,
     /// Id of the character device behind COM1; the port exists only if there is one.
@@ -166,6 +168,8 @@ pub struct Monitor {
 /// Configuration of the broker.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Broker {
+    /// As in [`Console`].
+    pub life: u64,
     /// `-name`.
     pub name: Option<String>,
     /// `-uuid`, all zero without it.

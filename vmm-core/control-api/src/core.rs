@@ -144,6 +144,8 @@ pub enum Event {
     GuestPanicked,
     /// Core is about to exit: tell the clients what is still queued, then close the link.
     Exiting,
+    /// The host pressed the power button (SIGPWR).
+    PowerButton,
 }
 
 /// Core to broker.

@@ -1,18 +1,23 @@
-//! Loader runs: one packet asks the starter for a loader, the loader connects, gets the RAM and
+//! Loader runs: a word asks the starter for a loader, the loader connects, gets the RAM and
 //! answers where to start.
 
-use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::collections::VecDeque;
+use std::os::fd::{AsFd, OwnedFd};
 use std::time::{Duration, Instant};
 
 use bulkhead_control_api::loader::{Job, MAX_FAILURE, Mode, Outcome, Start};
 use bulkhead_jail::link::LinkError;
-use nix::sys::socket::{MsgFlags, send};
+use nix::sys::socket::MsgFlags;
 
 use crate::door::{Arrival, Door};
 use crate::memory::Ram;
 
 /// A loader run takes no longer; then the boot has failed.
 const PATIENCE: Duration = Duration::from_secs(60);
+/// A guest that resets itself in a loop boots at most so often without a pause ...
+const BURST: usize = 10;
+/// ... within this.
+const SPAN: Duration = Duration::from_secs(1);
 
 /// How far the boot is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -35,12 +40,16 @@ pub struct Boot {
     /// How far the boot is.
     pub phase: Phase,
     trigger: OwnedFd,
+    /// When loaders were asked for, the oldest first.
+    asked: VecDeque<Instant>,
+    /// A loader is to be asked for as soon as the pace allows.
+    due: bool,
 }
 
 impl Boot {
     /// Asks for the first loader run.
     pub fn new(door: Door, trigger: OwnedFd) -> Result<Self, String> {
-        let mut boot = Self { door, phase: Phase::Started, trigger };
+        let mut boot = Self { door, phase: Phase::Started, trigger, asked: VecDeque::new(), due: false };
         boot.begin()?;
         Ok(boot)
     }
@@ -51,8 +60,23 @@ impl Boot {
             return Ok(());
         }
         self.phase = Phase::Loading(Instant::now());
-        let flags = MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_NOSIGNAL;
-        send(self.trigger.as_raw_fd(), b"boot", flags)
+        self.due = true;
+        self.ask()
+    }
+
+    /// Asks for the loader that is due, if the pace allows it.
+    fn ask(&mut self) -> Result<(), String> {
+        let full = self.asked.len() >= BURST;
+        if !self.due || (full && self.asked.front().is_some_and(|at| at.elapsed() < SPAN)) {
+            return Ok(());
+        }
+        self.due = false;
+        self.asked.push_back(Instant::now());
+        if full {
+            self.asked.pop_front();
+        }
+        // A socket under the launcher, a FIFO under systemd.
+        nix::unistd::write(&self.trigger, b"boot")
             .map(drop)
             .map_err(|errno| self.failed(format!("the starter cannot be asked for a loader: {errno}")))
     }
@@ -108,6 +132,7 @@ impl Boot {
 
     /// Ends a run that takes too long.
     pub fn expire(&mut self) -> Result<(), String> {
+        self.ask()?;
         let greeted = self.door.is_greeting();
         self.door.expire();
         self.greeted(greeted)?;

@@ -60,6 +60,11 @@ impl Console {
         if self.door.is_linked() { self.command(Command::Reset) } else { Ok(()) }
     }
 
+    /// Presses the power button.
+    pub fn press_power_button(&mut self) -> Result {
+        self.command(Command::PressPowerButton)
+    }
+
     fn command(&mut self, what: Command) -> Result {
         self.last_id = self.last_id.wrapping_add(1);
         let id = self.last_id;

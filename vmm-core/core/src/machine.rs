@@ -10,6 +10,7 @@ use bulkhead_control_api::core::{
 use bulkhead_jail::{error, info};
 use kvm_bindings::kvm_clock_data;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::signal::Signal;
 use nix::sys::signalfd::SignalFd;
 
 use crate::boot::{Boot, Phase};
@@ -50,7 +51,7 @@ pub struct PowerOn {
 /// What core knows of its surroundings.
 #[derive(Debug)]
 pub struct Host {
-    /// SIGTERM, SIGINT and SIGHUP.
+    /// SIGTERM, SIGINT, SIGHUP and SIGPWR.
     pub signals: SignalFd,
     /// Host thread ids of the vCPUs by index.
     pub threads: Vec<u32>,
@@ -328,6 +329,17 @@ impl Machine {
 
     fn on_signal(&mut self) -> Result<()> {
         match self.host.signals.read_signal() {
+            Ok(Some(info)) if i32::try_from(info.ssi_signo) == Ok(Signal::SIGPWR as i32) => {
+                // What is off has no use for its power button, as with QMP's system_powerdown.
+                let on =
+                    matches!(self.state.run(), RunState::Prelaunch | RunState::Running | RunState::Paused);
+                if on && self.console.door.is_linked() {
+                    let pressed = self.console.press_power_button();
+                    self.judge_console(pressed);
+                }
+                self.broker.tell(Event::PowerButton, self.state.run());
+                Ok(())
+            }
             Ok(Some(_)) => self.apply(|state, out| state.shutdown(Cause::HostSignal, out)),
             _ => Ok(()),
         }

@@ -12,14 +12,15 @@ use crate::sys::KICK_SIGNAL;
 extern "C" fn nothing(_: libc::c_int, _: *mut libc::siginfo_t, _: *mut libc::c_void) {}
 
 /// Sets signals up for all threads that are made after this; returns the descriptor that tells of
-/// SIGTERM, SIGINT and SIGHUP.
+/// SIGTERM, SIGINT and SIGHUP, which end the VM, and SIGPWR, which presses its power button.
 pub fn set_up() -> Result<SignalFd> {
     // SIGXFSZ: a RAM larger than RLIMIT_FSIZE is to be an error, not a death.
     for signal in [KICK_SIGNAL, libc::SIGXFSZ] {
         register_signal_handler(signal, nothing)
             .map_err(|e| Error::System("sigaction", nix::errno::Errno::from_raw(e.errno())))?;
     }
-    let ends: SigSet = [Signal::SIGTERM, Signal::SIGINT, Signal::SIGHUP].into_iter().collect();
-    ends.thread_block().map_err(system("sigprocmask"))?;
-    SignalFd::with_flags(&ends, SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK).map_err(system("signalfd"))
+    let taken = [Signal::SIGTERM, Signal::SIGINT, Signal::SIGHUP, Signal::SIGPWR];
+    let taken: SigSet = taken.into_iter().collect();
+    taken.thread_block().map_err(system("sigprocmask"))?;
+    SignalFd::with_flags(&taken, SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK).map_err(system("signalfd"))
 }

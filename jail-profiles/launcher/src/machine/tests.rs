@@ -30,8 +30,20 @@ fn run_alone_boots_the_native_guest_on_the_terminal() {
     let kernel = "the native guest".to_owned();
     assert_eq!(plan.loader, config::Loader { kernel, initrd: None, cmdline: String::new(), cpus });
     let serial = Chardev { id: "serial0".into(), kind: ChardevKind::Stdio };
-    assert_eq!(plan.console, config::Console { chardevs: vec![serial], serial: Some("serial0".into()) });
-    assert_eq!(plan.broker, config::Broker { name: None, uuid: [0; 16], monitors: vec![], autostart: true });
+    assert_eq!(
+        plan.console,
+        config::Console { life: plan.broker.life, chardevs: vec![serial], serial: Some("serial0".into()) }
+    );
+    assert_eq!(
+        plan.broker,
+        config::Broker {
+            life: plan.console.life,
+            name: None,
+            uuid: [0; 16],
+            monitors: vec![],
+            autostart: true
+        }
+    );
     assert_eq!(opened(&plan), ["stdio.in", "stdio.out", "kernel", "kvm"]);
     assert_eq!(plan.opens[2].what, What::NativeGuest);
     assert_eq!(plan.terminal, Some(Terminal { signals: true }));
