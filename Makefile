@@ -4,7 +4,7 @@ LAB := cargo run -p bulkhead-lab --
 
 export PATH := $(PATH):$(HOME)/.cargo/bin
 
-.PHONY: help setup demo check bench lab fmt
+.PHONY: help setup demo check bench lab fmt install
 
 help:
 	@echo "make demo    build, start a VM, drive it over QMP, show its processes"
@@ -12,6 +12,7 @@ help:
 	@echo "make bench   the product's figures beside their references; FIGURES=\"start qmp\" chooses"
 	@echo "make lab     only the cases that boot Debian in the lab"
 	@echo "make fmt     format the sources"
+	@echo "make install  install binaries and systemd units; DESTDIR= goes before each path"
 	@echo "make setup   install the Debian packages that the others need"
 
 setup:
@@ -29,6 +30,10 @@ bench: setup
 
 lab: setup
 	@$(LAB) run
+
+install:
+	@cargo build --release --locked
+	@jail-profiles/install.sh
 
 fmt:
 	@cargo fmt --all

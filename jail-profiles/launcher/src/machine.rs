@@ -183,7 +183,7 @@ impl Device {
             Backend::Socket { place, server, wait } => config::ChardevKind::Socket {
                 fd: self.fd(),
                 address: match place {
-                    Place::Path(path) => path.clone(),
+                    Place::Path(path) | Place::Unit(path) => path.clone(),
                     Place::Fd(fd) => format!("fd:{fd}"),
                 },
                 server: *server,
@@ -196,7 +196,8 @@ impl Device {
     fn opens(&self) -> Vec<Open> {
         let open = |name: String, what| Open { name, at: self.at.clone(), what };
         match &self.backend {
-            Backend::Null => Vec::new(),
+            // The service manager gives a unit's listener to the process itself.
+            Backend::Null | Backend::Socket { place: Place::Unit(_), .. } => Vec::new(),
             Backend::Stdio { .. } => vec![
                 open("stdio.in".to_owned(), What::StandardInput),
                 open("stdio.out".to_owned(), What::StandardOutput),

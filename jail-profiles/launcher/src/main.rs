@@ -13,6 +13,7 @@ mod rendezvous;
 mod spawn;
 mod supervise;
 mod terminal;
+mod unit;
 
 use std::ffi::OsString;
 use std::process::ExitCode;
@@ -39,6 +40,7 @@ fn main() -> ExitCode {
 fn execute(args: &[String], inherited: Inherited) -> Result<u8, String> {
     let text = match cli::parse(args).map_err(|e| e.to_string())? {
         Command::Run(given) => return run(&given, inherited),
+        Command::Unit(words) => return unit::run(&words),
         Command::Doctor => return doctor::run(),
         Command::Help => help::USAGE.to_owned(),
         Command::RunHelp => help::options(),

@@ -10,12 +10,12 @@ mod sockets;
 
 pub use error::Error;
 pub use files::{Created, abandon_pid_file, kvm, sealed};
-pub use inherited::Inherited;
+pub use inherited::{Inherited, from_service_manager};
 pub use sockets::abandon as abandon_socket;
 
 use std::collections::BTreeMap;
 use std::io;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 use crate::machine::{Open, What};
 
@@ -76,6 +76,26 @@ fn open_one(request: &Open, inherited: &mut Inherited) -> Result<(OwnedFd, Optio
         }
     };
     Ok((fd, None))
+}
+
+/// Opens what a machine file names, in the VM's directory, which no path of it leaves.
+///
+/// # Errors
+/// The kernel's, or it is something that no unit can have.
+pub fn open_beneath(dir: BorrowedFd<'_>, request: &Open) -> Result<OwnedFd, Error> {
+    let opened = match &request.what {
+        What::Kvm => files::kvm(),
+        What::Input(path) => files::input_beneath(dir, path),
+        What::NativeGuest => files::sealed("native-guest", bulkhead_guest::ELF),
+        What::Output { path, append } => files::output_beneath(dir, path, *append),
+        What::StandardInput
+        | What::StandardOutput
+        | What::Connection(_)
+        | What::Inherited { .. }
+        | What::Listener(_)
+        | What::PidFile(_) => Err(Error::NotInAUnit),
+    };
+    opened.map_err(|e| e.of(&request.at))
 }
 
 /// The copy shares its file description, and so O_NONBLOCK, with the user's shell: leave that alone.

@@ -14,6 +14,7 @@ const INDENT: usize = 8;
 /// `bulkhead --help`.
 pub const USAGE: &str = "\
 usage: bulkhead run [OPTIONS]    start a VM; `bulkhead run -h` lists the options
+       bulkhead unit COMMAND     what the units of a VM under systemd run; `bulkhead unit` lists it
        bulkhead doctor           say what KVM and the jails can do on this host
        bulkhead --help           print this
        bulkhead --version        print the version

@@ -14,6 +14,8 @@ pub use table::{Opt, Spec, Takes};
 pub enum Command {
     /// `bulkhead run`: the options in the order in which they were given.
     Run(Vec<Given>),
+    /// `bulkhead unit`: what a unit runs.
+    Unit(Vec<String>),
     /// `bulkhead doctor`.
     Doctor,
     /// `bulkhead --help`.
@@ -63,6 +65,7 @@ pub fn parse(args: &[String]) -> Result<Command, Error> {
     };
     let known = match command.as_str() {
         "run" => return parse_run(rest),
+        "unit" => return Ok(Command::Unit(rest.to_vec())),
         "doctor" => Command::Doctor,
         "help" | "-h" | "-help" | "--help" => Command::Help,
         "-version" | "--version" => Command::Version,

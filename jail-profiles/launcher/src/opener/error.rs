@@ -42,6 +42,11 @@ pub enum Error {
     NotListening(u32),
     #[error("File descriptor '{0}' listens: use server=on")]
     Listening(u32),
+    #[error(
+        "a unit has neither terminal nor inherited descriptors, and its sockets are those of its socket units: use \
+         file, null, or one of the sockets in /run/bulkhead/NAME"
+    )]
+    NotInAUnit,
     #[error("cannot create PID file: Could not create '{0}': {1}")]
     PidFile(String, Cause),
     #[error("cannot create PID file: Cannot lock pid file: another process holds it")]

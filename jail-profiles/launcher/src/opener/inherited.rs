@@ -18,6 +18,34 @@ use super::Error;
 #[derive(Debug, Default)]
 pub struct Inherited(BTreeSet<RawFd>);
 
+/// The descriptors that the service manager gave, with their names (`sd_listen_fds(3)`); call it once, before
+/// anything is opened.
+///
+/// # Errors
+/// One line: there are none, or they are not for this process.
+pub fn from_service_manager() -> Result<Vec<(String, OwnedFd)>, String> {
+    let var =
+        |name: &str| std::env::var(name).map_err(|_| format!("{name} is not set: this command is for units"));
+    if var("LISTEN_PID")? != std::process::id().to_string() {
+        return Err("LISTEN_PID is another process".to_owned());
+    }
+    let (count, names) = (var("LISTEN_FDS")?, var("LISTEN_FDNAMES")?);
+    let names: Vec<&str> = names.split(':').collect();
+    if count != names.len().to_string() {
+        return Err("LISTEN_FDNAMES does not name LISTEN_FDS descriptors".to_owned());
+    }
+    let adopt = |(number, name): (RawFd, &str)| {
+        // SAFETY: the service manager has opened this number for us, and nothing in this program has taken
+        // it: it is called once, before anything is opened.
+        (name.to_owned(), unsafe { OwnedFd::from_raw_fd(number) })
+    };
+    let fds: Vec<(String, OwnedFd)> = (3..).zip(names).map(adopt).collect();
+    for (_, fd) in &fds {
+        fcntl(fd, FcntlArg::F_SETFD(FdFlag::FD_CLOEXEC)).map_err(|e| e.to_string())?;
+    }
+    Ok(fds)
+}
+
 impl Inherited {
     /// Looks at what is open; to be called once and before the launcher opens anything.
     ///

@@ -47,6 +47,8 @@ pub enum Place {
     Path(String),
     /// The inherited one of this number.
     Fd(u32),
+    /// The one on which a socket unit listens at this path.
+    Unit(String),
 }
 
 /// Parameters that each back end takes beside `backend` and `id`.

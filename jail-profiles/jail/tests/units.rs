@@ -1,0 +1,286 @@
+//! The units in `jail-profiles/systemd` are those that the topology makes. `BLESS=1` writes them.
+
+use std::collections::BTreeMap;
+use std::fmt::Write as _;
+use std::path::{Path, PathBuf};
+
+use bulkhead_jail::topology::{Boots, FileSize, Namespace, PROCESSES, Process, Restart};
+
+/// Where a package puts the processes' executables.
+const LIBEXEC: &str = "/usr/libexec/bulkhead";
+/// An empty root directory with mount points.
+const ROOT: &str = "/usr/lib/bulkhead/root";
+/// Sockets of the opener and the loader's FIFO: nobody but root enters this directory.
+const INNER: &str = "/run/bulkhead-inner/%i";
+const HEAD: &str =
+    "# Made from topology.toml: change that, then run BLESS=1 cargo test -p bulkhead-jail --test units\n";
+
+/// What every unit has.
+const SANDBOX: &str = "\
+NoNewPrivileges=yes
+CapabilityBoundingSet=
+AmbientCapabilities=
+PrivateNetwork=yes
+PrivateIPC=yes
+PrivateTmp=yes
+ProtectSystem=strict
+ProtectHome=yes
+ProtectClock=yes
+ProtectHostname=yes
+ProtectKernelLogs=yes
+ProtectKernelModules=yes
+ProtectKernelTunables=yes
+ProtectControlGroups=yes
+ProtectProc=invisible
+ProcSubset=pid
+RestrictAddressFamilies=AF_UNIX
+RestrictNamespaces=yes
+RestrictRealtime=yes
+RestrictSUIDSGID=yes
+LockPersonality=yes
+MemoryDenyWriteExecute=yes
+RemoveIPC=yes
+KeyringMode=private
+UMask=0077
+IPAddressDeny=any
+SystemCallArchitectures=native
+SystemCallErrorNumber=EPERM
+LimitCORE=0
+";
+
+/// A superset of the process's own filter, which it applies itself, and of what it needs until then. That one traps
+/// and says what was called; this one only makes calls fail.
+const CALLS: &str = "\
+SystemCallFilter=@system-service seccomp landlock_create_ruleset landlock_add_rule landlock_restrict_self kcmp
+SystemCallFilter=~@chown @clock @cpu-emulation @debug @module @mount @obsolete @privileged @raw-io @reboot @resources @swap @setuid
+";
+
+fn user(out: &mut String, part: &str) {
+    let _ = writeln!(out, "DynamicUser=yes\nUser=bh-{part}-%i\nSlice=bulkhead-%i.slice");
+}
+
+fn root(out: &mut String, binary: &str, binds: &[&str]) {
+    let _ = writeln!(out, "RootDirectory={ROOT}\nMountAPIVFS=no\nBindReadOnlyPaths={binary}");
+    for bind in binds {
+        let _ = writeln!(out, "BindPaths={bind}");
+    }
+}
+
+fn limits(out: &mut String, process: &Process) {
+    let fsize = match process.limits.fsize {
+        FileSize::Bytes(bytes) => bytes.to_string(),
+        // Core sets its own, when it knows the size of RAM.
+        FileSize::Ram | FileSize::Unlimited => "infinity".to_owned(),
+    };
+    let _ = writeln!(
+        out,
+        "LimitNOFILE={}\nLimitDATA={}\nLimitFSIZE={fsize}",
+        process.limits.nofile, process.limits.data
+    );
+}
+
+/// Order and death of a process.
+fn unit_section(process: &Process) -> String {
+    let mut out = format!(
+        "{HEAD}[Unit]\nDescription=Bulkhead VM %i: {}\nDocumentation=man:bulkhead(1)\n\
+         PartOf=bulkhead@%i.target\n",
+        process.about
+    );
+    // The opener's sockets are bound into its root directory.
+    out.push_str("Requires=bulkhead-opener@%i.socket\n");
+    let opener = "bulkhead-opener@%i.socket bulkhead-opener@%i.service";
+    match process.name {
+        // It stops first, while the others can still say what happens.
+        "core" => {
+            let _ = writeln!(
+                out,
+                "Requires=bulkhead-limits@%i.service\n\
+                 After=bulkhead-limits@%i.service {opener} bulkhead-broker@%i.service bulkhead-console@%i.service"
+            );
+        }
+        "loader" => {
+            let _ = writeln!(out, "After={opener}\nStartLimitIntervalSec=0");
+        }
+        _ => {
+            let _ = writeln!(out, "After=bulkhead-limits@%i.service {opener}\nStartLimitIntervalSec=0");
+        }
+    }
+    out
+}
+
+fn service(process: &Process) -> String {
+    let binary = format!("{LIBEXEC}/{}", process.binary);
+    let mut out = unit_section(process);
+    let _ = writeln!(out, "\n[Service]\nExecStart={binary} %i\nEnvironment=BULKHEAD_STARTER=systemd");
+    match process.boots {
+        Boots::Vm => out.push_str("Type=notify\nNotifyAccess=main\nTimeoutStartSec=30s\n"),
+        // One that hangs is ended before core gives it up.
+        Boots::Boot => out.push_str("Type=oneshot\nTimeoutStartSec=50s\n"),
+    }
+    match process.restart {
+        Restart::Never => out.push_str("Restart=no\n"),
+        Restart::Always => out.push_str("Restart=always\nRestartSec=20ms\n"),
+    }
+    if process.store > 0 {
+        let _ = writeln!(out, "FileDescriptorStoreMax={}", process.store);
+    }
+    match process.name {
+        "core" => out.push_str(
+            "ExecStop=+/usr/bin/bulkhead unit power-off $MAINPID\nTimeoutStopSec=75s\nOOMPolicy=stop\n",
+        ),
+        // They end when core has ended, and have nothing to say to a signal.
+        "broker" => out.push_str(
+            "WatchdogSec=30s\nKillSignal=SIGKILL\nSuccessExitStatus=SIGKILL\nTimeoutStopSec=10s\n\
+             ExecReload=+systemctl --no-block try-restart bulkhead-opener@%i.service\n",
+        ),
+        "console" => out.push_str("KillSignal=SIGKILL\nSuccessExitStatus=SIGKILL\nTimeoutStopSec=10s\n"),
+        _ => {}
+    }
+    out.push_str("LogRateLimitIntervalSec=1s\nLogRateLimitBurst=200\n\n");
+    user(&mut out, process.name);
+    let opener = format!("{INNER}/{}:/run/bulkhead/opener", process.name);
+    root(&mut out, &binary, &[&opener]);
+    if process.namespaces.contains(&Namespace::User) {
+        out.push_str("PrivateUsers=yes\n");
+    }
+    out.push_str("PrivateDevices=yes\nDevicePolicy=closed\n");
+    limits(&mut out, process);
+    out.push_str(SANDBOX);
+    out.push_str(CALLS);
+    out
+}
+
+fn opener() -> String {
+    let mut out = format!(
+        "{HEAD}[Unit]\nDescription=Bulkhead VM %i: opens what its machine file names\n\
+         Documentation=man:bulkhead(1)\nPartOf=bulkhead@%i.target\nRequires=bulkhead-loader@%i.socket\n\
+         After=bulkhead-limits@%i.service bulkhead-loader@%i.socket\nStartLimitIntervalSec=0\n\n\
+         [Service]\nType=notify\nNotifyAccess=main\nExecStart=/usr/bin/bulkhead unit opener %i\n\
+         LoadCredential=machine:/etc/bulkhead/%i.toml\nRestart=always\nRestartSec=200ms\nFileDescriptorStoreMax=1024\n\
+         RuntimeDirectory=bulkhead-links/%i\nRuntimeDirectoryMode=0700\nRuntimeDirectoryPreserve=restart\n\
+         StateDirectory=bulkhead/%i\nStateDirectoryMode=0700\nKillSignal=SIGKILL\nSuccessExitStatus=SIGKILL\n\
+         TimeoutStopSec=10s\nLogRateLimitIntervalSec=1s\nLogRateLimitBurst=200\n\n"
+    );
+    user(&mut out, "opener");
+    root(&mut out, "/usr/bin/bulkhead", &[&format!("{INNER}/boot:/run/bulkhead/boot"), "-/dev/kvm"]);
+    out.push_str("SupplementaryGroups=kvm\nPrivateUsers=no\nDevicePolicy=closed\nDeviceAllow=/dev/kvm rw\n");
+    out.push_str("LimitNOFILE=2048\nLimitDATA=67108864\n");
+    out.push_str(SANDBOX);
+    out.push_str(CALLS);
+    out
+}
+
+fn limits_service() -> String {
+    format!(
+        "{HEAD}[Unit]\nDescription=Bulkhead VM %i: limits of its slice\nDocumentation=man:bulkhead(1)\n\
+         PartOf=bulkhead@%i.target\n\n\
+         [Service]\nType=oneshot\nRemainAfterExit=yes\n\
+         ExecStart=/usr/bin/bulkhead unit limits /etc/bulkhead/%i.toml\n\
+         ExecStop=/usr/bin/bulkhead unit limits --clear %i\n{}{}ProtectProc=invisible\nPrivateDevices=yes\n",
+        SANDBOX
+            .replace("ProtectProc=invisible\n", "")
+            .replace("PrivateNetwork=yes\n", "PrivateNetwork=yes\nPrivateUsers=no\n"),
+        CALLS
+    )
+}
+
+fn target() -> String {
+    let parts = ["opener", "broker", "console"].map(|part| format!("bulkhead-{part}@%i.service")).join(" ");
+    let sockets = sockets().keys().map(|name| name.replace("@.", "@%i.")).collect::<Vec<_>>().join(" ");
+    format!(
+        "{HEAD}[Unit]\nDescription=Bulkhead VM %i\nDocumentation=man:bulkhead(1)\n\
+         BindsTo=bulkhead-core@%i.service\nWants={parts} {sockets}\n\
+         After=bulkhead-core@%i.service {parts} {sockets}\n\n[Install]\nWantedBy=multi-user.target\n"
+    )
+}
+
+/// A socket unit: what it is for, its lines, and whose it is.
+fn socket(about: &str, lines: &str, service: &str) -> String {
+    format!(
+        "{HEAD}[Unit]\nDescription=Bulkhead VM %i: {about}\nDocumentation=man:bulkhead(1)\n\
+         PartOf=bulkhead@%i.target\n\n[Socket]\n{lines}Service=bulkhead-{service}@%i.service\nRemoveOnStop=yes\n"
+    )
+}
+
+fn sockets() -> BTreeMap<String, String> {
+    let mut all = BTreeMap::new();
+    let mut lines = String::new();
+    for process in PROCESSES {
+        let _ = writeln!(lines, "ListenSequentialPacket={INNER}/{}", process.name);
+    }
+    // Each unit has one of them in its own root directory; nobody else gets through the directory.
+    lines.push_str("DirectoryMode=0700\nSocketMode=0666\nFileDescriptorName=opener\n");
+    all.insert(
+        "bulkhead-opener@.socket".to_owned(),
+        socket("where its processes get their descriptors", &lines, "opener"),
+    );
+    let lines = format!(
+        "ListenFIFO={INNER}/boot\nDirectoryMode=0700\nSocketMode=0622\nFileDescriptorName=boot\nTriggerLimitIntervalSec=0\n"
+    );
+    all.insert("bulkhead-loader@.socket".to_owned(), socket("core asks for a loader", &lines, "loader"));
+    for role in ["operator", "monitor", "console"] {
+        // Who may connect, the broker checks by the machine file's lists.
+        let lines = format!(
+            "ListenStream=/run/bulkhead/%i/{role}\nSocketMode=0666\nFileDescriptorName=chardev.{role}\n"
+        );
+        all.insert(
+            format!("bulkhead-qmp-{role}@.socket"),
+            socket(&format!("QMP, role {role}"), &lines, "broker"),
+        );
+    }
+    let lines = "ListenStream=/run/bulkhead/%i/serial\nSocketMode=0600\nFileDescriptorName=chardev.serial\n";
+    all.insert("bulkhead-serial@.socket".to_owned(), socket("serial port", lines, "console"));
+    all
+}
+
+fn units() -> BTreeMap<String, String> {
+    let mut all = sockets();
+    for process in PROCESSES {
+        let mut text = service(process);
+        // A service without these would be started without its sockets.
+        let own: Vec<String> = sockets()
+            .iter()
+            .filter(|(_, socket)| socket.contains(&format!("Service=bulkhead-{}@%i.service", process.name)))
+            .map(|(name, _)| name.replace("@.", "@%i."))
+            .collect();
+        if !own.is_empty() {
+            let sockets = own.join(" ");
+            text = text.replace("\n\n[Service]\n", &format!("\n\n[Service]\nSockets={sockets}\n"));
+        }
+        all.insert(format!("bulkhead-{}@.service", process.name), text);
+    }
+    let opener = opener().replace("[Service]\n", "[Service]\nSockets=bulkhead-opener@%i.socket\n");
+    all.insert("bulkhead-opener@.service".to_owned(), opener);
+    all.insert("bulkhead-limits@.service".to_owned(), limits_service());
+    all.insert("bulkhead@.target".to_owned(), target());
+    all
+}
+
+fn directory() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../systemd")
+}
+
+#[test]
+fn the_units_follow_the_topology() {
+    let expected = units();
+    if std::env::var_os("BLESS").is_some() {
+        for (name, text) in &expected {
+            std::fs::write(directory().join(name), text).unwrap();
+        }
+    }
+    let mut found = BTreeMap::new();
+    for entry in std::fs::read_dir(directory()).unwrap() {
+        let entry = entry.unwrap();
+        let name = entry.file_name().into_string().unwrap();
+        found.insert(name, std::fs::read_to_string(entry.path()).unwrap());
+    }
+    for (name, text) in &expected {
+        assert_eq!(
+            found.get(name),
+            Some(text),
+            "{name}: run BLESS=1 cargo test -p bulkhead-jail --test units"
+        );
+    }
+    let names = |all: &BTreeMap<String, String>| all.keys().cloned().collect::<Vec<_>>();
+    assert_eq!(names(&found), names(&expected));
+}

@@ -1,0 +1,188 @@
+//! What the opener holds for one life of core: everything that the machine file names, opened once, and the
+//! listeners of the links between the processes.
+//!
+//! All of it is in the unit's descriptor store, too, so that an opener that is started anew goes on with it
+//! (`docs/decisions/0005-restarts-and-units.md`).
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::os::fd::{AsFd, AsRawFd as _, BorrowedFd, OwnedFd};
+use std::path::{Path, PathBuf};
+
+use bulkhead_jail::starter::Starter;
+use bulkhead_jail::topology::{LINKS, Link, PROCESSES, Process};
+use nix::errno::Errno;
+use nix::fcntl::{FcntlArg, OFlag, fcntl, open};
+use nix::sys::socket::{AddressFamily, Backlog, SockFlag, SockType, UnixAddr, bind, connect, listen, socket};
+use nix::sys::stat::Mode;
+
+use crate::config_blob;
+use crate::machine::{Plan, What};
+use crate::opener;
+
+/// Connections that may wait: at most one peer at a time has business on such a socket.
+const BACKLOG: i32 = 4;
+/// Where the unit has the FIFO that asks for a loader.
+const BOOT: &str = "/run/bulkhead/boot";
+
+/// Where the opener finds what.
+#[derive(Debug)]
+pub struct Places {
+    /// The VM's directory.
+    pub state: OwnedFd,
+    /// A directory of the opener's own, for the listeners.
+    pub links: PathBuf,
+}
+
+/// What the opener gives.
+#[derive(Debug)]
+pub struct Life {
+    configs: BTreeMap<&'static str, OwnedFd>,
+    fds: BTreeMap<String, OwnedFd>,
+    listeners: BTreeMap<&'static str, OwnedFd>,
+}
+
+/// Name in the store of something opened.
+fn given(name: &str) -> String {
+    format!("given.{name}")
+}
+
+/// Name in the store of a listener.
+fn listening(link: &Link) -> String {
+    format!("listen.{}", link.name)
+}
+
+/// Keeps a descriptor in the store, in place of a former one.
+pub fn keep(starter: &Starter, name: &str, fd: BorrowedFd<'_>) -> Result<(), String> {
+    let kept = starter.forget(name).and_then(|()| starter.keep(name, fd));
+    kept.map_err(|e| format!("cannot keep {name} in the descriptor store: {e}"))
+}
+
+impl Life {
+    /// Opens and binds everything for a new life of core.
+    ///
+    /// # Errors
+    /// One line.
+    pub fn begin(plan: &Plan, places: &Places, starter: &Starter) -> Result<Self, String> {
+        let mut fds = BTreeMap::new();
+        for request in &plan.opens {
+            // Core alone holds the device, from the moment when it asks for it.
+            if matches!(request.what, What::Kvm) {
+                continue;
+            }
+            let fd = opener::open_beneath(places.state.as_fd(), request).map_err(|e| e.to_string())?;
+            keep(starter, &given(&request.name), fd.as_fd())?;
+            fds.insert(request.name.clone(), fd);
+        }
+        let mut listeners = BTreeMap::new();
+        for link in LINKS {
+            let fd = listener(&places.links.join(link.name))
+                .map_err(|e| format!("cannot listen in {}: {e}", places.links.display()))?;
+            keep(starter, &listening(link), fd.as_fd())?;
+            listeners.insert(link.name, fd);
+        }
+        Ok(Self { configs: configs(plan)?, fds, listeners })
+    }
+
+    /// Goes on with what the store has.
+    ///
+    /// # Errors
+    /// Something is missing: the machine file names what it did not before, or the store was lost.
+    pub fn go_on(plan: &Plan, store: &mut BTreeMap<String, OwnedFd>) -> Result<Self, String> {
+        let mut take =
+            |name: String| store.remove(&name).ok_or_else(|| format!("{name} is not in the store"));
+        let mut fds = BTreeMap::new();
+        for request in plan.opens.iter().filter(|request| !matches!(request.what, What::Kvm)) {
+            fds.insert(request.name.clone(), take(given(&request.name))?);
+        }
+        let mut listeners = BTreeMap::new();
+        for link in LINKS {
+            listeners.insert(link.name, take(listening(link))?);
+        }
+        Ok(Self { configs: configs(plan)?, fds, listeners })
+    }
+
+    /// What a process is started with: names and copies of its descriptors.
+    ///
+    /// # Errors
+    /// One line.
+    pub fn for_process(&self, process: &Process, places: &Places) -> Result<Vec<(String, OwnedFd)>, String> {
+        let copy = |fd: &OwnedFd| fd.try_clone().map_err(|e| format!("dup: {e}"));
+        let mut all = Vec::new();
+        if let Some(config) = self.configs.get(process.name) {
+            all.push(("config".to_owned(), copy(config)?));
+        }
+        for (name, fd) in self.listeners.iter().filter(|(name, _)| process.may_have(name)) {
+            all.push(((*name).to_owned(), copy(fd)?));
+        }
+        for link in LINKS.iter().filter(|link| link.connector == process.name) {
+            all.push((link.as_name.to_owned(), connection(&places.links.join(link.name))?));
+        }
+        for (name, fd) in self.fds.iter().filter(|(name, _)| process.may_have(name)) {
+            // A character device has one owner.
+            if !name.starts_with("chardev.") || process.name == "console" {
+                all.push((name.clone(), copy(fd)?));
+            }
+        }
+        if process.may_have("kvm") {
+            all.push(("kvm".to_owned(), opener::kvm().map_err(|e| format!("/dev/kvm: {e}"))?));
+        }
+        if process.name == "core" {
+            let flags = OFlag::O_WRONLY | OFlag::O_NONBLOCK | OFlag::O_CLOEXEC;
+            let boot = open(BOOT, flags, Mode::empty()).map_err(|e| format!("{BOOT}: {e}"))?;
+            all.push(("boot".to_owned(), boot));
+        }
+        Ok(all)
+    }
+
+    /// The configuration of a process, for one that is to read it again.
+    #[must_use]
+    pub fn config(&self, process: &str) -> Option<BorrowedFd<'_>> {
+        self.configs.get(process).map(AsFd::as_fd)
+    }
+
+    /// A new connection for `link`.
+    ///
+    /// # Errors
+    /// Nobody listens, or the queue is full.
+    pub fn connection(&self, link: &Link, places: &Places) -> Result<OwnedFd, String> {
+        connection(&places.links.join(link.name))
+    }
+}
+
+/// The process of that name.
+pub fn process(name: &str) -> Option<&'static Process> {
+    PROCESSES.iter().copied().find(|process| process.name == name)
+}
+
+fn configs(plan: &Plan) -> Result<BTreeMap<&'static str, OwnedFd>, String> {
+    Ok(BTreeMap::from([
+        ("core", config_blob::seal(&plan.core)?),
+        ("loader", config_blob::seal(&plan.loader)?),
+        ("console", config_blob::seal(&plan.console)?),
+        ("broker", config_blob::seal(&plan.broker)?),
+    ]))
+}
+
+fn seqpacket(flags: SockFlag) -> Result<OwnedFd, Errno> {
+    socket(AddressFamily::Unix, SockType::SeqPacket, SockFlag::SOCK_CLOEXEC | flags, None)
+}
+
+fn listener(path: &Path) -> Result<OwnedFd, Errno> {
+    // Of a former life: nobody listens there any more, or nobody who could still be meant.
+    let _ = fs::remove_file(path);
+    let fd = seqpacket(SockFlag::empty())?;
+    bind(fd.as_raw_fd(), &UnixAddr::new(path)?)?;
+    listen(&fd, Backlog::new(BACKLOG)?)?;
+    Ok(fd)
+}
+
+fn connection(path: &Path) -> Result<OwnedFd, String> {
+    // A full queue is an error here, not a wait.
+    let connected = seqpacket(SockFlag::SOCK_NONBLOCK).and_then(|socket| {
+        connect(socket.as_raw_fd(), &UnixAddr::new(path)?)?;
+        fcntl(&socket, FcntlArg::F_SETFL(OFlag::empty()))?;
+        Ok(socket)
+    });
+    connected.map_err(|e| format!("cannot connect to {}: {e}", path.display()))
+}

@@ -1,0 +1,159 @@
+//! What the units of a VM run: `bulkhead unit opener|check|limits|power-off`.
+
+mod file;
+mod life;
+mod serve;
+
+use std::os::fd::OwnedFd;
+use std::path::PathBuf;
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+use bulkhead_jail::starter::Starter;
+use nix::errno::Errno;
+use nix::fcntl::{OFlag, open};
+use nix::sys::signal::{Signal, kill};
+use nix::sys::stat::Mode;
+use nix::unistd::Pid;
+
+use crate::machine;
+use crate::opener::from_service_manager;
+use crate::relay::say;
+use file::Machine;
+use life::Places;
+use serve::Opener;
+
+/// Usage of this command.
+pub const USAGE: &str = "\
+usage: bulkhead unit check FILE           check a machine file; its name is the VM's
+       bulkhead unit limits FILE          give the VM's slice the limits of its machine file (as root)
+       bulkhead unit limits --clear NAME  take them back
+       bulkhead unit opener NAME          give the VM's processes their descriptors (started by its unit)
+       bulkhead unit power-off PID        press the power button and wait for core's end (ExecStop of core)
+";
+/// How long a guest may take to power off.
+const POWER_OFF: Duration = Duration::from_secs(60);
+/// How often the wait says that it waits.
+const PROGRESS: Duration = Duration::from_secs(10);
+/// How often it looks.
+const GLANCE: Duration = Duration::from_millis(50);
+
+/// Runs `bulkhead unit WORDS`.
+///
+/// # Errors
+/// One line.
+pub fn run(words: &[String]) -> Result<u8, String> {
+    let words: Vec<&str> = words.iter().map(String::as_str).collect();
+    match words.as_slice() {
+        ["check", path] => check(path),
+        ["limits", "--clear", name] => {
+            file::check_name(name).and_then(|()| systemctl(&["revert", &slice(name)]))
+        }
+        ["limits", path] => limits(path),
+        ["opener", name] => opener(name),
+        ["power-off"] => Ok(0),
+        ["power-off", pid] => power_off(pid),
+        _ => Err(format!("unit: wrong arguments\n{}", USAGE.trim_end())),
+    }
+}
+
+fn read(name: &str, path: &str) -> Result<Machine, String> {
+    let text = std::fs::read_to_string(path).map_err(|e| format!("{path}: {e}"))?;
+    file::parse(name, &text).map_err(|e| format!("{path}: {e}"))
+}
+
+/// The VM's name: that of its machine file.
+fn name_of(path: &str) -> Result<String, String> {
+    let file = path.rsplit('/').next().unwrap_or(path);
+    let name =
+        file.strip_suffix(".toml").ok_or_else(|| format!("{path}: a machine file is named NAME.toml"))?;
+    file::check_name(name)?;
+    Ok(name.to_owned())
+}
+
+fn check(path: &str) -> Result<u8, String> {
+    let name = name_of(path)?;
+    let machine = read(&name, path)?;
+    machine::plan(&machine.options).map_err(|e| format!("{path}: {e}"))?;
+    Ok(0)
+}
+
+fn slice(name: &str) -> String {
+    format!("bulkhead-{name}.slice")
+}
+
+/// Checks the machine file, then sets the limits for as long as the host runs.
+fn limits(path: &str) -> Result<u8, String> {
+    check(path)?;
+    let name = name_of(path)?;
+    let machine = read(&name, path)?;
+    // What a former file has set and this one does not name is not to stay.
+    systemctl(&["revert", &slice(&name)])?;
+    if machine.limits.is_empty() {
+        return Ok(0);
+    }
+    let slice = slice(&name);
+    let mut words = vec!["set-property", "--runtime", &slice];
+    words.extend(machine.limits.iter().map(String::as_str));
+    systemctl(&words)
+}
+
+fn systemctl(words: &[&str]) -> Result<u8, String> {
+    let output = Command::new("systemctl").args(words).output();
+    let output = output.map_err(|e| format!("systemctl: {e}"))?;
+    if output.status.success() {
+        return Ok(0);
+    }
+    let said = String::from_utf8_lossy(&output.stderr);
+    let said = said.lines().next().unwrap_or("no word");
+    Err(format!("systemctl {}: {said}", words.join(" ")))
+}
+
+/// The opener's life.
+fn opener(name: &str) -> Result<u8, String> {
+    let given = from_service_manager()?;
+    let var =
+        |name: &str| std::env::var(name).map_err(|_| format!("{name} is not set: this command is for units"));
+    let credentials = PathBuf::from(var("CREDENTIALS_DIRECTORY")?);
+    let machine = read(name, &credentials.join("machine").display().to_string())?;
+    let plan = machine::plan(&machine.options).map_err(|e| e.to_string())?;
+    let starter = Starter::connect(&var("NOTIFY_SOCKET")?).map_err(|e| format!("NOTIFY_SOCKET: {e}"))?;
+    let places =
+        Places { state: directory(&var("STATE_DIRECTORY")?)?, links: var("RUNTIME_DIRECTORY")?.into() };
+    Opener::new(plan, places, starter, given)?.serve()
+}
+
+fn directory(path: &str) -> Result<OwnedFd, String> {
+    let flags = OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
+    open(path, flags, Mode::empty()).map_err(|e| format!("{path}: {e}"))
+}
+
+/// SIGPWR is core's power button. When this returns, the service manager ends what still runs.
+fn power_off(pid: &str) -> Result<u8, String> {
+    let number =
+        pid.parse().ok().filter(|pid| *pid > 1).ok_or_else(|| format!("{pid:?} is no process id"))?;
+    let core = Pid::from_raw(number);
+    match kill(core, Signal::SIGPWR) {
+        Err(Errno::ESRCH) => return Ok(0),
+        result => result.map_err(|e| format!("SIGPWR to {pid}: {e}"))?,
+    }
+    let began = Instant::now();
+    let mut said = began;
+    while kill(core, None) != Err(Errno::ESRCH) {
+        if began.elapsed() > POWER_OFF {
+            say("<4>", "bulkhead", "the guest does not power off: it is switched off");
+            return Ok(0);
+        }
+        if said.elapsed() > PROGRESS {
+            said = Instant::now();
+            let seconds = (began.elapsed().as_secs(), POWER_OFF.as_secs());
+            say(
+                "<5>",
+                "bulkhead",
+                &format!("waiting for the guest to power off, {} of {} s", seconds.0, seconds.1),
+            );
+        }
+        std::thread::sleep(GLANCE);
+    }
+    Ok(0)
+}

@@ -1,0 +1,215 @@
+//! The opener of one VM under systemd: gives each process of the VM its descriptors.
+//!
+//! A process connects before it enters its jail, to a socket that only its own unit can reach: the name of the socket
+//! says which process it is. It asks nothing and cannot say anything but hello.
+
+use std::collections::BTreeMap;
+use std::os::fd::{AsFd as _, AsRawFd as _, OwnedFd};
+use std::os::unix::net::UnixListener;
+use std::path::Path;
+
+use bulkhead_control_api::VERSION;
+use bulkhead_control_api::opener::FromOpener;
+use bulkhead_jail::link::{Link, LinkError};
+use bulkhead_jail::starter::Starter;
+use bulkhead_jail::topology::{LINKS, Process};
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::socket::{MsgFlags, UnixAddr, getsockname, setsockopt, sockopt};
+use nix::sys::time::{TimeVal, TimeValLike as _};
+
+use super::life::{self, Life, Places};
+use crate::machine::Plan;
+use crate::relay::say;
+
+/// What the opener calls itself in messages.
+const NAME: &str = "bulkhead-opener";
+/// How long a process may take to say hello and to read, in seconds.
+const PATIENCE: i64 = 5;
+/// Processes whose link to the opener is kept: core's tells whether core lives, the others are given more later.
+const KEPT: [&str; 3] = ["core", "console", "broker"];
+/// Where the number of core's life is in the store.
+const LIFE: &str = "life";
+
+/// A socket on which processes of one kind connect.
+struct Door {
+    process: &'static Process,
+    listener: UnixListener,
+}
+
+/// The opener.
+pub struct Opener {
+    plan: Plan,
+    places: Places,
+    starter: Starter,
+    doors: Vec<Door>,
+    life: Life,
+    /// Links to processes, by name.
+    links: BTreeMap<&'static str, OwnedFd>,
+}
+
+/// Name in the store of a process's link.
+fn link_name(process: &str) -> String {
+    format!("link.{process}")
+}
+
+/// Whether the other end of a link is still there.
+fn lives(link: &OwnedFd) -> bool {
+    let mut fds = [PollFd::new(link.as_fd(), PollFlags::empty())];
+    let _ = poll(&mut fds, PollTimeout::ZERO);
+    !fds.iter().any(|fd| fd.any() == Some(true))
+}
+
+impl Opener {
+    /// Takes what the service manager gave: the sockets, and what a predecessor has kept.
+    ///
+    /// # Errors
+    /// One line.
+    pub fn new(
+        mut plan: Plan,
+        places: Places,
+        starter: Starter,
+        given: Vec<(String, OwnedFd)>,
+    ) -> Result<Self, String> {
+        let (doors, store): (Vec<_>, Vec<_>) = given.into_iter().partition(|(name, _)| name == "opener");
+        let doors = doors.into_iter().map(|(_, fd)| door(fd)).collect::<Result<Vec<_>, _>>()?;
+        let mut store: BTreeMap<String, OwnedFd> = store.into_iter().collect();
+        let mut links = BTreeMap::new();
+        for name in KEPT {
+            if let Some(link) = store.remove(&link_name(name)).filter(lives) {
+                links.insert(name, link);
+            }
+        }
+        let life = if links.contains_key("core") {
+            let number = store.remove(LIFE).map(|fd| read_life(&fd)).transpose()?;
+            set_life(&mut plan, number.ok_or("the life of core is not in the store")?);
+            say("<5>", NAME, "goes on with what its predecessor has opened");
+            Life::go_on(&plan, &mut store)?
+        } else {
+            links.clear();
+            begin(&plan, &places, &starter)?
+        };
+        let mut opener = Self { plan, places, starter, doors, life, links };
+        opener.tell_broker();
+        Ok(opener)
+    }
+
+    /// Serves for ever.
+    ///
+    /// # Errors
+    /// One line: the host failed.
+    pub fn serve(mut self) -> Result<u8, String> {
+        self.starter.ready().map_err(|e| format!("READY=1: {e}"))?;
+        loop {
+            let mut fds: Vec<_> =
+                self.doors.iter().map(|door| PollFd::new(door.listener.as_fd(), PollFlags::POLLIN)).collect();
+            match poll(&mut fds, PollTimeout::NONE) {
+                Ok(_) | Err(nix::errno::Errno::EINTR) => {}
+                Err(e) => return Err(format!("poll: {e}")),
+            }
+            let ready: Vec<bool> = fds.iter().map(|fd| fd.any() == Some(true)).collect();
+            for (index, _) in ready.into_iter().enumerate().filter(|(_, ready)| *ready) {
+                let Some(door) = self.doors.get(index) else { continue };
+                let process = door.process;
+                // The standard library's listener accepts whatever type of socket it is.
+                match door.listener.accept() {
+                    Ok((connection, _)) => {
+                        if let Err(why) = self.give(process, connection.into()) {
+                            say("<3>", NAME, &format!("{}: {why}", process.binary));
+                        }
+                    }
+                    Err(e) => say("<4>", NAME, &format!("accept: {e}")),
+                }
+            }
+        }
+    }
+
+    /// Gives a process that has connected what it is started with.
+    fn give(&mut self, process: &'static Process, fd: OwnedFd) -> Result<(), String> {
+        let time = TimeVal::seconds(PATIENCE);
+        let timeouts = setsockopt(&fd, sockopt::ReceiveTimeout, &time)
+            .and_then(|()| setsockopt(&fd, sockopt::SendTimeout, &time));
+        timeouts.map_err(|e| format!("setsockopt: {e}"))?;
+        if process.name == "core" && self.links.contains_key("core") {
+            // Another life: what the last one had opened is not for this one.
+            self.links.clear();
+            set_life(&mut self.plan, crate::machine::new_life());
+            self.life = begin(&self.plan, &self.places, &self.starter)?;
+        }
+        let kept = fd.try_clone().map_err(|e| format!("dup: {e}"))?;
+        let link = Link::accept(fd, VERSION).map_err(|e| e.to_string())?;
+        for (name, fd) in self.life.for_process(process, &self.places)? {
+            give_one(&link, name, &fd).map_err(|e| e.to_string())?;
+        }
+        link.send(&FromOpener::Done).map_err(|e| e.to_string())?;
+        if KEPT.contains(&process.name) {
+            life::keep(&self.starter, &link_name(process.name), kept.as_fd())?;
+            self.links.insert(process.name, kept);
+        }
+        self.connect_peers(process);
+        Ok(())
+    }
+
+    /// A process that peers connect to was started: they get new connections to it.
+    fn connect_peers(&mut self, process: &Process) {
+        for link in LINKS.iter().filter(|link| link.listener == process.name) {
+            let Some(peer) = self.links.get(link.connector) else { continue };
+            let given = self.life.connection(link, &self.places).and_then(|connection| {
+                push(peer, link.as_name, &connection).map_err(|e| format!("{}: {e}", link.connector))
+            });
+            if let Err(why) = given {
+                say("<4>", NAME, &format!("link {}: {why}", link.name));
+            }
+        }
+    }
+
+    /// The machine file may say something else about who may connect than when the broker was started.
+    fn tell_broker(&mut self) {
+        let Some(broker) = self.links.get("broker") else { return };
+        let config = self.life.config("broker").and_then(|config| config.try_clone_to_owned().ok());
+        let Some(config) = config else { return };
+        if let Err(error) = push(broker, "config", &config) {
+            say("<4>", NAME, &format!("the broker does not hear of its new configuration: {error}"));
+        }
+    }
+}
+
+/// Gives one more descriptor on a link that is in use. A peer that does not read, or is dying, is none of the opener's
+/// concern.
+fn push(link: &OwnedFd, name: &str, fd: &OwnedFd) -> Result<(), LinkError> {
+    let message = FromOpener::Given { name: name.to_owned() };
+    let packet = bulkhead_control_api::encode(&message).map_err(|_| LinkError::Malformed)?;
+    bulkhead_jail::link::send_packet(link.as_fd(), &packet, &[fd.as_fd()], MsgFlags::MSG_DONTWAIT)?;
+    Ok(())
+}
+
+fn give_one(link: &Link, name: String, fd: &OwnedFd) -> Result<(), LinkError> {
+    link.send_with(&FromOpener::Given { name }, &[fd.as_fd()], MsgFlags::empty())
+}
+
+/// Starts a life: a number of its own, everything opened anew.
+fn begin(plan: &Plan, places: &Places, starter: &Starter) -> Result<Life, String> {
+    let number = crate::opener::sealed("bulkhead-life", &plan.broker.life.to_le_bytes());
+    life::keep(starter, LIFE, number.map_err(|e| e.to_string())?.as_fd())?;
+    Life::begin(plan, places, starter)
+}
+
+const fn set_life(plan: &mut Plan, number: u64) {
+    plan.broker.life = number;
+    plan.console.life = number;
+}
+
+fn read_life(fd: &OwnedFd) -> Result<u64, String> {
+    let mut bytes = [0; 8];
+    match nix::sys::uio::pread(fd, &mut bytes, 0) {
+        Ok(8) => Ok(u64::from_le_bytes(bytes)),
+        _ => Err("the life of core cannot be read".to_owned()),
+    }
+}
+
+/// A socket of the socket unit; its name is that of the process.
+fn door(listener: OwnedFd) -> Result<Door, String> {
+    let address = getsockname::<UnixAddr>(listener.as_raw_fd()).map_err(|e| format!("getsockname: {e}"))?;
+    let name = address.path().and_then(Path::file_name).and_then(|name| name.to_str()).unwrap_or_default();
+    let process = life::process(name).ok_or_else(|| format!("a socket named {name:?} is for no process"))?;
+    Ok(Door { process, listener: listener.into() })
+}
