@@ -51,6 +51,9 @@ pub enum ServerError {
     /// Core broke the protocol.
     #[error("{0}")]
     Bus(#[from] BusError),
+    /// Core says that this process broke the protocol.
+    #[error("core has cut this process off: see its log")]
+    SentAway,
     /// The main link failed.
     #[error("main link to core: {0}")]
     Core(LinkError),
@@ -262,6 +265,7 @@ impl Server {
                     other => other,
                 };
             }
+            Ok(Some((FromCore::Leave, _))) => return Err(ServerError::SentAway),
             Ok(Some((FromCore::Command { id, what }, fds))) if self.welcomed && fds.is_empty() => {
                 return self.command(id, what);
             }

@@ -2,7 +2,8 @@
 //!
 //! The daemon connects; after the version exchange of the start contract core sends
 //! [`FromCore::Welcome`] with the fds, then commands, each of which the daemon answers with
-//! [`ToCore::Done`] before core goes on.
+//! [`ToCore::Done`] before core goes on. To a daemon whose predecessor died core then says what that may have missed:
+//! `Reset` if there was one, `Pause` or `Resume`; these may come while vCPUs run.
 
 use serde::{Deserialize, Serialize};
 
@@ -17,13 +18,15 @@ pub enum FromCore {
         /// Interrupts (GSI numbers) that the daemon may raise by writing to the eventfd.
         irqs: Vec<u32>,
     },
-    /// Do this, then answer [`ToCore::Done`] with the same id. No vCPU runs meanwhile, if the command does not say otherwise.
+    /// Do this, then answer [`ToCore::Done`] with the same id.
     Command {
         /// Echoed in the answer.
         id: u32,
         /// What to do.
         what: Command,
     },
+    /// The daemon broke the protocol: it is to end, so that another one can take its place.
+    Leave,
 }
 
 /// What core asks of a bus daemon.

@@ -1,20 +1,24 @@
 //! The bus: accesses of vCPUs to the daemon that claims the address.
 
-use std::os::fd::{AsRawFd, OwnedFd};
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
 
 use bulkhead_bus_api::platform::{COALESCED_PORT, CONSOLE_PORTS};
 use bulkhead_bus_api::{Access, Action, MAX_REQUEST_LEN, Op, REPLY_LEN, Reply, Request, Space, WRITE_LEN};
 use bulkhead_control_api::core::Counters;
+use bulkhead_jail::link::receive;
 use nix::errno::Errno;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::socket::sockopt::ReceiveTimeout;
 use nix::sys::socket::{AddressFamily, MsgFlags, SockFlag, SockType, send, setsockopt, socketpair};
 use nix::sys::time::{TimeVal, TimeValLike};
 
 use crate::coalesce::Coalescer;
 use crate::error::{Result, system};
+use crate::gate::lock;
 use crate::notice::{Notice, Notices};
+use crate::presence::{Presence, Wait};
 
 /// A wait for a reply looks up this often, in milliseconds.
 const WAIT_STEP_MS: i64 = 100;
@@ -22,12 +26,42 @@ const WAIT_STEP_MS: i64 = 100;
 /// time, so that a VM whose processes were all stopped for a while goes on.
 pub const MAX_WAIT_STEPS: u32 = 50;
 
+/// Replies that are not to the present request: a console answers once more what it was asked again
+/// after its predecessor's death. No more than this are dropped, in a row.
+const MAX_STALE: u32 = 8;
+/// What a console has left in a link: as much as a queue holds, and more than an honest one leaves.
+const MAX_LEFT: u32 = 1024;
+
 /// Core's end of one access link, with room for one request.
 #[derive(Debug)]
 pub struct AccessLink {
     fd: OwnedFd,
     seq: u32,
     packet: [u8; MAX_REQUEST_LEN],
+    /// Number of the console that it was last used with.
+    console: u32,
+    /// Length of a request that waits for the next console.
+    pending: Option<usize>,
+}
+
+/// Why an exchange gave no reply.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Trouble {
+    /// The console is gone; the next one is asked again.
+    Gone,
+    /// It broke the protocol; the next one is asked again.
+    Broke(&'static str),
+    /// There is no use in another one.
+    Failed(&'static str),
+}
+
+/// Drops what waits in a queue, within the bound; false if there is more. Never waits.
+pub fn empty(fd: BorrowedFd<'_>) -> bool {
+    let mut buffer = [0; REPLY_LEN];
+    (0..MAX_LEFT).any(|_| match receive(fd, &mut buffer, MsgFlags::MSG_DONTWAIT) {
+        Ok(received) => received.len == 0,
+        Err(_) => true,
+    })
 }
 
 impl AccessLink {
@@ -39,7 +73,12 @@ impl AccessLink {
         // The wait for a reply must end even if no reply ever comes, see `exchange`.
         setsockopt(&ours, ReceiveTimeout, &TimeVal::milliseconds(WAIT_STEP_MS))
             .map_err(system("SO_RCVTIMEO"))?;
-        Ok((Self { fd: ours, seq: 0, packet: [0; MAX_REQUEST_LEN] }, theirs))
+        Ok((Self { fd: ours, seq: 0, packet: [0; MAX_REQUEST_LEN], console: 0, pending: None }, theirs))
+    }
+
+    /// Whether a request waits for the next console.
+    pub fn is_pending(&self) -> bool {
+        self.pending.is_some()
     }
 
     /// Builds the request in the packet; `writes` fills in what was collected and says how much.
@@ -51,34 +90,66 @@ impl AccessLink {
         head.len() + writes(rest) * WRITE_LEN
     }
 
-    /// Sends the built request and waits for its reply.
-    fn exchange(&self, len: usize, given_up: &AtomicBool) -> std::result::Result<Reply, &'static str> {
+    /// Sends the built request to console `number` and waits for its reply, or until `watch` is readable.
+    fn exchange(
+        &mut self,
+        len: usize,
+        number: u32,
+        presence: &Presence,
+        watch: Option<BorrowedFd<'_>>,
+    ) -> std::result::Result<Reply, Trouble> {
+        if std::mem::replace(&mut self.console, number) != number && !empty(self.fd.as_fd()) {
+            return Err(Trouble::Broke("it sends without being asked"));
+        }
         let packet = self.packet.get(..len).unwrap_or(&self.packet);
         let flags = MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_NOSIGNAL;
-        // A full queue cannot be: there is one request at a time.
-        send(self.fd.as_raw_fd(), packet, flags).map_err(|_| "its access link is closed")?;
-        let mut steps = 0;
+        match send(self.fd.as_raw_fd(), packet, flags) {
+            Ok(_) => {}
+            // There is one request at a time, and with a new console none.
+            Err(Errno::EAGAIN) => return Err(Trouble::Broke("its access link is full")),
+            Err(_) => return Err(Trouble::Failed("its access link is closed")),
+        }
+        let (mut steps, mut stale) = (0, 0);
         // One byte more than a reply, so that a longer packet shows.
         let mut buffer = [0; REPLY_LEN + 1];
         loop {
+            if watch.is_some_and(|watch| !self.wait(watch)) {
+                return Err(Trouble::Gone);
+            }
             match nix::unistd::read(&self.fd, &mut buffer) {
-                Ok(0) => return Err("its access link is closed"),
+                Ok(0) => return Err(Trouble::Failed("its access link is closed")),
                 Ok(n) => {
                     let reply = Reply::decode(buffer.get(..n).unwrap_or_default())
-                        .map_err(|_| "it sent a malformed reply")?;
-                    return if reply.seq == self.seq { Ok(reply) } else { Err("it replied out of order") };
+                        .map_err(|_| Trouble::Broke("it sent a malformed reply"))?;
+                    if reply.seq == self.seq {
+                        return Ok(reply);
+                    }
+                    stale += 1;
+                    let is_older = self.seq.wrapping_sub(reply.seq) <= MAX_STALE;
+                    if !is_older || stale > MAX_STALE {
+                        return Err(Trouble::Broke("it replied out of order"));
+                    }
                 }
                 Err(Errno::EAGAIN) => steps += 1,
                 Err(Errno::EINTR) => {}
-                Err(_) => return Err("its access link failed"),
+                Err(_) => return Err(Trouble::Failed("its access link failed")),
             }
-            if given_up.load(Ordering::Relaxed) {
-                return Err("it was given up");
+            if presence.is_over(number) {
+                return Err(Trouble::Gone);
             }
             if steps >= MAX_WAIT_STEPS {
-                return Err("it did not reply in time");
+                return Err(Trouble::Failed("it did not reply in time"));
             }
         }
+    }
+
+    /// Waits for a reply, for one step; false if `watch` is readable and nothing came.
+    fn wait(&self, watch: BorrowedFd<'_>) -> bool {
+        let mut fds = [self.fd.as_fd(), watch].map(|fd| PollFd::new(fd, PollFlags::POLLIN));
+        let step = u16::try_from(WAIT_STEP_MS).unwrap_or(u16::MAX);
+        let _ = poll(&mut fds, PollTimeout::from(step));
+        let [replied, watched] = fds.map(|fd| fd.revents().is_some_and(|events| !events.is_empty()));
+        replied || !watched
     }
 }
 
@@ -96,14 +167,27 @@ const UNCLAIMED: Outcome = Outcome { data: u64::MAX, action: Some(Action::None) 
 /// The answer of a daemon that is given up.
 const FAILED: Outcome = Outcome { data: u64::MAX, action: None };
 
+/// What became of collected writes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Flushed {
+    /// There were none.
+    Nothing,
+    /// They are delivered.
+    Delivered,
+    /// They wait for the console, or somebody else is about to deliver them.
+    Waiting,
+}
+
 /// What all vCPUs share of the bus.
 #[derive(Debug)]
 pub struct Bus {
     notices: Arc<Notices>,
     /// Collected writes to the console.
     pub coalescer: Coalescer,
-    /// The console broke the protocol or died.
-    console_failed: AtomicBool,
+    /// The console.
+    pub presence: Presence,
+    /// The console that broke the protocol, and how.
+    breach: Mutex<Option<(u32, &'static str)>>,
     unclaimed: AtomicU64,
     forwarded: AtomicU64,
     collected: AtomicU64,
@@ -120,23 +204,43 @@ impl Bus {
         Self {
             notices,
             coalescer,
-            console_failed: AtomicBool::new(false),
+            presence: Presence::default(),
+            breach: Mutex::default(),
             unclaimed: AtomicU64::new(0),
             forwarded: AtomicU64::new(0),
             collected: AtomicU64::new(0),
         }
     }
 
+    /// The console is away.
+    pub fn console_left(&self) {
+        self.presence.leave();
+        self.coalescer.wake();
+    }
+
+    /// From now on, or no longer, accesses that wait for an absent console are let go: a reset or the end
+    /// makes them meaningless.
+    pub fn discard_waiting(&self, discard: bool) {
+        self.presence.set_discard(discard);
+        self.coalescer.wake();
+    }
+
     /// Whether the console is given up.
     pub fn console_failed(&self) -> bool {
-        self.console_failed.load(Ordering::Relaxed)
+        self.presence.is_given_up()
     }
 
     /// Gives the console up; the first reason counts.
     pub fn fail_console(&self, why: &'static str) {
-        if !self.console_failed.swap(true, Ordering::SeqCst) {
+        if self.presence.give_up() {
             self.notices.post(Notice::PeerFailed("console", why));
         }
+    }
+
+    /// Takes what the console that is there has done against the protocol.
+    pub fn take_breach(&self) -> Option<&'static str> {
+        let (number, why) = lock(&self.breach).take()?;
+        Some(why).filter(|_| !self.presence.is_over(number))
     }
 
     /// Carries out one access over the vCPU's link.
@@ -150,19 +254,37 @@ impl Bus {
         }
         self.forwarded.fetch_add(1, Ordering::Relaxed);
         // Held until the reply, so that nobody overtakes the writes that go along.
-        let drain = self.coalescer.drain();
+        let Ok(drain) = self.coalescer.drain(|| self.presence.lets_go()) else { return UNCLAIMED };
         let len = link.build(access, |room| self.fill(drain.as_ref(), room));
-        let reply = link.exchange(len, &self.console_failed);
+        let outcome = self.ask(link, len);
         drop(drain);
         let plain_output = matches!(access.op, Op::Write(_)) && access.addr == u64::from(COALESCED_PORT);
         if plain_output && access.size == 1 && self.coalescer.wants_start() {
             self.notices.post(Notice::Output);
         }
-        match reply {
-            Ok(reply) => Outcome { data: reply.data, action: Some(reply.action) },
-            Err(why) => {
-                self.fail_console(why);
-                FAILED
+        outcome
+    }
+
+    /// Asks one console after the other until one answers.
+    fn ask(&self, link: &mut AccessLink, len: usize) -> Outcome {
+        let mut last = 0;
+        loop {
+            last = match self.presence.wait(last) {
+                Wait::There(number) => number,
+                Wait::Discarded => return UNCLAIMED,
+                Wait::GivenUp => return FAILED,
+            };
+            match link.exchange(len, last, &self.presence, None) {
+                Ok(reply) => return Outcome { data: reply.data, action: Some(reply.action) },
+                Err(Trouble::Gone) => {}
+                Err(Trouble::Broke(why)) => {
+                    *lock(&self.breach) = Some((last, why));
+                    self.notices.post(Notice::Breach);
+                }
+                Err(Trouble::Failed(why)) => {
+                    self.fail_console(why);
+                    return FAILED;
+                }
             }
         }
     }
@@ -173,22 +295,59 @@ impl Bus {
         count
     }
 
-    /// Delivers what is collected; true if there was something. For the main thread.
-    pub fn flush(&self, link: &mut AccessLink) -> bool {
-        let Some(drain) = self.coalescer.drain() else { return false };
-        let nothing = Access { space: Space::Pio, addr: u64::from(COALESCED_PORT), size: 1, op: Op::Flush };
-        let mut count = 0;
-        let len = link.build(&nothing, |room| {
-            count = self.fill(Some(&drain), room);
-            count
-        });
-        if count > 0 && !self.console_failed() {
-            // A write to the collected port asks for nothing, so the action is of no interest.
-            if let Err(why) = link.exchange(len, &self.console_failed) {
+    /// Delivers what is collected, without waiting for a console that is away. For the main thread, whose
+    /// turn lasts until all that it took is delivered. `main` is the console's main link.
+    pub fn flush(&self, link: &mut AccessLink, main: Option<BorrowedFd<'_>>) -> Flushed {
+        let (Some(number), Some(main)) = (self.presence.there(), main) else {
+            return if link.is_pending() || self.coalescer.has_more() {
+                Flushed::Waiting
+            } else {
+                Flushed::Nothing
+            };
+        };
+        let drain = if link.is_pending() { self.coalescer.kept() } else { self.coalescer.try_drain() };
+        let Some(drain) = drain else {
+            return if self.coalescer.has_more() { Flushed::Waiting } else { Flushed::Nothing };
+        };
+        let len = match link.pending.take() {
+            Some(len) => len,
+            None => {
+                let nothing =
+                    Access { space: Space::Pio, addr: u64::from(COALESCED_PORT), size: 1, op: Op::Flush };
+                let mut count = 0;
+                let len = link.build(&nothing, |room| {
+                    count = self.fill(Some(&drain), room);
+                    count
+                });
+                if count == 0 {
+                    return Flushed::Nothing;
+                }
+                len
+            }
+        };
+        // A write to the collected port asks for nothing, so the action is of no interest.
+        match link.exchange(len, number, &self.presence, Some(main)) {
+            Ok(_) => return Flushed::Delivered,
+            Err(Trouble::Gone) => {}
+            Err(Trouble::Broke(why)) => {
+                *lock(&self.breach) = Some((number, why));
+                self.notices.post(Notice::Breach);
+            }
+            Err(Trouble::Failed(why)) => {
                 self.fail_console(why);
+                return Flushed::Nothing;
             }
         }
-        count > 0
+        link.pending = Some(len);
+        drain.keep();
+        Flushed::Waiting
+    }
+
+    /// Drops what waits for the console, which is given up.
+    pub fn abandon(&self, link: &mut AccessLink) {
+        if link.pending.take().is_some() {
+            drop(self.coalescer.kept());
+        }
     }
 
     /// The counters, without resets.

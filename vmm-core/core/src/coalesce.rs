@@ -6,7 +6,7 @@
 //! least every [`PERIOD_MS`] while it is on, and switches it off after [`IDLE_PERIODS`] empty looks.
 
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Mutex, MutexGuard};
+use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 
 use bulkhead_bus_api::platform::COALESCED_PORT;
 use bulkhead_bus_api::{CollectedWrite, Space, WRITE_LEN};
@@ -28,8 +28,9 @@ const ZONE: IoEventAddress = IoEventAddress::Pio(COALESCED_PORT as u64);
 pub struct Coalescer {
     /// None: switched off, or KVM cannot.
     ring: Option<Ring>,
-    /// Exactly one drainer at a time, from taking the writes to the daemon's reply.
-    drainer: Mutex<()>,
+    /// Whether somebody has the turn: one drainer at a time, from taking the writes to the daemon's reply.
+    taken: Mutex<bool>,
+    free: Condvar,
     draining: AtomicBool,
     active: AtomicBool,
     asked: AtomicBool,
@@ -40,16 +41,28 @@ pub struct Coalescer {
 pub struct Drain<'a> {
     of: &'a Coalescer,
     ring: &'a Ring,
-    _lock: MutexGuard<'a, ()>,
 }
+
+/// Waiting for the turn ended without it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct LetGo;
 
 impl Drop for Drain<'_> {
     fn drop(&mut self) {
+        let mut taken = lock(&self.of.taken);
         self.of.draining.store(false, Ordering::SeqCst);
+        *taken = false;
+        drop(taken);
+        self.of.free.notify_one();
     }
 }
 
 impl Drain<'_> {
+    /// Keeps the turn beyond this value's life, until [`Coalescer::kept`].
+    pub fn keep(self) {
+        std::mem::forget(self);
+    }
+
     /// Moves collected writes into `room`, in order; returns their number.
     pub fn fill(&self, room: &mut [u8]) -> usize {
         let mut count = 0;
@@ -71,7 +84,8 @@ impl Coalescer {
     pub fn new(ring: Option<Ring>) -> Self {
         Self {
             ring,
-            drainer: Mutex::new(()),
+            taken: Mutex::new(false),
+            free: Condvar::new(),
             draining: AtomicBool::new(false),
             active: AtomicBool::new(false),
             asked: AtomicBool::new(false),
@@ -98,27 +112,62 @@ impl Coalescer {
         Ok(())
     }
 
-    /// Ends collecting; what is left in the ring must be delivered by `last` before it counts.
-    pub fn stop(&self, vm: &VmFd, last: impl FnOnce()) -> Result<()> {
+    /// Ends collecting; what is left in the ring must be delivered by `last` before it counts. If that says
+    /// that it could not, this is to be tried again.
+    pub fn stop(&self, vm: &VmFd, last: impl FnOnce() -> bool) -> Result<()> {
         if self.is_active() {
+            // Of a port that is not registered any more this is no error.
             vm.unregister_coalesced_mmio(ZONE, 1).map_err(kvm("KVM_UNREGISTER_COALESCED_MMIO"))?;
-            last();
+            if !last() {
+                return Ok(());
+            }
             self.active.store(false, Ordering::SeqCst);
             self.asked.store(false, Ordering::Relaxed);
         }
         Ok(())
     }
 
-    /// The right to drain, if something is collected or under way; else nobody has to wait.
-    pub fn drain(&self) -> Option<Drain<'_>> {
-        let ring = self.ring.as_ref().filter(|_| self.is_active())?;
+    /// Whether something is collected or under way.
+    pub fn has_more(&self) -> bool {
         // The ring first: a drainer says that it drains before it empties the ring, so whoever sees
         // it empty sees that, too, as long as the writes are not delivered.
-        if ring.is_empty() && !self.draining.load(Ordering::SeqCst) {
-            return None;
+        let ring = self.ring.as_ref().filter(|_| self.is_active());
+        ring.is_some_and(|ring| !ring.is_empty() || self.draining.load(Ordering::SeqCst))
+    }
+
+    /// The right to drain, if something is collected or under way; else nobody has to wait. Waiting for the turn ends
+    /// when `let_go` says so, too.
+    pub fn drain(&self, let_go: impl Fn() -> bool) -> std::result::Result<Option<Drain<'_>>, LetGo> {
+        if !self.has_more() {
+            return Ok(None);
         }
-        let guard = lock(&self.drainer);
+        let taken = lock(&self.taken);
+        let wait = self.free.wait_while(taken, |taken| *taken && !let_go());
+        let taken = wait.unwrap_or_else(PoisonError::into_inner);
+        if *taken { Err(LetGo) } else { Ok(self.take(taken)) }
+    }
+
+    /// Makes who waits for the turn ask whether it is let go.
+    pub fn wake(&self) {
+        drop(lock(&self.taken));
+        self.free.notify_all();
+    }
+
+    /// The same without waiting for who has the turn.
+    pub fn try_drain(&self) -> Option<Drain<'_>> {
+        let taken = Some(lock(&self.taken)).filter(|taken| !**taken && self.has_more())?;
+        self.take(taken)
+    }
+
+    fn take(&self, mut taken: MutexGuard<'_, bool>) -> Option<Drain<'_>> {
+        *taken = true;
         self.draining.store(true, Ordering::SeqCst);
-        Some(Drain { of: self, ring, _lock: guard })
+        drop(taken);
+        self.kept()
+    }
+
+    /// The turn that the caller has kept.
+    pub fn kept(&self) -> Option<Drain<'_>> {
+        Some(Drain { of: self, ring: self.ring.as_ref()? })
     }
 }

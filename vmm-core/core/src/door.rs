@@ -5,6 +5,7 @@ use std::time::{Duration, Instant};
 
 use bulkhead_jail::link::{Link, LinkError};
 use bulkhead_jail::warn;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::socket::{SockFlag, accept4};
 
 use crate::sys;
@@ -57,6 +58,12 @@ impl Door {
             Peer::Linked(link) => Some(link.as_fd()),
             Peer::Shut => None,
         }
+    }
+
+    /// Whether [`Self::advance`] would do something now.
+    pub fn is_readable(&self) -> bool {
+        let Some(fd) = self.poll_fd() else { return false };
+        poll(&mut [PollFd::new(fd, PollFlags::POLLIN)], PollTimeout::ZERO).is_ok_and(|count| count > 0)
     }
 
     /// The link, if a peer is there.

@@ -14,9 +14,9 @@ use nix::sys::signal::Signal;
 use nix::sys::signalfd::SignalFd;
 
 use crate::boot::{Boot, Phase};
-use crate::bus::AccessLink;
+use crate::bus::{AccessLink, Flushed};
 use crate::coalesce::{IDLE_PERIODS, PERIOD_MS};
-use crate::console::Console;
+use crate::console::{Console, Fault};
 use crate::control::{Broker, permitted};
 use crate::door::Arrival;
 use crate::error::{Error, Result, kvm, system};
@@ -36,6 +36,8 @@ const EXIT_PATIENCE: Duration = Duration::from_secs(1);
 const LAST_PATIENCE: Duration = Duration::from_secs(10);
 /// How long the broker has to tell its clients before core exits.
 const FAREWELL: Duration = Duration::from_secs(1);
+/// How often the console's door is looked at while vCPUs come out.
+const HALT_STEP: Duration = Duration::from_millis(20);
 /// How often deadlines are looked at while there are any, in milliseconds.
 const DEADLINE_STEP_MS: u16 = 250;
 
@@ -148,7 +150,8 @@ impl Machine {
     }
 
     fn wait(&self) -> Result<Readable> {
-        let timeout = if self.shared.bus.coalescer.is_active() {
+        let collects = self.shared.bus.coalescer.is_active() && self.shared.bus.presence.there().is_some();
+        let timeout = if collects {
             PollTimeout::from(PERIOD_MS)
         } else if self.has_deadlines() {
             PollTimeout::from(DEADLINE_STEP_MS)
@@ -196,6 +199,8 @@ impl Machine {
         let mut effects = Vec::new();
         change(&mut self.state, &mut effects);
         let last = effects.contains(&Effect::Exit);
+        // What a reset or the end makes meaningless need not be finished.
+        self.shared.bus.discard_waiting(last || effects.contains(&Effect::Reset));
         for effect in effects {
             match effect {
                 Effect::Halt => self.halt(last)?,
@@ -214,24 +219,51 @@ impl Machine {
             return Ok(());
         }
         self.shared.gate.close();
-        for vcpu in &self.vcpus {
-            vcpu.kick(self.host.process);
-        }
+        self.kick_all();
         let patience = if last { EXIT_PATIENCE } else { STOP_PATIENCE };
-        if !self.shared.gate.wait_idle(patience) {
+        if !self.wait_idle(patience) {
             self.shared.bus.fail_console("it held up a stop");
+            self.shared.bus.abandon(&mut self.drainer);
             if !self.shared.gate.wait_idle(LAST_PATIENCE) {
                 return Err(Error::Stuck);
             }
         }
         // More than once, because one request may not hold all of a full ring; nobody fills it now.
-        while self.shared.bus.flush(&mut self.drainer) {}
+        while self.flush() == Flushed::Delivered {}
         if !last && !self.shared.bus.console_failed() {
             let paused = self.console.pause();
             self.judge_console(paused);
         }
         self.now.clock = Some(self.vm.fd.get_clock().map_err(kvm("KVM_GET_CLOCK"))?);
         Ok(())
+    }
+
+    /// Waits until no vCPU is inside the gate. A vCPU may wait for a console that is away, so one that comes
+    /// is let in meanwhile.
+    fn wait_idle(&mut self, patience: Duration) -> bool {
+        let start = Instant::now();
+        while !self.shared.gate.wait_idle(HALT_STEP) {
+            if start.elapsed() > patience {
+                return false;
+            }
+            if self.shared.bus.console_failed() {
+                self.shared.bus.abandon(&mut self.drainer);
+            }
+            self.look_at_breach();
+            if self.console.door.is_readable() {
+                self.on_console();
+            }
+            if self.drainer.is_pending() {
+                self.flush();
+            }
+        }
+        true
+    }
+
+    /// Delivers collected output, as far as the console is there.
+    fn flush(&mut self) -> Flushed {
+        let Self { shared, drainer, console, .. } = self;
+        shared.bus.flush(drainer, console.door.poll_fd())
     }
 
     /// Lets the vCPUs run if the state says so and guest and console are there.
@@ -242,7 +274,7 @@ impl Machine {
         if self.shared.bus.console_failed() {
             return self.apply(State::internal_error);
         }
-        if !self.console.door.is_linked() {
+        if self.shared.bus.presence.there().is_none() {
             return Ok(());
         }
         match self.boot.phase {
@@ -271,6 +303,7 @@ impl Machine {
                 let _ = lock(&vcpu.fd).kvmclock_ctrl();
             }
         }
+        self.shared.bus.discard_waiting(false);
         self.shared.gate.open();
         self.now.released = true;
         Ok(())
@@ -312,19 +345,57 @@ impl Machine {
         }
     }
 
-    fn judge_console(&self, result: std::result::Result<(), &'static str>) {
-        if let Err(why) = result {
-            self.shared.bus.fail_console(why);
+    fn judge_console(&mut self, result: std::result::Result<(), Fault>) {
+        match result {
+            Ok(()) => {}
+            Err(Fault::Gone) => {
+                if self.console.door.is_linked() {
+                    info!("the console is gone; the machine waits for the next one where it needs it");
+                    self.console.door.close();
+                    self.console_left();
+                }
+            }
+            Err(Fault::Broke(why)) => {
+                error!("console: {why}; it is cut off");
+                if !self.console.cut_off() {
+                    self.shared.bus.fail_console("too many consoles broke the protocol");
+                }
+                self.console_left();
+            }
+            Err(Fault::Late(why)) => self.shared.bus.fail_console(why),
+        }
+    }
+
+    fn console_left(&self) {
+        self.shared.bus.console_left();
+        self.kick_all();
+    }
+
+    fn kick_all(&self) {
+        for vcpu in &self.vcpus {
+            vcpu.kick(self.host.process);
+        }
+    }
+
+    fn look_at_breach(&mut self) {
+        if let Some(why) = self.shared.bus.take_breach() {
+            self.judge_console(Err(Fault::Broke(why)));
         }
     }
 
     fn on_console(&mut self) {
-        let result = match self.console.door.advance() {
-            Arrival::Nothing => return,
-            Arrival::Connected => self.console.welcome(),
-            Arrival::Message => self.console.unasked(),
-        };
-        self.judge_console(result);
+        match self.console.door.advance() {
+            Arrival::Nothing => {}
+            Arrival::Connected => match self.console.welcome() {
+                // Whoever waits repeats what it asked the last one.
+                Ok(()) => self.shared.bus.presence.arrive(),
+                fault => self.judge_console(fault),
+            },
+            Arrival::Message => {
+                let unasked = self.console.unasked();
+                self.judge_console(unasked);
+            }
+        }
     }
 
     fn on_signal(&mut self) -> Result<()> {
@@ -333,7 +404,7 @@ impl Machine {
                 // What is off has no use for its power button, as with QMP's system_powerdown.
                 let on =
                     matches!(self.state.run(), RunState::Prelaunch | RunState::Running | RunState::Paused);
-                if on && self.console.door.is_linked() {
+                if on {
                     let pressed = self.console.press_power_button();
                     self.judge_console(pressed);
                 }
@@ -354,9 +425,11 @@ impl Machine {
                 // What happened before a reset is no longer of interest.
                 Notice::Vcpu(epoch, what) if epoch == self.shared.gate.epoch() => self.on_vcpu(what)?,
                 Notice::Vcpu(..) => {}
+                Notice::Breach => self.look_at_breach(),
                 Notice::PeerFailed(peer, why) => {
                     error!("{peer} is given up: {why}; the machine cannot go on without it");
                     self.console.door.shut();
+                    self.shared.bus.abandon(&mut self.drainer);
                     self.apply(State::internal_error)?;
                 }
                 Notice::Output => self.shared.bus.coalescer.start(&self.vm.fd)?,
@@ -379,15 +452,21 @@ impl Machine {
 
     /// Delivers collected output; ends collecting when there has been none for a while.
     fn drain_output(&mut self) -> Result<()> {
-        let Self { shared, drainer, vm, now, .. } = self;
-        if shared.bus.flush(drainer) {
-            now.idle_looks = 0;
-        } else {
-            now.idle_looks += 1;
-            if now.idle_looks >= IDLE_PERIODS {
-                now.idle_looks = 0;
-                shared.bus.coalescer.stop(&vm.fd, || while shared.bus.flush(drainer) {})?;
-            }
+        match self.flush() {
+            Flushed::Delivered => self.now.idle_looks = 0,
+            Flushed::Nothing => self.now.idle_looks += 1,
+            Flushed::Waiting => {}
+        }
+        if self.now.idle_looks >= IDLE_PERIODS {
+            self.now.idle_looks = 0;
+            let Self { shared, drainer, vm, console, .. } = self;
+            let last = || loop {
+                match shared.bus.flush(drainer, console.door.poll_fd()) {
+                    Flushed::Delivered => {}
+                    flushed => break flushed == Flushed::Nothing,
+                }
+            };
+            shared.bus.coalescer.stop(&vm.fd, last)?;
         }
         Ok(())
     }
@@ -443,10 +522,8 @@ impl Machine {
             Op::Reset => self.apply(|state, out| state.reset(Cause::HostQmpSystemReset, out))?,
             Op::Quit => self.apply(|state, out| state.shutdown(Cause::HostQmpQuit, out))?,
             Op::InjectNmi => {
-                for vcpu in &self.vcpus {
-                    vcpu.request_nmi();
-                    vcpu.kick(self.host.process);
-                }
+                self.vcpus.iter().for_each(|vcpu| vcpu.request_nmi());
+                self.kick_all();
             }
         }
         Ok(Some(Ok(Answer::Done)))

@@ -17,6 +17,7 @@ mod machine;
 mod memory;
 mod notice;
 mod power_on;
+mod presence;
 mod registers;
 mod signals;
 mod snapshot;

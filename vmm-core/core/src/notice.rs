@@ -27,15 +27,18 @@ pub enum What {
 pub enum Notice {
     /// From a vCPU that was running in this epoch.
     Vcpu(u64, What),
-    /// A bus daemon broke the protocol, or died: which, and how.
+    /// A bus daemon is given up: which, and why.
     PeerFailed(&'static str, &'static str),
+    /// A bus daemon broke the protocol.
+    Breach,
     /// Console output begins: collecting writes pays.
     Output,
 }
 
 /// The queue, and the descriptor that says that it is not empty.
 ///
-/// Bounded: a vCPU posts once per epoch, a peer fails once, and `Output` is posted once until taken.
+/// Bounded: a vCPU posts once per epoch, a peer fails once and breaks the
+/// protocol once for each vCPU until the next one comes, and `Output` is posted once until taken.
 #[derive(Debug)]
 pub struct Notices {
     queue: Mutex<VecDeque<Notice>>,

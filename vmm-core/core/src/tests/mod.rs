@@ -1,5 +1,6 @@
 //! Core as a whole on this host's /dev/kvm, with the test as console, broker and loader.
 
+mod away;
 mod compute;
 mod hostile;
 mod life;
