@@ -2,13 +2,20 @@
 #![expect(unsafe_code, reason = "prctl, capget and close_range have no safe wrapper")]
 
 use std::os::fd::RawFd;
+use std::path::{Path, PathBuf};
 
 use nix::errno::Errno;
 use nix::sys::resource::{Resource, getrlimit};
+use nix::sys::socket::{AddressFamily, SockFlag, SockType, socket};
 use nix::unistd::getpid;
 
 use crate::start::{SYSTEMD, StartError};
 use crate::topology::{FileSize, Namespace, Process};
+
+/// Entries that a unit's root directory may have.
+const MAX_ROOT: usize = 512;
+/// What the kernel has there.
+const KERNEL: [&str; 3] = ["/proc", "/sys", "/dev"];
 
 /// Host name inside a UTS namespace that a starter made.
 pub const HOST_NAME: &str = "bulkhead";
@@ -32,7 +39,7 @@ pub(crate) fn check(process: &Process, starter: &str, end: RawFd) -> Result<(), 
         }
     }
     if starter == SYSTEMD && process.namespaces.contains(&Namespace::Mount) {
-        small_root()?;
+        small_root(process.binary)?;
     }
     no_capabilities()?;
     limits(process)?;
@@ -52,19 +59,32 @@ fn empty_root() -> Result<(), StartError> {
     }
 }
 
-/// A unit's root holds its executable and the sockets of its starters, and cannot be written. The directories are
-/// systemd's mount points.
-fn small_root() -> Result<(), StartError> {
-    const USUAL: [&str; 8] = ["dev", "proc", "run", "sys", "tmp", "usr", "var", "root"];
-    let entries = std::fs::read_dir("/").map_err(|e| missing(format!("root directory: {e}")))?;
-    for entry in entries.flatten() {
-        if !USUAL.iter().any(|usual| entry.file_name() == *usual) {
-            return Err(missing(format!("the root directory has {}", entry.path().display())));
-        }
-    }
+/// A unit's root cannot be written, and holds no file with content but its executable: directories to mount on,
+/// the sockets of its starters, and what systemd puts into every root.
+fn small_root(binary: &str) -> Result<(), StartError> {
     let root = nix::sys::statvfs::statvfs("/").map_err(|e| StartError::Step("statvfs", e))?;
     if !root.flags().contains(nix::sys::statvfs::FsFlags::ST_RDONLY) {
         return Err(missing("the root directory can be written"));
+    }
+    let mut left = vec![PathBuf::from("/")];
+    let mut seen = 0;
+    while let Some(directory) = left.pop() {
+        // A directory that this user cannot read holds nothing for it.
+        for entry in std::fs::read_dir(&directory).into_iter().flatten().flatten() {
+            seen += 1;
+            if seen > MAX_ROOT {
+                return Err(missing(format!("the root directory has more than {MAX_ROOT} entries")));
+            }
+            let path = entry.path();
+            let Ok(metadata) = entry.metadata() else { continue };
+            if metadata.is_dir() {
+                if !KERNEL.iter().any(|kernel| path == Path::new(kernel)) {
+                    left.push(path);
+                }
+            } else if metadata.is_file() && metadata.len() > 0 && entry.file_name() != binary {
+                return Err(missing(format!("the root directory has {}", path.display())));
+            }
+        }
     }
     Ok(())
 }
@@ -77,7 +97,11 @@ fn own_host_name() -> Result<(), StartError> {
 /// A new namespace may hold tunnel devices that the kernel makes in each; none of them is up. systemd brings the
 /// loopback interface up, which leads nowhere.
 fn empty_network(starter: &str) -> Result<(), StartError> {
-    let addresses = nix::ifaddrs::getifaddrs().map_err(|e| StartError::Step("getifaddrs", e))?;
+    let addresses = match nix::ifaddrs::getifaddrs() {
+        // A unit's sockets are limited to those of the host (RestrictAddressFamilies=).
+        Err(Errno::EAFNOSUPPORT) if starter == SYSTEMD && no_internet() => return Ok(()),
+        result => result.map_err(|e| StartError::Step("getifaddrs", e))?,
+    };
     for interface in addresses {
         let loopback = interface.flags.contains(nix::net::if_::InterfaceFlags::IFF_LOOPBACK);
         if interface.flags.contains(nix::net::if_::InterfaceFlags::IFF_UP)
@@ -87,6 +111,15 @@ fn empty_network(starter: &str) -> Result<(), StartError> {
         }
     }
     Ok(())
+}
+
+/// Whether no socket of the internet families can be made.
+fn no_internet() -> bool {
+    let refused = |family| {
+        let made = socket(family, SockType::Datagram, SockFlag::SOCK_CLOEXEC, None);
+        made.is_err_and(|e| e == Errno::EAFNOSUPPORT)
+    };
+    refused(AddressFamily::Inet) && refused(AddressFamily::Inet6)
 }
 
 fn no_capabilities() -> Result<(), StartError> {

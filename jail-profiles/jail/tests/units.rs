@@ -176,7 +176,7 @@ fn limits_service() -> String {
          PartOf=bulkhead@%i.target\n\n\
          [Service]\nType=oneshot\nRemainAfterExit=yes\n\
          ExecStart=/usr/bin/bulkhead unit limits /etc/bulkhead/%i.toml\n\
-         ExecStop=/usr/bin/bulkhead unit limits --clear %i\n{}{}ProtectProc=invisible\nPrivateDevices=yes\n",
+         {}{}ProtectProc=invisible\nPrivateDevices=yes\n",
         SANDBOX
             .replace("ProtectProc=invisible\n", "")
             .replace("PrivateNetwork=yes\n", "PrivateNetwork=yes\nPrivateUsers=no\n"),

@@ -9,7 +9,16 @@ use crate::options::{At, Backend, Chardev, Monitor, Options, Place, Target};
 /// The longest machine file, in bytes.
 pub const MAX_FILE: usize = 1 << 20;
 /// Limits of the VM's slice that a machine file may set (`systemd.resource-control(5)`).
-const LIMITS: [&str; 6] = ["MemoryMax", "MemorySwapMax", "TasksMax", "CPUWeight", "CPUQuota", "IOWeight"];
+///
+/// Each with its value where there is none.
+const LIMITS: [(&str, &str); 6] = [
+    ("MemoryMax", "infinity"),
+    ("MemorySwapMax", "infinity"),
+    ("TasksMax", "infinity"),
+    ("CPUWeight", ""),
+    ("CPUQuota", ""),
+    ("IOWeight", ""),
+];
 /// The sockets that a VM's socket units make, and the role of each.
 const MONITORS: [(&str, Role); 3] =
     [("operator", Role::Operator), ("monitor", Role::Monitor), ("console", Role::Console)];
@@ -71,21 +80,30 @@ fn one_line(message: &str) -> String {
     words.join(": ")
 }
 
+/// All limits: what the file does not name is as it is without a file, whatever a former file said.
 fn limits(value: Option<Value>) -> Result<Vec<String>, String> {
-    let table = match value {
-        None => return Ok(Vec::new()),
+    let mut table = match value {
+        None => Table::new(),
         Some(Value::Table(table)) => table,
         Some(_) => return Err("limits: expects a table".to_owned()),
     };
-    let limit = |(key, value): (&String, &Value)| {
-        if !LIMITS.contains(&key.as_str()) {
-            return Err(format!("limits: unknown limit {key:?}: there are {}", LIMITS.join(", ")));
+    let mut all = Vec::new();
+    for (key, default) in LIMITS {
+        let text = match table.remove(key) {
+            None => default.to_owned(),
+            Some(value) => scalar(&value)
+                .filter(|text| !text.is_empty() && !text.contains(char::is_whitespace))
+                .ok_or_else(|| format!("limits: {key} expects one word or number"))?,
+        };
+        all.push(format!("{key}={text}"));
+    }
+    match table.keys().next() {
+        None => Ok(all),
+        Some(other) => {
+            let known = LIMITS.map(|(key, _)| key).join(", ");
+            Err(format!("limits: unknown limit {other:?}: there are {known}"))
         }
-        let text = scalar(value).filter(|text| !text.contains(char::is_whitespace));
-        text.map(|text| format!("{key}={text}"))
-            .ok_or_else(|| format!("limits: {key} expects one word or number"))
-    };
-    table.iter().map(limit).collect()
+    }
 }
 
 fn scalar(value: &Value) -> Option<String> {
@@ -257,7 +275,11 @@ mod tests {
                 (Role::Console, &[], &[7])
             ]
         );
-        assert_eq!(machine.limits, ["CPUWeight=50", "MemoryMax=1G"]);
+        let limits = machine.limits.join(" ");
+        assert_eq!(
+            limits,
+            "MemoryMax=1G MemorySwapMax=infinity TasksMax=infinity CPUWeight=50 CPUQuota= IOWeight="
+        );
     }
 
     #[test]

@@ -27,7 +27,6 @@ use serve::Opener;
 pub const USAGE: &str = "\
 usage: bulkhead unit check FILE           check a machine file; its name is the VM's
        bulkhead unit limits FILE          give the VM's slice the limits of its machine file (as root)
-       bulkhead unit limits --clear NAME  take them back
        bulkhead unit opener NAME          give the VM's processes their descriptors (started by its unit)
        bulkhead unit power-off PID        press the power button and wait for core's end (ExecStop of core)
 ";
@@ -46,9 +45,6 @@ pub fn run(words: &[String]) -> Result<u8, String> {
     let words: Vec<&str> = words.iter().map(String::as_str).collect();
     match words.as_slice() {
         ["check", path] => check(path),
-        ["limits", "--clear", name] => {
-            file::check_name(name).and_then(|()| systemctl(&["revert", &slice(name)]))
-        }
         ["limits", path] => limits(path),
         ["opener", name] => opener(name),
         ["power-off"] => Ok(0),
@@ -78,21 +74,12 @@ fn check(path: &str) -> Result<u8, String> {
     Ok(0)
 }
 
-fn slice(name: &str) -> String {
-    format!("bulkhead-{name}.slice")
-}
-
-/// Checks the machine file, then sets the limits for as long as the host runs.
+/// Checks the machine file, then sets the limits until the host's next start.
 fn limits(path: &str) -> Result<u8, String> {
     check(path)?;
     let name = name_of(path)?;
     let machine = read(&name, path)?;
-    // What a former file has set and this one does not name is not to stay.
-    systemctl(&["revert", &slice(&name)])?;
-    if machine.limits.is_empty() {
-        return Ok(0);
-    }
-    let slice = slice(&name);
+    let slice = format!("bulkhead-{name}.slice");
     let mut words = vec!["set-property", "--runtime", &slice];
     words.extend(machine.limits.iter().map(String::as_str));
     systemctl(&words)

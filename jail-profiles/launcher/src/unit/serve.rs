@@ -12,7 +12,7 @@ use bulkhead_control_api::VERSION;
 use bulkhead_control_api::opener::FromOpener;
 use bulkhead_jail::link::{Link, LinkError};
 use bulkhead_jail::starter::Starter;
-use bulkhead_jail::topology::{LINKS, Process};
+use bulkhead_jail::topology::{LINKS, Process, Restart};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::socket::{MsgFlags, UnixAddr, getsockname, setsockopt, sockopt};
 use nix::sys::time::{TimeVal, TimeValLike as _};
@@ -151,6 +151,9 @@ impl Opener {
 
     /// A process that peers connect to was started: they get new connections to it.
     fn connect_peers(&mut self, process: &Process) {
+        if process.restart == Restart::Never {
+            return;
+        }
         for link in LINKS.iter().filter(|link| link.listener == process.name) {
             let Some(peer) = self.links.get(link.connector) else { continue };
             let given = self.life.connection(link, &self.places).and_then(|connection| {
