@@ -7,7 +7,8 @@ use std::hash::{BuildHasher as _, RandomState};
 use bulkhead_control_api::config;
 
 use crate::cli::{Error, Problem};
-use crate::options::{At, Backend, Monitor, Options, Place, Target};
+use crate::opener;
+use crate::options::{AddFd, At, Backend, Monitor, Options, Place, Target};
 use crate::terminal::Terminal;
 
 /// Name of the native guest in messages.
@@ -61,6 +62,13 @@ pub enum What {
         /// Keep what is there.
         append: bool,
     },
+    /// A descriptor that was inherited and becomes a member of an fd set.
+    Member {
+        /// Its number.
+        fd: i32,
+        /// The set.
+        set: i64,
+    },
     /// A unix socket to listen on.
     Listener(String),
     /// A unix socket to connect to.
@@ -111,7 +119,7 @@ pub fn plan(options: &Options) -> Result<Plan, Error> {
             chardevs: devices.all.iter().filter(|d| d.owner == Owner::Console).map(Device::config).collect(),
             serial: serial.map(|device| device.id),
         },
-        broker: config::Broker { life, name: options.name.clone(), uuid: options.uuid, monitors, autostart },
+        broker: broker(options, life, monitors, &devices),
         terminal: devices.terminal(),
         opens: opens(options, &devices),
     })
@@ -120,6 +128,31 @@ pub fn plan(options: &Options) -> Result<Plan, Error> {
 /// A number that no other life of a machine has; keyed at random by the standard library.
 pub fn new_life() -> u64 {
     RandomState::new().hash_one(std::process::id())
+}
+
+fn broker(options: &Options, life: u64, monitors: Vec<config::Monitor>, devices: &Devices) -> config::Broker {
+    let member = |(number, option): (usize, &At<AddFd>)| {
+        let AddFd { set, opaque, .. } = option.value.clone();
+        config::FdsetMember { fd: member_name(number), set, opaque }
+    };
+    let file = |device: &Device| match &device.backend {
+        Backend::File { path, .. } => opener::set_of(path)?.ok(),
+        Backend::Null | Backend::Stdio { .. } | Backend::Socket { .. } => None,
+    };
+    config::Broker {
+        life,
+        name: options.name.clone(),
+        uuid: options.uuid,
+        monitors,
+        autostart: !options.stopped,
+        fdsets: options.add_fds.iter().enumerate().map(member).collect(),
+        used_fdsets: devices.all.iter().filter_map(file).collect(),
+    }
+}
+
+/// Name of the descriptor of an `-add-fd`.
+fn member_name(number: usize) -> String {
+    format!("fdset.{number}")
 }
 
 fn loader(options: &Options) -> Result<config::Loader, Error> {
@@ -296,6 +329,12 @@ fn opens(options: &Options, devices: &Devices) -> Vec<Open> {
             matches!(open.what, What::Inherited { .. } | What::StandardInput | What::StandardOutput)
         });
     let open = |name: &str, at: &str, what| Open { name: name.to_owned(), at: at.to_owned(), what };
+    // Before what may refer to them, or name the same descriptor.
+    let members = options.add_fds.iter().enumerate().map(|(number, option)| {
+        let AddFd { fd, set, .. } = option.value;
+        open(&member_name(number), &option.at, What::Member { fd, set })
+    });
+    opens.splice(0..0, members);
     opens.push(match &options.kernel {
         Some(kernel) => open("kernel", &kernel.at, What::Input(kernel.value.clone())),
         None => open("kernel", NATIVE_GUEST, What::NativeGuest),

@@ -4,11 +4,13 @@
 //! and as it comes into being, so that whoever cleans up after a kill knows it.
 
 mod error;
+mod fdset;
 mod files;
 mod inherited;
 mod sockets;
 
 pub use error::Error;
+pub use fdset::set_of;
 pub use files::{Created, abandon_pid_file, kvm, sealed};
 pub use inherited::{Inherited, from_service_manager};
 pub use sockets::abandon as abandon_socket;
@@ -18,6 +20,7 @@ use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 use crate::machine::{Open, What};
+use fdset::Sets;
 
 /// What whoever cleans up after a kill has to know.
 #[derive(Clone, Copy, Debug)]
@@ -41,13 +44,14 @@ pub fn open(
     note: &mut dyn FnMut(Note<'_>) -> Result<(), String>,
 ) -> Result<BTreeMap<String, OwnedFd>, Error> {
     let mut fds = BTreeMap::new();
+    let mut sets = Sets::default();
     for request in opens {
         match &request.what {
             What::Listener(path) => note(Note::Socket(path)).map_err(Error::Guard)?,
             What::PidFile(path) => note(Note::PidFile(path)).map_err(Error::Guard)?,
             _ => {}
         }
-        let (fd, new) = open_one(request, &mut inherited).map_err(|e| e.of(&request.at))?;
+        let (fd, new) = open_one(request, &mut inherited, &mut sets).map_err(|e| e.of(&request.at))?;
         if let Some(new) = new {
             note(Note::Created(&new)).map_err(Error::Guard)?;
         }
@@ -56,14 +60,29 @@ pub fn open(
     Ok(fds)
 }
 
-fn open_one(request: &Open, inherited: &mut Inherited) -> Result<(OwnedFd, Option<Created>), Error> {
+fn open_one(
+    request: &Open,
+    inherited: &mut Inherited,
+    sets: &mut Sets,
+) -> Result<(OwnedFd, Option<Created>), Error> {
     let fd = match &request.what {
         What::Kvm => files::kvm()?,
-        What::Input(path) => files::input(path)?,
+        What::Input(path) => match sets.input(path).map_err(|e| Error::Io(e.into()))? {
+            Some(member) => files::regular(member.into())?,
+            None => files::input(path)?,
+        },
         What::NativeGuest => files::sealed("native-guest", bulkhead_guest::ELF)?,
         What::StandardInput => duplicate(io::stdin())?,
         What::StandardOutput => duplicate(io::stdout())?,
-        What::Output { path, append } => files::output(path, *append)?,
+        What::Output { path, append } => {
+            let member = sets.output(path, *append).map_err(|e| Error::Output(path.to_owned(), e.into()))?;
+            member.map_or_else(|| files::output(path, *append), Ok)?
+        }
+        What::Member { fd, set } => {
+            let fd = inherited.duplicate(*fd)?;
+            sets.add(*set, fd.as_fd()).map_err(|e| Error::Io(e.into()))?;
+            fd
+        }
         What::Connection(path) => sockets::connect(path)?,
         What::Inherited { fd, listening } => inherited.claim(*fd, *listening)?,
         What::Listener(path) => {
@@ -92,6 +111,7 @@ pub fn open_beneath(dir: BorrowedFd<'_>, request: &Open) -> Result<OwnedFd, Erro
         | What::StandardOutput
         | What::Connection(_)
         | What::Inherited { .. }
+        | What::Member { .. }
         | What::Listener(_)
         | What::PidFile(_) => Err(Error::NotInAUnit),
     };

@@ -1,10 +1,12 @@
 //! The options of `bulkhead run` with their types, before they are put together to a machine.
 
+mod addfd;
 mod chardev;
 mod memory;
 mod monitor;
 mod smp;
 
+pub use addfd::AddFd;
 pub use chardev::{Backend, Chardev, Place};
 pub use monitor::Monitor;
 
@@ -63,6 +65,8 @@ pub struct Options {
     pub chardevs: Vec<At<Chardev>>,
     /// `-mon` and `-qmp`, in their order.
     pub monitors: Vec<At<Monitor>>,
+    /// `-add-fd`, in their order.
+    pub add_fds: Vec<At<AddFd>>,
     /// `-S`.
     pub stopped: bool,
     /// `-no-reboot`.
@@ -122,6 +126,7 @@ impl Options {
             serial: None,
             chardevs: Vec::new(),
             monitors: Vec::new(),
+            add_fds: Vec::new(),
             stopped: false,
             no_reboot: false,
             no_shutdown: false,
@@ -193,6 +198,10 @@ impl Options {
             Opt::Chardev => {
                 let chardev = chardev::chardev(params)?;
                 self.chardevs.push(At { at: given.at.clone(), value: chardev });
+            }
+            Opt::AddFd => {
+                let member = addfd::add_fd(params)?;
+                self.add_fds.push(At { at: given.at.clone(), value: member });
             }
             Opt::Monitor => {
                 let monitor = monitor::monitor(params)?;

@@ -302,7 +302,10 @@ impl Supervisor {
     fn opened_for(&self, process: &Process) -> Vec<String> {
         match process.name {
             "console" => self.vm.console.chardevs.iter().flat_map(|c| names_of(&c.kind)).collect(),
-            "broker" => self.vm.broker.monitors.iter().flat_map(|m| names_of(&m.chardev.kind)).collect(),
+            "broker" => {
+                let monitors = self.vm.broker.monitors.iter().flat_map(|m| names_of(&m.chardev.kind));
+                monitors.chain(self.vm.broker.fdsets.iter().map(|member| member.fd.clone())).collect()
+            }
             _ => process.fds.iter().map(|f| f.trim_end_matches('?').to_owned()).collect(),
         }
     }

@@ -1,6 +1,6 @@
 //! Descriptors that clients passed: named ones of each monitor, and the fd sets of all.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::os::fd::OwnedFd;
 
 use bulkhead_qapi::Error;
@@ -58,11 +58,28 @@ pub struct Descriptors {
     names: BTreeMap<String, BTreeMap<String, OwnedFd>>,
     /// By id; in a set the oldest first.
     sets: BTreeMap<i64, Vec<Member>>,
+    /// Sets of which a character device uses a member. They stay, without members if clients remove those.
+    used: BTreeSet<i64>,
     /// Members there have been.
     count: i64,
 }
 
 impl Descriptors {
+    /// The sets of a command line.
+    ///
+    /// # Errors
+    /// A limit is reached.
+    pub fn of_command_line(
+        members: impl IntoIterator<Item = (AddFdArg, OwnedFd)>,
+        used: impl IntoIterator<Item = i64>,
+    ) -> Result<Self, Error> {
+        let mut all = Self { used: used.into_iter().collect(), ..Self::default() };
+        for (args, fd) in members {
+            all.add(args, fd)?;
+        }
+        Ok(all)
+    }
+
     /// Executes a command of a monitor's client. `take` gives the descriptor that waits.
     ///
     /// # Errors
@@ -83,9 +100,9 @@ impl Descriptors {
         self.names.get_mut(monitor)?.remove(name)
     }
 
-    /// Closes the members of all sets.
+    /// Closes the members of all sets that no character device uses.
     pub fn clear_sets(&mut self) {
-        self.sets.clear();
+        self.sets.retain(|id, _| self.used.contains(id));
     }
 
     fn kept(&self) -> usize {
@@ -167,7 +184,7 @@ impl Descriptors {
         } else {
             members.clear();
         }
-        if members.is_empty() {
+        if members.is_empty() && !self.used.contains(&id) {
             self.sets.remove(&id);
         }
         Ok(json!({}))
@@ -266,6 +283,30 @@ mod tests {
         assert!(all.execute(getfd("more"), "other", null).is_ok());
         let long = run(&mut all, getfd(&"x".repeat(MAX_NAME + 1)));
         assert_eq!(long, "Parameter 'fdname' expects at most 1024 bytes");
+    }
+
+    /// What is in use is QEMU's list of duplicates: it keeps a set.
+    #[test]
+    fn a_set_that_is_in_use_stays() {
+        let member = |set| {
+            let args = AddFdArg { fdset_id: Some(set), opaque: Some("x".to_owned()) };
+            (args, File::open("/dev/null").unwrap().into())
+        };
+        let mut all = Descriptors::of_command_line([member(1), member(1), member(2)], [1]).unwrap();
+        assert_eq!(run(&mut all, add(None, None))["fdset-id"], 0);
+        assert_eq!(run(&mut all, remove(1, None)), json!({}));
+        assert_eq!(run(&mut all, remove(1, None)), json!({}), "without members");
+        let listed = run(&mut all, Op::QueryFdsets);
+        assert_eq!(listed[1], json!({"fdset-id": 1, "fds": []}));
+        assert_eq!(listed[0]["fds"][0]["opaque"], "x");
+        assert_eq!(run(&mut all, add(Some(1), None))["fdset-id"], 1);
+        all.clear_sets();
+        let listed = run(&mut all, Op::QueryFdsets);
+        assert_eq!((listed.as_array().unwrap().len(), &listed[0]["fdset-id"]), (1, &json!(1)));
+        assert_eq!(listed[0]["fds"].as_array().unwrap().len(), 1);
+        assert_eq!(run(&mut all, add(None, None))["fdset-id"], 0);
+        let many = (0..=MAX_MEMBERS).map(|_| member(1));
+        assert!(Descriptors::of_command_line(many, []).is_err());
     }
 
     #[test]

@@ -62,7 +62,7 @@ pub struct Hub {
 impl Hub {
     /// A hub without clients, before core has said anything.
     #[must_use]
-    pub fn new(config: config::Broker) -> Self {
+    pub fn new(config: config::Broker, descriptors: Descriptors) -> Self {
         let monitors = config.monitors.iter().map(|monitor| Rc::new(Monitor::new(monitor))).collect();
         Self {
             policy: RefCell::new(Policy::new(&config.monitors)),
@@ -72,7 +72,7 @@ impl Hub {
             core: Peer::default(),
             console: Peer::default(),
             held: Rc::default(),
-            descriptors: RefCell::default(),
+            descriptors: RefCell::new(descriptors),
             ended: Notify::new(),
             core_known: Notify::new(),
             state: Cell::new(core::RunState::Prelaunch),

@@ -4,6 +4,7 @@ use std::os::fd::OwnedFd;
 use std::process::ExitCode;
 use std::rc::Rc;
 
+use bulkhead_broker::descriptors::Descriptors;
 use bulkhead_broker::fd::watch;
 use bulkhead_broker::hub::Hub;
 use bulkhead_broker::monitor;
@@ -12,6 +13,7 @@ use bulkhead_control_api::config;
 use bulkhead_jail::error;
 use bulkhead_jail::start::Start;
 use bulkhead_jail::topology;
+use bulkhead_qapi::types::misc::AddFdArg;
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use tokio::io::unix::AsyncFd;
 use tokio::runtime::{Builder, Runtime};
@@ -43,8 +45,21 @@ fn begin() -> Result<(Runtime, Rc<Hub>, Sources), Box<dyn std::error::Error>> {
         let monitors = config.monitors.iter().map(open).collect::<Result<_, _>>()?;
         Sources { core, console, monitors }
     };
+    let descriptors = command_line_sets(&config, &mut start)?;
     start.enter()?;
-    Ok((runtime, Rc::new(Hub::new(config)), sources))
+    Ok((runtime, Rc::new(Hub::new(config, descriptors)), sources))
+}
+
+/// The fd sets of the command line. A starter gives them once: what clients have done to them since lasts.
+fn command_line_sets(
+    config: &config::Broker,
+    start: &mut Start,
+) -> Result<Descriptors, bulkhead_qapi::Error> {
+    let member = |member: &config::FdsetMember| {
+        let args = AddFdArg { fdset_id: Some(member.set), opaque: member.opaque.clone() };
+        Some((args, start.take_optional(&member.fd)?))
+    };
+    Descriptors::of_command_line(config.fdsets.iter().filter_map(member), config.used_fdsets.iter().copied())
 }
 
 /// A listener must not block when a connection is gone before it is accepted.

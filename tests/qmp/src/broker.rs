@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use std::rc::Rc;
 use std::thread::JoinHandle;
 
+use bulkhead_broker::descriptors::Descriptors;
 use bulkhead_broker::fd::watch;
 use bulkhead_broker::hub::Hub;
 use bulkhead_broker::monitor;
@@ -105,7 +106,7 @@ impl Broker {
         }
         let unlimited = monitors.clone();
         set_limits(&mut monitors, limits);
-        let config = config::Broker { life: 0, name: None, uuid: [0; 16], monitors, autostart };
+        let config = config::Broker { monitors, autostart, ..config::Broker::default() };
         let pair = socketpair(AddressFamily::Unix, SockType::SeqPacket, None, SockFlag::SOCK_CLOEXEC);
         let (ours, theirs) = pair.map_err(std::io::Error::from)?;
         let core = fake::Core::start(theirs.try_clone()?, theirs);
@@ -192,7 +193,7 @@ fn serve(
         let console = watch(console).map_err(|(_, error)| error.to_string())?;
         Sources { core, console, monitors }
     };
-    let hub = Rc::new(Hub::new(config));
+    let hub = Rc::new(Hub::new(config, Descriptors::default()));
     let local = tokio::task::LocalSet::new();
     let replaced = Rc::clone(&hub);
     local.spawn_local(async move {

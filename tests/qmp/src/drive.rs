@@ -20,8 +20,7 @@ use crate::cases;
 /// # Panics
 /// An invariant is broken.
 pub fn drive(input: &[u8]) -> usize {
-    let config =
-        config::Broker { life: 0, name: None, uuid: [0; 16], monitors: Vec::new(), autostart: false };
+    let config = config::Broker::default();
     let total = Rc::new(Cell::new(0));
     let mut session = Session::new(Rc::clone(&total));
     let mut replies = 0;

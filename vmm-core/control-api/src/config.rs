@@ -165,8 +165,19 @@ pub struct Monitor {
     pub gids: Vec<u32>,
 }
 
-/// Configuration of the broker.
+/// A member of an fd set from the start.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FdsetMember {
+    /// Name of the fd.
+    pub fd: String,
+    /// The set, not negative.
+    pub set: i64,
+    /// What its user wants to remember.
+    pub opaque: Option<String>,
+}
+
+/// Configuration of the broker.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Broker {
     /// As in [`Console`].
     pub life: u64,
@@ -178,6 +189,10 @@ pub struct Broker {
     pub monitors: Vec<Monitor>,
     /// Send [`crate::core::Op::Start`] when every `wait=on` is satisfied; false with `-S`.
     pub autostart: bool,
+    /// `-add-fd` in the order of the command line.
+    pub fdsets: Vec<FdsetMember>,
+    /// Sets of which a character device uses a member: they stay, without members if clients remove those.
+    pub used_fdsets: Vec<i64>,
 }
 
 #[cfg(test)]

@@ -44,6 +44,8 @@ pub enum Problem {
         "Parameter '{0}' expects a non-negative number below 2^64, with an optional suffix k, M, G, T, P or E"
     )]
     ExpectsSize(&'static str),
+    #[error("Value '{1}' is too large for parameter '{0}'")]
+    TooLarge(&'static str, String),
     #[error("Value '{1}' is out of range for parameter '{0}'")]
     OutOfRange(&'static str, String),
     #[error("Parameter '{0}' expects an identifier: letters, digits, '-', '.', '_', starting with a letter")]
@@ -119,6 +121,13 @@ pub enum Problem {
     ChardevNotFound(String),
     #[error("Device '{0}' is in use")]
     ChardevInUse(String),
+    // Members of fd sets.
+    #[error("{0} option is required and must be non-negative")]
+    RequiredNumber(&'static str),
+    #[error("fd cannot be a standard I/O stream")]
+    AddFdStandardStream,
+    #[error("fd is not valid or already in use")]
+    AddFdInvalid,
     // Monitors.
     #[error("mode=readline is not available: there is no human monitor; use mode=control")]
     ReadlineMonitor,

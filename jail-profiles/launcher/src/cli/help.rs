@@ -92,7 +92,7 @@ fn params(spec: &Spec) -> impl Iterator<Item = (String, &'static str)> {
             Kind::Id => "id",
             Kind::Text => "text",
             Kind::Flag => "on|off",
-            Kind::Number => "number",
+            Kind::Number | Kind::Signed => "number",
             Kind::Size => "size",
         };
         (format!("{}={value}", param.name), param.help)

@@ -30,6 +30,7 @@ pub enum Opt {
     Display,
     NoGraphic,
     PidFile,
+    AddFd,
 }
 
 /// An option.
@@ -92,6 +93,8 @@ pub enum Kind {
     Flag,
     /// An unsigned integer.
     Number,
+    /// The same, taken as a signed one: its upper half is negative.
+    Signed,
     /// A number of bytes with an optional suffix.
     Size,
 }
@@ -191,6 +194,21 @@ pub static MON: Group = Group {
     ],
 };
 
+/// Parameters of a member of an fd set.
+pub static ADD_FD: Group = Group {
+    name: "add-fd",
+    implied: None,
+    params: &[
+        param(
+            "fd",
+            Kind::Signed,
+            "number of an inherited descriptor, 3 or above; a duplicate of it becomes the member",
+        ),
+        param("set", Kind::Signed, "number of the set"),
+        param("opaque", Kind::Text, "text that query-fdsets shows"),
+    ],
+};
+
 const fn flag(opt: Opt, names: &'static [&'static str], help: &'static str) -> Spec {
     Spec { opt, names, takes: Takes::Nothing, syntax: "", help }
 }
@@ -274,6 +292,14 @@ pub static OPTIONS: &[Spec] = &[
         &["qmp"],
         "unix:path[,server=on|off][,wait=on|off]|stdio|chardev:id",
         "Short for -chardev and -mon with mode=control; may be given several times.",
+    ),
+    group(
+        Opt::AddFd,
+        &["add-fd"],
+        &ADD_FD,
+        "fd=n,set=n[,opaque=text]",
+        "Adds an inherited descriptor to an fd set. The path /dev/fdset/N of a kernel, an initrd or a file of a character \
+         device is the first member of set N that was opened in the same way (to read, or to write).",
     ),
     flag(Opt::Stopped, &["S"], "Does not start the vCPUs: QMP cont does."),
     flag(Opt::NoReboot, &["no-reboot"], "Shuts down where the guest would reset."),

@@ -36,13 +36,7 @@ fn run_alone_boots_the_native_guest_on_the_terminal() {
     );
     assert_eq!(
         plan.broker,
-        config::Broker {
-            life: plan.console.life,
-            name: None,
-            uuid: [0; 16],
-            monitors: vec![],
-            autostart: true
-        }
+        config::Broker { life: plan.console.life, autostart: true, ..config::Broker::default() }
     );
     assert_eq!(opened(&plan), ["stdio.in", "stdio.out", "kernel", "kvm"]);
     assert_eq!(plan.opens[2].what, What::NativeGuest);
@@ -140,9 +134,29 @@ fn monitors_keep_their_order() {
 }
 
 #[test]
+fn members_of_fd_sets_come_first() {
+    let plan = planned(
+        "-chardev file,id=a,path=/dev/fdset/3,append=on -serial chardev:a -kernel /dev/fdset/4 -add-fd fd=9,set=3,opaque=x \
+         -qmp unix:q,server=on -add-fd fd=9,set=4",
+    );
+    assert_eq!(
+        opened(&plan),
+        ["fdset.0", "fdset.1", "kernel", "kvm", "chardev.a", "chardev.compat_monitor0"]
+    );
+    assert_eq!(plan.opens[1].what, What::Member { fd: 9, set: 4 });
+    let member = |fd: &str, set, opaque: Option<&str>| config::FdsetMember {
+        fd: fd.to_owned(),
+        set,
+        opaque: opaque.map(str::to_owned),
+    };
+    assert_eq!(plan.broker.fdsets, [member("fdset.0", 3, Some("x")), member("fdset.1", 4, None)]);
+    assert_eq!(plan.broker.used_fdsets, [3]);
+}
+
+#[test]
 fn every_descriptor_is_in_the_topology() {
     let plan = planned(
-        "-kernel k -initrd i -serial file:f -chardev socket,id=a,path=a -qmp unix:q,server=on -qmp stdio",
+        "-add-fd fd=9,set=3 -kernel k -initrd i -serial file:f -chardev socket,id=a,path=a -qmp unix:q,server=on -qmp stdio",
     );
     for open in plan.opens.iter() {
         assert!(bulkhead_jail::topology::PROCESSES.iter().any(|p| p.may_have(&open.name)), "{open:?}");

@@ -47,6 +47,10 @@ pub enum Error {
          file, null, or one of the sockets in /run/bulkhead/NAME"
     )]
     NotInAUnit,
+    #[error("fd is not valid or already in use")]
+    MemberNotValid,
+    #[error("error duplicating fd: {0}")]
+    MemberNotDuplicated(Cause),
     #[error("cannot create PID file: Could not create '{0}': {1}")]
     PidFile(String, Cause),
     #[error("cannot create PID file: Cannot lock pid file: another process holds it")]

@@ -56,7 +56,8 @@ pub fn input(path: &str) -> Result<OwnedFd, Error> {
     regular(file.map_err(|e| Error::Io(e.into()))?)
 }
 
-fn regular(file: File) -> Result<OwnedFd, Error> {
+/// The file, if it is a regular one.
+pub fn regular(file: File) -> Result<OwnedFd, Error> {
     let metadata = file.metadata().map_err(|e| Error::Io(e.into()))?;
     if metadata.is_file() { Ok(file.into()) } else { Err(Error::NotRegular) }
 }

@@ -1,7 +1,7 @@
-//! Sockets that the launcher inherited and that the user names by number (`fd=N`).
+//! Descriptors that the launcher inherited and that the user names by number (`fd=N`).
 #![expect(unsafe_code, reason = "taking ownership of a descriptor by its number")]
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::io;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
@@ -14,9 +14,14 @@ use nix::sys::socket::{
 
 use super::Error;
 
-/// Numbers of the descriptors that were open when the launcher started, but for the standard streams.
+/// The descriptors that were open when the launcher started, but for the standard streams.
 #[derive(Debug, Default)]
-pub struct Inherited(BTreeSet<RawFd>);
+pub struct Inherited {
+    /// Numbers of those that nothing has taken.
+    open: BTreeSet<RawFd>,
+    /// Those that were duplicated, by number. They are closed when nothing can name them any more.
+    duplicated: BTreeMap<RawFd, OwnedFd>,
+}
 
 /// The descriptors that the service manager gave, with their names (`sd_listen_fds(3)`); call it once, before
 /// anything is opened.
@@ -59,7 +64,25 @@ impl Inherited {
         }
         // The directory itself was among them and is closed by now.
         numbers.retain(|number| fs::symlink_metadata(format!("/proc/self/fd/{number}")).is_ok());
-        Ok(Self(numbers))
+        Ok(Self { open: numbers, duplicated: BTreeMap::new() })
+    }
+
+    fn take(&mut self, number: RawFd) -> Option<OwnedFd> {
+        // SAFETY: the number was open before this program opened anything, so nothing else in it owns it, and it is
+        // removed from the set, so it is taken at most once.
+        self.open.remove(&number).then(|| unsafe { OwnedFd::from_raw_fd(number) })
+    }
+
+    /// Duplicates the descriptor of that number, which may be of any kind. It cannot be claimed then, but duplicated again.
+    ///
+    /// # Errors
+    /// It was not open, or is claimed, or the kernel refuses.
+    pub fn duplicate(&mut self, number: RawFd) -> Result<OwnedFd, Error> {
+        if let Some(fd) = self.take(number) {
+            self.duplicated.insert(number, fd);
+        }
+        let fd = self.duplicated.get(&number).ok_or(Error::MemberNotValid)?;
+        fd.try_clone().map_err(|e| Error::MemberNotDuplicated(e.into()))
     }
 
     /// Takes the unix stream socket of that number.
@@ -71,12 +94,7 @@ impl Inherited {
             return Err(Error::StandardStream(number));
         }
         let raw = RawFd::try_from(number).map_err(|_| Error::NotOpen(number))?;
-        if !self.0.remove(&raw) {
-            return Err(Error::NotOpen(number));
-        }
-        // SAFETY: `raw` was open before this program opened anything, so nothing else in it owns the
-        // number, and it is removed from the set, so it is claimed at most once.
-        let fd = unsafe { OwnedFd::from_raw_fd(raw) };
+        let fd = self.take(raw).ok_or(Error::NotOpen(number))?;
         match getsockopt(&fd, sockopt::SockType) {
             Ok(SockType::Stream) if family(&fd) == Some(AddressFamily::Unix) => {}
             Err(Errno::ENOTSOCK) => return Err(Error::FdNotASocket(number)),
