@@ -29,6 +29,7 @@ need libc6-dev installed libc6-dev
 need qemu-system-x86 command -v qemu-system-x86_64
 need busybox-static installed busybox-static
 need linux-image-cloud-amd64 cloud_kernel
+need socat command -v socat
 need xz-utils command -v xz
 need python3-venv python_venv
 

@@ -10,6 +10,7 @@ pub mod drive;
 pub mod fake;
 pub mod qemu;
 pub mod runner;
+pub mod started;
 pub mod wire;
 
 /// Bytes on the wire and what they are answered with, one entry per line.

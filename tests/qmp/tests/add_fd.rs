@@ -2,56 +2,33 @@
 
 use std::fs;
 use std::path::Path;
-use std::process::{Child, Command, Stdio};
+use std::process::Child;
 
-use bulkhead_framework::{Failure, Result, Scratch, launcher_path};
+use bulkhead_framework::{Failure, Result, Scratch};
+use bulkhead_qmp_tests::started::Server;
 use bulkhead_qmp_tests::vms_run_here;
 use bulkhead_qmp_tests::wire::Wire;
 use serde_json::{Value, json};
 
-/// Whose command line it is.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Server {
-    Bulkhead,
-    Qemu,
+/// Opens 7 to read, 8 to write, 9 to do both, 6 as a pipe's end.
+const SHELL: &str = "exec 7<input 8>>output 9<>both; mkfifo pipe; exec 5<>pipe 6>pipe 5>&-";
+
+fn start(server: Server, dir: &Path, args: &str) -> Result<Child> {
+    fs::write(dir.join("input"), "input")?;
+    fs::write(dir.join("output"), "before ")?;
+    Ok(server.command(dir, SHELL, args).spawn()?)
 }
 
-/// Opens 7 to read, 8 to write, 9 to do both, 6 as a pipe's end.
-const SHELL: &str =
-    "exec 7<input 8>>output 9<>both 2>errors; mkfifo pipe; exec 5<>pipe 6>pipe 5>&-; exec \"$@\"";
-
-impl Server {
-    fn start(self, dir: &Path, args: &str) -> Result<Child> {
-        fs::write(dir.join("input"), "input")?;
-        fs::write(dir.join("output"), "before ")?;
-        let mut command = Command::new("/bin/sh");
-        command.args(["-c", SHELL, "sh"]).current_dir(dir).stdin(Stdio::null()).stdout(Stdio::null());
-        match self {
-            Self::Bulkhead => command.arg(launcher_path()).args(["run", "-nodefaults", "-S"]),
-            Self::Qemu => command.args([
-                "qemu-system-x86_64",
-                "-machine",
-                "none",
-                "-nodefaults",
-                "-display",
-                "none",
-                "-S",
-            ]),
-        };
-        Ok(command.args(args.split(' ')).spawn()?)
+/// The last line of a start that fails, without the program's name.
+fn refusal(server: Server, args: &str) -> Result<String> {
+    let scratch = Scratch::new()?;
+    let status = start(server, scratch.path(), args)?.wait()?;
+    let text = fs::read_to_string(scratch.path().join("errors"))?;
+    if status.code() != Some(1) {
+        return Err(Failure::new(format!("{server:?} {args}: {status}: {text}")));
     }
-
-    /// The last line of a start that fails, without the program's name.
-    fn refusal(self, args: &str) -> Result<String> {
-        let scratch = Scratch::new()?;
-        let status = self.start(scratch.path(), args)?.wait()?;
-        let text = fs::read_to_string(scratch.path().join("errors"))?;
-        if status.code() != Some(1) {
-            return Err(Failure::new(format!("{self:?} {args}: {status}: {text}")));
-        }
-        let line = text.lines().last().unwrap_or_default();
-        Ok(line.split_once(": ").map_or(line, |(_, rest)| rest).to_owned())
-    }
+    let line = text.lines().last().unwrap_or_default();
+    Ok(line.split_once(": ").map_or(line, |(_, rest)| rest).to_owned())
 }
 
 /// What is refused, and how: the line, or for a character device its cause.
@@ -92,7 +69,7 @@ fn check_refusals(server: Server) -> Result<()> {
                 }
                 None => expected.to_owned(),
             };
-        assert_eq!(server.refusal(args)?, expected, "{server:?} {args}");
+        assert_eq!(refusal(server, args)?, expected, "{server:?} {args}");
     }
     Ok(())
 }
@@ -119,7 +96,7 @@ fn check_sets(server: Server) -> Result<()> {
     let args = "-add-fd fd=7,set=3,opaque=first -add-fd fd=7,set=3 -add-fd set=0x1,fd=8,opaque=a,,b -add-fd fd=8,set=9 \
                 -chardev file,id=a,path=/dev/fdset/1,append=on -chardev file,id=b,path=/dev/fdset/09 \
                 -qmp unix:q,server=on,wait=off";
-    let mut child = server.start(scratch.path(), args)?;
+    let mut child = start(server, scratch.path(), args)?;
     // A panic must not leave the server behind.
     let ended = std::panic::catch_unwind(|| run_sets(&scratch.path().join("q")));
     let ended = ended.unwrap_or_else(|_| Err("an assertion failed".into()));
@@ -181,7 +158,7 @@ fn a_command_line_takes_descriptors_as_qemus() -> Result<()> {
 /// QEMU cuts this number to 32 bits; ours does not, and takes no descriptor for two purposes.
 #[test]
 fn a_descriptor_is_what_was_named() -> Result<()> {
-    let refusal = |args| Server::Bulkhead.refusal(args);
+    let refusal = |args| refusal(Server::Bulkhead, args);
     let cut = "-add-fd fd=4294967303,set=1";
     assert_eq!(refusal(cut)?, format!("{cut}: fd is not valid or already in use"));
     let twice = refusal("-add-fd fd=7,set=1 -chardev socket,id=a,fd=7")?;
