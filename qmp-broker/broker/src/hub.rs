@@ -105,10 +105,22 @@ impl Hub {
         self.clients.borrow().len()
     }
 
-    /// The client that has been there longest without negotiating.
+    /// Number of clients that are no operators.
     #[must_use]
-    pub fn oldest_silent(&self) -> Option<Rc<Client>> {
-        self.clients.borrow().values().find(|client| !client.is_negotiated() && !client.is_dropped()).cloned()
+    pub fn others(&self) -> usize {
+        self.clients.borrow().values().filter(|client| !self.is_operator(client)).count()
+    }
+
+    fn is_operator(&self, client: &Client) -> bool {
+        self.policy.borrow().role(&client.monitor.label) == Role::Operator
+    }
+
+    /// The client that has been there longest without negotiating, of all or of those that are no operators.
+    #[must_use]
+    pub fn oldest_silent(&self, operators_too: bool) -> Option<Rc<Client>> {
+        let may_go = |client: &&Rc<Client>| operators_too || !self.is_operator(client);
+        let is_silent = |client: &&Rc<Client>| !client.is_negotiated() && !client.is_dropped();
+        self.clients.borrow().values().filter(may_go).find(is_silent).cloned()
     }
 
     /// Replaces the policy: for new clients, and for those that there are from their next command on.

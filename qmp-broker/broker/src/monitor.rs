@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use bulkhead_control_api::config::{self, ChardevKind};
 use bulkhead_jail::{notice, warn};
+use bulkhead_qapi::table::Role;
 use nix::sys::socket::{UnixAddr, getpeername, getsockopt, sockopt};
 use tokio::net::{UnixListener, UnixStream};
 use tokio::sync::Notify;
@@ -20,6 +21,8 @@ use crate::stream::{Shared, Stream};
 
 /// The most clients at a time, over all monitors.
 pub const MAX_CLIENTS: usize = 100;
+/// The most of them that are no operators: those must not keep operators out.
+pub const MAX_OTHERS: usize = 50;
 /// A client that has not negotiated for so long gives way when there are too many.
 const SILENT: Duration = Duration::from_secs(5);
 /// Pause after an `accept` that failed for lack of resources.
@@ -136,13 +139,13 @@ impl Monitor {
     /// Whether a peer is to be served. One that is not is told why.
     fn admit(&self, hub: &Hub, stream: &Stream) -> bool {
         let peer = stream.credentials();
-        let desc = if hub.admit(self, peer).is_err() {
-            "Access denied: this peer may not use this monitor".to_owned()
-        } else if make_room(hub) {
-            return true;
-        } else {
-            hub.log_refusal(self, peer, "too-many-clients");
-            format!("Too many clients: {MAX_CLIENTS} are connected")
+        let desc = match hub.admit(self, peer).map(|role| make_room(hub, role)) {
+            Ok(None) => return true,
+            Ok(Some(limit)) => {
+                hub.log_refusal(self, peer, "too-many-clients");
+                format!("Too many clients: {limit} are connected")
+            }
+            Err(_) => "Access denied: this peer may not use this monitor".to_owned(),
         };
         let line = format!("{{\"error\": {{\"class\": \"GenericError\", \"desc\": \"{desc}\"}}}}\r\n");
         stream.say(line.as_bytes());
@@ -150,19 +153,23 @@ impl Monitor {
     }
 }
 
-/// Whether one more client can be served. The oldest one that has not negotiated gives way.
-fn make_room(hub: &Hub) -> bool {
-    if hub.clients() < MAX_CLIENTS {
-        return true;
+/// Which limit forbids one more client of this role, if one does. The oldest one that has not negotiated gives way;
+/// an operator only for another one.
+fn make_room(hub: &Hub, role: Role) -> Option<usize> {
+    let operator = role == Role::Operator;
+    let limit = if !operator && hub.others() >= MAX_OTHERS {
+        MAX_OTHERS
+    } else if hub.clients() >= MAX_CLIENTS {
+        MAX_CLIENTS
+    } else {
+        return None;
+    };
+    let silent = hub.oldest_silent(operator).filter(|silent| silent.age() > SILENT);
+    if let Some(silent) = &silent {
+        warn!("{limit} QMP clients: one that has not negotiated is disconnected");
+        silent.drop_it();
     }
-    match hub.oldest_silent() {
-        Some(silent) if silent.age() > SILENT => {
-            warn!("{MAX_CLIENTS} QMP clients: one that has not negotiated is disconnected");
-            silent.drop_it();
-            true
-        }
-        _ => false,
-    }
+    silent.is_none().then_some(limit)
 }
 
 /// What a monitor's descriptor turned out to be.

@@ -135,6 +135,36 @@ fn events_go_to_operators_and_monitors_only() -> Result<()> {
     Ok(())
 }
 
+/// Clients of the lesser roles cannot keep operators out.
+#[test]
+fn operators_find_room() -> Result<()> {
+    let broker = roles()?;
+    let mut served = Vec::new();
+    let mut refused = 0;
+    for number in 0..120 {
+        let mut wire = Wire::over(UnixStream::connect(broker.path(1 + number % 2))?)?;
+        let line = wire.line()?;
+        match line.pointer("/error/desc") {
+            None => {
+                wire.negotiate(false)?;
+                served.push(wire);
+            }
+            Some(desc) => {
+                assert_eq!(desc, "Too many clients: 50 are connected");
+                refused += 1;
+            }
+        }
+    }
+    assert_eq!((served.len(), refused), (50, 70));
+    let mut operators = (0..50).map(|_| negotiated(&broker, 0, false)).collect::<Result<Vec<_>>>()?;
+    let full = first_line(UnixStream::connect(broker.path(0))?)?;
+    assert_eq!(full.pointer("/error/desc"), Some(&json!("Too many clients: 100 are connected")));
+    for wire in operators.iter_mut().chain(&mut served) {
+        assert!(wire.ask("{'execute': 'query-version'}")?.get("return").is_some());
+    }
+    Ok(())
+}
+
 #[test]
 fn descriptors_wait_behind_a_forbidden_command() -> Result<()> {
     let broker = roles()?;
