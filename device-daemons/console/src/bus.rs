@@ -4,12 +4,14 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 
 use bulkhead_bus_api::main_link::FromCore;
 use bulkhead_bus_api::platform::CONSOLE_GSIS;
-use bulkhead_bus_api::{CollectedWrite, MAX_REQUEST_LEN, Malformed, REPLY_LEN, Reply, Request};
+use bulkhead_bus_api::{CollectedWrite, MAX_REQUEST_LEN, Malformed, Reply, Request};
 use bulkhead_control_api::config::CpuTopology;
 use nix::errno::Errno;
 use nix::sys::socket::{MsgFlags, recv, send};
 
 use crate::machine::Machine;
+use crate::queue::Queue;
+use crate::state::State;
 
 /// Core broke the protocol, or the host failed; the process cannot go on.
 #[derive(Debug, thiserror::Error)]
@@ -48,8 +50,7 @@ pub enum Served {
 #[derive(Debug)]
 pub struct AccessLink {
     fd: OwnedFd,
-    /// The last number and its reply, for a repetition.
-    last: Option<(u32, [u8; REPLY_LEN])>,
+    index: usize,
 }
 
 impl AsFd for AccessLink {
@@ -61,15 +62,21 @@ impl AsFd for AccessLink {
 impl AccessLink {
     /// A link over a connected socket.
     #[must_use]
-    pub const fn new(fd: OwnedFd) -> Self {
-        Self { fd, last: None }
+    pub const fn new(index: usize, fd: OwnedFd) -> Self {
+        Self { fd, index }
     }
 
-    /// Serves the next request, if there is one. Never blocks.
+    /// Serves the next request, if there is one. Never blocks. What it changes is committed before the reply
+    /// leaves; `input` is the serial port's.
     ///
     /// # Errors
     /// [`BusError`].
-    pub fn serve(&mut self, machine: &mut Machine) -> Result<Served, BusError> {
+    pub fn serve(
+        &mut self,
+        machine: &mut Machine,
+        state: &mut State,
+        input: Option<&Queue>,
+    ) -> Result<Served, BusError> {
         // One byte more than the longest request: a longer packet shows itself.
         let mut buffer = [0; MAX_REQUEST_LEN + 1];
         let len = match recv(self.fd.as_raw_fd(), &mut buffer, MsgFlags::MSG_DONTWAIT) {
@@ -79,16 +86,18 @@ impl AccessLink {
             Err(errno) => return Err(errno.into()),
         };
         let request = Request::decode(buffer.get(..len).ok_or(Malformed)?)?;
-        let reply = match self.last {
-            Some((seq, reply)) if seq == request.seq => reply,
-            _ => {
+        let reply = match state.reply_to(self.index, request.seq) {
+            Some(reply) => reply,
+            None => {
                 // All of a request is checked before any of it is done.
                 let writes = request.writes().collect::<Result<Vec<CollectedWrite>, Malformed>>()?;
                 let (data, action) = machine.access(&writes, &request.access)?;
-                Reply { seq: request.seq, action, data }.encode()
+                let reply = Reply { seq: request.seq, action, data }.encode();
+                state.set_reply(self.index, (request.seq, reply));
+                state.commit(machine, input)?;
+                reply
             }
         };
-        self.last = Some((request.seq, reply));
         match send(self.fd.as_raw_fd(), &reply, MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_NOSIGNAL) {
             Ok(_) => Ok(Served::Open),
             Err(Errno::EPIPE | Errno::ECONNRESET) => Ok(Served::Closed),
@@ -114,5 +123,6 @@ pub fn welcome(
         return Err(BusError::Welcome { vcpus, irqs, fds: fds.len() });
     }
     let eventfds = fds.split_off(links);
-    Ok((fds.into_iter().map(AccessLink::new).collect(), eventfds))
+    let links = fds.into_iter().enumerate().map(|(index, fd)| AccessLink::new(index, fd));
+    Ok((links.collect(), eventfds))
 }

@@ -3,11 +3,10 @@
 //! Whatever the back end, the process holds at most one connected stream socket per device, which it
 //! reads and writes without waiting: a client's, or the near end of a [`crate::pump`].
 
-use std::collections::VecDeque;
 use std::io;
 use std::net::Shutdown;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
-use std::os::unix::net::{UnixListener, UnixStream};
+use std::os::unix::net::{SocketAddr, UnixListener, UnixStream};
 use std::time::{Duration, Instant};
 
 use bulkhead_control_api::config::{Chardev as Config, ChardevKind};
@@ -17,10 +16,12 @@ use nix::sys::socket::{MsgFlags, recv, send};
 
 use crate::connection::Connection;
 use crate::pump;
+use crate::queue::Queue;
+use crate::state::PIECE;
 
 /// The most bytes of input that are read ahead of the guest. More than its FIFO takes, so that a
 /// client that sends a command and leaves is not cut short.
-const INPUT_LIMIT: usize = 4096;
+pub const INPUT_LIMIT: usize = 4096;
 
 /// A character device.
 #[derive(Debug)]
@@ -39,26 +40,50 @@ pub struct Chardev {
     pumped: bool,
     /// The machine does not start before a client has connected.
     awaited: bool,
-    input: VecDeque<u8>,
+    input: Queue,
     blocked: bool,
+}
+
+/// What a predecessor has left of a character device.
+#[derive(Debug, Default)]
+pub struct Inherited {
+    /// There was one: a connection that the configuration names was its, and may be gone.
+    pub restarted: bool,
+    /// Its client's connection, or the near end of its pump's pair.
+    pub peer: Option<OwnedFd>,
+    /// The far end of its pump's pair.
+    pub far: Option<OwnedFd>,
+}
+
+/// Whether a character device copies through a pair that must be given.
+#[must_use]
+pub const fn needs_pair(config: &Config) -> bool {
+    matches!(config.kind, ChardevKind::Stdio | ChardevKind::File { .. })
+}
+
+fn path_of(address: &SocketAddr) -> String {
+    address.as_pathname().map_or(String::new(), |path| path.display().to_string())
 }
 
 /// What became of a read.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Input {
-    /// There may be more, now or later.
-    Open,
+    /// There was some; there may be more.
+    Some,
+    /// There is none at the moment, or no room for it.
+    Nothing,
     /// The peer is gone.
     Gone,
 }
 
 impl Chardev {
-    /// Opens the back end over descriptors that `take` finds by name.
+    /// Opens the back end over descriptors that `take` finds by name, or that a predecessor has left.
     ///
     /// # Errors
     /// `take` failed, or the host has no thread or socket left.
     pub fn new<E: From<io::Error>>(
         config: &Config,
+        mut inherited: Inherited,
         mut take: impl FnMut(&str) -> Result<OwnedFd, E>,
     ) -> Result<Self, E> {
         let mut device = Self {
@@ -72,22 +97,30 @@ impl Chardev {
             peer: None,
             pumped: false,
             awaited: false,
-            input: VecDeque::new(),
+            input: Queue::default(),
             blocked: false,
         };
         let name = match &config.kind {
             ChardevKind::Null => "null",
             ChardevKind::Stdio => {
-                device.pump(Some(take("stdio.in")?), take("stdio.out")?)?;
+                device.pump(inherited, Some(take("stdio.in")?), take("stdio.out")?)?;
                 "stdio"
             }
             ChardevKind::File { fd } => {
-                device.pump(None, take(fd)?)?;
+                device.pump(inherited, None, take(fd)?)?;
                 "file"
             }
             ChardevKind::Socket { fd, address, server, wait } => {
-                device.socket(take(fd)?, address, *server)?;
-                device.awaited = *server && *wait;
+                let peer = inherited.peer.take();
+                if *server {
+                    device.listen(take(fd)?, address)?;
+                    device.peer = peer.map(UnixStream::from);
+                    device.awaited = *wait && device.peer.is_none();
+                } else {
+                    // It was kept, or it is gone.
+                    let fresh = if inherited.restarted { None } else { Some(take(fd)?) };
+                    device.connect(peer.or(fresh), address);
+                }
                 return Ok(device);
             }
         };
@@ -96,36 +129,38 @@ impl Chardev {
         Ok(device)
     }
 
-    fn pump(&mut self, source: Option<OwnedFd>, sink: OwnedFd) -> io::Result<()> {
-        self.peer = Some(pump::start(&self.label, source, sink)?);
+    fn pump(&mut self, pair: Inherited, source: Option<OwnedFd>, sink: OwnedFd) -> io::Result<()> {
+        let (near, far) = match (pair.peer, pair.far) {
+            (Some(near), Some(far)) => (near, far),
+            _ => UnixStream::pair().map(|(near, far)| (near.into(), far.into()))?,
+        };
+        pump::start(&self.label, far, source, sink)?;
+        self.peer = Some(UnixStream::from(near));
         self.pumped = true;
         Ok(())
     }
 
     /// Names are those of QEMU 5.1: by the local address once there is one, as it was given before.
-    fn socket(&mut self, fd: OwnedFd, address: &str, server: bool) -> io::Result<()> {
-        let inherited = address.starts_with("fd:");
-        let local = |path: Option<&std::path::Path>| path.map_or(String::new(), |p| p.display().to_string());
-        if server {
-            let listener = UnixListener::from(fd);
-            // Another holder of an inherited one may be faster: then `accept` must not wait.
-            listener.set_nonblocking(true)?;
-            let path = match listener.local_addr() {
-                Ok(bound) if inherited => local(bound.as_pathname()),
-                _ => address.to_owned(),
-            };
-            self.connected = format!("unix:{path},server");
-            self.disconnected = format!("disconnected:{}", self.connected);
-            self.listener = Some(listener);
-        } else {
-            let peer = UnixStream::from(fd);
-            let path = peer.local_addr().map_or(String::new(), |bound| local(bound.as_pathname()));
-            self.connected = format!("unix:{path}");
-            let kind = if inherited { "" } else { "unix:" };
-            self.disconnected = format!("disconnected:{kind}{address}");
-            self.peer = Some(peer);
-        }
+    fn listen(&mut self, fd: OwnedFd, address: &str) -> io::Result<()> {
+        let listener = UnixListener::from(fd);
+        // Another holder of an inherited one may be faster: then `accept` must not wait.
+        listener.set_nonblocking(true)?;
+        let path = match listener.local_addr() {
+            Ok(bound) if address.starts_with("fd:") => path_of(&bound),
+            _ => address.to_owned(),
+        };
+        self.connected = format!("unix:{path},server");
+        self.disconnected = format!("disconnected:{}", self.connected);
+        self.listener = Some(listener);
         Ok(())
+    }
+
+    fn connect(&mut self, fd: Option<OwnedFd>, address: &str) {
+        self.peer = fd.map(UnixStream::from);
+        let bound = self.peer.as_ref().and_then(|peer| peer.local_addr().ok());
+        self.connected = format!("unix:{}", bound.map_or(String::new(), |bound| path_of(&bound)));
+        let kind = if address.starts_with("fd:") { "" } else { "unix:" };
+        self.disconnected = format!("disconnected:{kind}{address}");
     }
 
     /// Its id.
@@ -221,28 +256,46 @@ impl Chardev {
         self.blocked = false;
     }
 
-    /// Reads what is there, within the limit.
+    /// Reads a piece of what is there, within the limit. Whether it may be lost with this process is the
+    /// caller's to say.
     pub fn read(&mut self) -> Input {
-        let mut buffer = [0; INPUT_LIMIT];
+        let mut buffer = [0; PIECE];
         let room = INPUT_LIMIT.saturating_sub(self.input.len());
-        let (Some(peer), Some(buffer)) = (&self.peer, buffer.get_mut(..room).filter(|b| !b.is_empty()))
+        let (Some(peer), Some(buffer)) =
+            (&self.peer, buffer.get_mut(..room.min(PIECE)).filter(|b| !b.is_empty()))
         else {
-            return Input::Open;
+            return Input::Nothing;
         };
         match recv(peer.as_raw_fd(), buffer, MsgFlags::MSG_DONTWAIT) {
             Ok(0) => Input::Gone,
             Ok(len) => {
-                self.input.extend(buffer.iter().take(len));
-                Input::Open
+                buffer.iter().take(len).for_each(|byte| self.input.push(*byte));
+                Input::Some
             }
-            Err(Errno::EAGAIN | Errno::EINTR) => Input::Open,
+            Err(Errno::EAGAIN | Errno::EINTR) => Input::Nothing,
             Err(_) => Input::Gone,
         }
     }
 
+    /// The input that waits.
+    #[must_use]
+    pub const fn input(&self) -> &Queue {
+        &self.input
+    }
+
+    /// Goes on with the input that a predecessor has left. Its machine has begun, so no client is awaited.
+    pub fn resume(&mut self, input: Queue) {
+        self.input = input;
+    }
+
+    /// The machine has begun already: it waits for no client.
+    pub const fn await_nobody(&mut self) {
+        self.awaited = false;
+    }
+
     /// Takes at most `count` bytes of input.
     pub fn take_input(&mut self, count: usize) -> impl Iterator<Item = u8> + '_ {
-        self.input.drain(..count.min(self.input.len()))
+        self.input.take(count)
     }
 
     /// Whether input waits.
@@ -251,18 +304,16 @@ impl Chardev {
         !self.input.is_empty()
     }
 
-    /// Hands output to the peer; returns how much is done with. Without a peer that is all of it.
+    /// Hands a piece of output to the peer; returns how much is done with. Without a peer that is all of it.
     pub fn write(&mut self, first: &[u8], second: &[u8]) -> usize {
-        let mut done = 0;
-        for part in [first, second] {
-            let sent = self.send(part);
-            done += sent;
-            if sent < part.len() {
-                self.blocked = true;
-                break;
-            }
+        if self.peer.is_none() {
+            return first.len() + second.len();
         }
-        done
+        let part = if first.is_empty() { second } else { first };
+        let piece = part.get(..PIECE).unwrap_or(part);
+        let sent = self.send(piece);
+        self.blocked = sent < piece.len();
+        sent
     }
 
     fn send(&self, bytes: &[u8]) -> usize {
@@ -289,9 +340,11 @@ impl Chardev {
         if peer.shutdown(Shutdown::Write).is_err() {
             return;
         }
-        self.input.clear();
-        while self.wait(PollFlags::POLLIN, deadline) && self.read() == Input::Open {
-            self.input.clear();
+        loop {
+            drop(self.input.take(INPUT_LIMIT));
+            if !self.wait(PollFlags::POLLIN, deadline) || self.read() == Input::Gone {
+                return;
+            }
         }
     }
 

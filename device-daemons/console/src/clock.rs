@@ -1,5 +1,7 @@
 //! Time as the devices see it.
 
+use serde::{Deserialize, Serialize};
+
 /// One moment, on both clocks that devices use.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Now {
@@ -10,7 +12,7 @@ pub struct Now {
 }
 
 /// A clock that can be stopped, driven by a monotonic one.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct RunClock {
     /// Run time up to `since`.
     elapsed: u64,

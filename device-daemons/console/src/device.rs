@@ -9,7 +9,10 @@ pub mod serial;
 
 use bulkhead_bus_api::{Access, Action, CollectedWrite, Op, Space, platform as map};
 
+use serde::{Deserialize, Serialize};
+
 use crate::clock::Now;
+use crate::queue::Queue;
 use i8042::I8042;
 use pm::Pm;
 use reset::ResetControl;
@@ -30,6 +33,27 @@ pub struct Platform {
     pm: Pm,
     /// A device with a timer was touched.
     timers_changed: bool,
+}
+
+/// What of the devices outlives the process, beside the serial port's output.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Saved {
+    serial: Option<serial::Registers>,
+    rtc: Rtc,
+    i8042: I8042,
+    reset_control: ResetControl,
+    pm: Pm,
+}
+
+impl Saved {
+    /// Whether a guest can have brought this about on a machine with or without a serial port.
+    #[must_use]
+    pub fn is_possible(&self, serial: bool) -> bool {
+        self.serial.is_some() == serial
+            && self.serial.as_ref().is_none_or(serial::Registers::are_possible)
+            && self.rtc.is_possible()
+            && self.pm.is_possible()
+    }
 }
 
 /// Offset of a port in a range that has it.
@@ -54,6 +78,41 @@ impl Platform {
             pm: Pm::default(),
             timers_changed: true,
         }
+    }
+
+    /// Devices that go on from what was saved, and from output of which `consumed` bytes have gone out since.
+    #[must_use]
+    pub fn restored(saved: Saved, output: Queue, consumed: usize) -> Self {
+        Self {
+            serial: saved.serial.map(|registers| Serial::restored(registers, output, consumed)),
+            rtc: saved.rtc,
+            i8042: saved.i8042,
+            reset_control: saved.reset_control,
+            pm: saved.pm,
+            timers_changed: true,
+        }
+    }
+
+    /// What is to outlive the process.
+    #[must_use]
+    pub fn save(&self) -> Saved {
+        Saved {
+            serial: self.serial.as_ref().map(|serial| serial.registers().clone()),
+            rtc: self.rtc.clone(),
+            i8042: self.i8042.clone(),
+            reset_control: self.reset_control.clone(),
+            pm: self.pm.clone(),
+        }
+    }
+
+    /// Whether that is what was saved.
+    #[must_use]
+    pub fn is_as(&self, saved: &Saved) -> bool {
+        self.serial.as_ref().map(Serial::registers) == saved.serial.as_ref()
+            && self.rtc == saved.rtc
+            && self.pm == saved.pm
+            && self.i8042 == saved.i8042
+            && self.reset_control == saved.reset_control
     }
 
     /// Puts every device into its reset state.

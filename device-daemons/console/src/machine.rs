@@ -5,9 +5,11 @@ use std::os::fd::OwnedFd;
 use bulkhead_bus_api::{Access, Action, CollectedWrite, platform::CONSOLE_GSIS};
 use nix::errno::Errno;
 use nix::time::{ClockId, clock_gettime};
+use serde::{Deserialize, Serialize};
 
 use crate::clock::{Now, RunClock};
-use crate::device::{Platform, first, serial::Serial};
+use crate::device::{self, Platform, first, serial::Serial};
+use crate::queue::Queue;
 
 /// An interrupt line: one write to the eventfd is one edge.
 #[derive(Debug, Default)]
@@ -42,6 +44,22 @@ pub struct Machine {
     clock_changed: bool,
 }
 
+/// What of the machine outlives the process, beside the serial port's output.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Saved {
+    devices: device::Saved,
+    clock: RunClock,
+    held: [bool; CONSOLE_GSIS.len()],
+}
+
+impl Saved {
+    /// Whether a guest can have brought this about on a machine with or without a serial port.
+    #[must_use]
+    pub fn is_possible(&self, serial: bool) -> bool {
+        self.devices.is_possible(serial)
+    }
+}
+
 /// A clock of the host in nanoseconds; 0 if it had none, which Linux always has.
 fn clock(id: ClockId) -> i128 {
     clock_gettime(id).map_or(0, |t| i128::from(t.tv_sec()) * 1_000_000_000 + i128::from(t.tv_nsec()))
@@ -60,6 +78,34 @@ impl Machine {
         let clock = RunClock::running_from(monotonic());
         let now = now(&clock);
         Self { platform: Platform::new(serial, now), clock, lines: Default::default(), clock_changed: false }
+    }
+
+    /// A machine that goes on from what was saved, and from output of which `consumed` bytes have gone out
+    /// since.
+    #[must_use]
+    pub fn restored(saved: Saved, output: Queue, consumed: usize) -> Self {
+        Self {
+            platform: Platform::restored(saved.devices, output, consumed),
+            clock: saved.clock,
+            lines: saved.held.map(|held| Line { eventfd: None, held }),
+            clock_changed: true,
+        }
+    }
+
+    /// What is to outlive the process.
+    #[must_use]
+    pub fn save(&self) -> Saved {
+        Saved { devices: self.platform.save(), clock: self.clock, held: self.held() }
+    }
+
+    /// Whether that is what was saved.
+    #[must_use]
+    pub fn is_as(&self, saved: &Saved) -> bool {
+        self.platform.is_as(&saved.devices) && self.clock == saved.clock && self.held() == saved.held
+    }
+
+    fn held(&self) -> [bool; CONSOLE_GSIS.len()] {
+        std::array::from_fn(|i| self.lines.get(i).is_some_and(|line| line.held))
     }
 
     /// Connects the interrupt lines, in the order of [`CONSOLE_GSIS`].

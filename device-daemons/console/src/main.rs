@@ -2,8 +2,9 @@
 
 use std::process::ExitCode;
 
-use bulkhead_console::chardev::Chardev;
+use bulkhead_console::kept;
 use bulkhead_console::server::{Parts, Server, ServerError};
+use bulkhead_console::state::{MAX_CHARDEVS, State};
 use bulkhead_control_api::config::Console;
 use bulkhead_jail::error;
 use bulkhead_jail::start::{Start, StartError};
@@ -20,27 +21,31 @@ enum Failure {
     Chardev(#[from] std::io::Error),
     #[error("configuration: the serial port's chardev {0:?} does not exist")]
     Serial(String),
+    #[error("configuration: at most {MAX_CHARDEVS} character devices")]
+    Chardevs,
 }
 
 fn run() -> Result<(), Failure> {
     let mut start = Start::begin(&CONSOLE)?;
     let config: Console = start.config()?;
-    let mut chardevs = Vec::new();
-    for chardev in &config.chardevs {
-        chardevs.push(Chardev::new(chardev, |name| start.take(name).map_err(Failure::from))?);
+    if config.chardevs.len() > MAX_CHARDEVS {
+        return Err(Failure::Chardevs);
     }
     let serial = match config.serial {
         None => None,
-        Some(id) => match chardevs.iter().position(|c| c.label() == id) {
+        Some(id) => match config.chardevs.iter().position(|c| c.id == id) {
             None => return Err(Failure::Serial(id)),
             found => found,
         },
     };
+    let (mut state, left) =
+        State::open(start.state()?, config.life, config.chardevs.len(), serial.is_some())?;
+    let chardevs = kept::open::<Failure>(&mut start, &config.chardevs, &mut state, left.is_some())?;
     let (core, broker) = (start.take("core")?, start.take("broker")?);
-    let parts = Parts { core, broker, opener: start.opener(), chardevs, serial };
+    let parts = Parts { core, broker, opener: start.opener(), chardevs, serial, state, left };
     let server = Server::new(parts)?;
-    start.enter()?;
-    Ok(server.run()?)
+    let starter = start.enter()?;
+    Ok(server.run(starter)?)
 }
 
 fn main() -> ExitCode {

@@ -13,21 +13,22 @@ use bulkhead_jail::{info, warn};
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
+use crate::state::PIECE;
+
 /// Stack of a pump in bytes; its largest part is one chunk.
 const STACK: usize = 64 * 1024;
-/// Bytes copied at once.
-const CHUNK: usize = 4096;
+/// Bytes copied at once: so many are lost when the process dies at the wrong moment.
+const CHUNK: usize = PIECE;
 
-/// Starts the pumps of one character device; `source` may be missing. Returns the near end.
+/// Starts the pumps of one character device over the far end of a pair; `source` may be missing.
 ///
 /// Output ends when the near end is shut down for writing; when all of it is written, the near end
 /// reads end of file.
 ///
 /// # Errors
-/// The host has no thread or socket left.
-pub fn start(label: &str, source: Option<OwnedFd>, sink: OwnedFd) -> io::Result<UnixStream> {
-    let (near, far) = UnixStream::pair()?;
-    let far = Arc::new(far);
+/// The host has no thread left.
+pub fn start(label: &str, far: OwnedFd, source: Option<OwnedFd>, sink: OwnedFd) -> io::Result<()> {
+    let far = Arc::new(UnixStream::from(far));
     // What a thread does to begin is over when this function returns: a filter may follow.
     let begun = Arc::new(Barrier::new(if source.is_some() { 3 } else { 2 }));
     if let Some(source) = source {
@@ -45,7 +46,7 @@ pub fn start(label: &str, source: Option<OwnedFd>, sink: OwnedFd) -> io::Result<
         let _ = far.shutdown(Shutdown::Write);
     })?;
     begun.wait();
-    Ok(near)
+    Ok(())
 }
 
 /// Waits where somebody else has made the descriptor non-blocking.

@@ -12,6 +12,7 @@ use bulkhead_bus_api::main_link::{Command, FromCore, ToCore};
 use bulkhead_control_api::console::{self, Answer, Client, Op, Reply};
 use bulkhead_control_api::opener::FromOpener;
 use bulkhead_jail::link::{Link, LinkError};
+use bulkhead_jail::starter::Starter;
 use bulkhead_jail::topology::LINK_CONTROL_CONSOLE;
 use bulkhead_jail::{info, notice, warn};
 use nix::errno::Errno;
@@ -22,7 +23,10 @@ use nix::sys::timerfd::{ClockId, Expiration, TimerFd, TimerFlags, TimerSetTimeFl
 
 use crate::bus::{self, AccessLink, BusError, Served};
 use crate::chardev::{Chardev, Input};
+use crate::device::serial::Serial;
+use crate::kept::Keeper;
 use crate::machine::{Machine, monotonic};
+use crate::state::{Left, Names, State};
 
 /// While bytes stream, output goes to the character device at most this often (nanoseconds) ...
 const FLUSH_INTERVAL: u64 = 1_000_000;
@@ -95,6 +99,10 @@ pub struct Parts {
     pub chardevs: Vec<Chardev>,
     /// Index of the one behind COM1.
     pub serial: Option<usize>,
+    /// What outlives the process.
+    pub state: State,
+    /// What a predecessor has left.
+    pub left: Option<Left>,
 }
 
 /// A character device with what epoll knows of it.
@@ -118,6 +126,8 @@ pub struct Server {
     machine: Machine,
     slots: Vec<Slot>,
     serial: Option<usize>,
+    state: State,
+    keeper: Keeper,
     /// Monotonic time of the last flush, in nanoseconds.
     flushed: u64,
 }
@@ -160,6 +170,8 @@ impl Server {
             welcomed: false,
             links: Vec::new(),
             machine: Machine::new(parts.serial.is_some()),
+            state: parts.state,
+            keeper: Keeper::default(),
             slots: parts
                 .chardevs
                 .into_iter()
@@ -168,6 +180,16 @@ impl Server {
             serial: parts.serial,
             flushed: 0,
         };
+        if let Some(left) = parts.left {
+            server.machine = left.machine;
+            if let Some(slot) = server.serial.and_then(|i| server.slots.get_mut(i)) {
+                slot.chardev.resume(left.input);
+            }
+            if left.begun {
+                server.slots.iter_mut().for_each(|slot| slot.chardev.await_nobody());
+            }
+        }
+        server.commit()?;
         server.greet_broker(parts.broker)?;
         for slot in server.slots.iter().filter(|slot| slot.chardev.awaits_client()) {
             notice!("waiting for connection on: {}", slot.chardev.filename());
@@ -175,11 +197,18 @@ impl Server {
         Ok(server)
     }
 
-    /// Serves until core ends the machine.
+    /// Commits what has changed to the state.
+    fn commit(&mut self) -> Result<(), Errno> {
+        let slot = self.serial.and_then(|i| self.slots.get(i));
+        self.state.commit(&self.machine, slot.map(|slot| slot.chardev.input()))
+    }
+
+    /// Serves until core ends the machine; `starter` keeps the clients' connections.
     ///
     /// # Errors
     /// [`ServerError`]: the machine cannot go on without this process.
-    pub fn run(mut self) -> Result<(), ServerError> {
+    pub fn run(mut self, starter: Starter) -> Result<(), ServerError> {
+        self.keeper = Keeper::new(starter);
         let mut events = [EpollEvent::empty(); EVENTS];
         loop {
             if self.greet_core()? == Flow::End {
@@ -198,6 +227,7 @@ impl Server {
                 }
             }
             self.feed()?;
+            self.commit()?;
             self.flush()?;
         }
     }
@@ -239,7 +269,8 @@ impl Server {
     fn on_access(&mut self, index: usize) -> Result<(), ServerError> {
         let Some(slot) = self.links.get_mut(index) else { return Ok(()) };
         let Some(link) = slot else { return Ok(()) };
-        if link.serve(&mut self.machine)? == Served::Closed {
+        let input = self.serial.and_then(|i| self.slots.get(i)).map(|slot| slot.chardev.input());
+        if link.serve(&mut self.machine, &mut self.state, input)? == Served::Closed {
             self.epoll.delete(link)?;
             *slot = None;
         }
@@ -280,6 +311,7 @@ impl Server {
         for (i, link) in links.iter().enumerate() {
             self.epoll.add(link, event(EpollFlags::EPOLLIN, numbered(ACCESS, i)))?;
         }
+        self.state.begin(links.len());
         self.links = links.into_iter().map(Some).collect();
         self.machine.connect(eventfds)?;
         self.welcomed = true;
@@ -293,6 +325,7 @@ impl Server {
             Command::Resume => self.machine.resume()?,
             Command::PressPowerButton => self.machine.press_power_button()?,
         }
+        self.commit()?;
         let Peer::Up(link) = &self.core else { return Ok(Flow::End) };
         match link.send_with(&ToCore::Done { id }, &[], MsgFlags::MSG_DONTWAIT) {
             Ok(()) => Ok(Flow::Continue),
@@ -397,6 +430,7 @@ impl Server {
             }
             Op::AddClient { chardev } => Answer::Client(self.add_client(&chardev, fds.pop())?),
         };
+        self.commit()?;
         let Peer::Up(link) = &self.broker else { return Ok(Ok(())) };
         match link.send_with(&Reply { id: request.id, answer }, &[], MsgFlags::MSG_DONTWAIT) {
             // It asks and does not read.
@@ -415,28 +449,41 @@ impl Server {
     }
 
     fn add_client(&mut self, label: &str, fd: Option<OwnedFd>) -> Result<Client, ServerError> {
-        let found = self.slots.iter_mut().enumerate().find(|(_, slot)| slot.chardev.label() == label);
+        let found = self.slots.iter().enumerate().find(|(_, slot)| slot.chardev.label() == label);
         let Some((index, slot)) = found else { return Ok(Client::NoChardev) };
         let Some(connection) = fd.and_then(|fd| slot.chardev.judge(fd)) else { return Ok(Client::Refused) };
         if self.serial == Some(index) {
             // What was said before the client came is not for it.
-            self.machine.with_serial(|serial| serial.consume(serial.output_len()))?;
+            self.drop_output()?;
         }
-        slot.chardev.adopt(connection);
+        if let Some(slot) = self.slots.get_mut(index) {
+            slot.chardev.adopt(connection);
+        }
         Ok(Client::Added)
     }
 
     fn on_listener(&mut self, index: usize) -> Result<(), ServerError> {
-        let Some(slot) = self.slots.get_mut(index) else { return Ok(()) };
         if self.serial == Some(index) {
             // What was said before the client came is not for it.
-            self.machine.with_serial(|serial| serial.consume(serial.output_len()))?;
+            self.drop_output()?;
         }
+        let Some(slot) = self.slots.get_mut(index) else { return Ok(()) };
         if let Err(error) = slot.chardev.accept() {
             slot.listener_armed = false;
             warn!("chardev {}: cannot accept: {error}; it takes no more clients", slot.chardev.label());
         }
+        if let Some(peer) = slot.chardev.peer() {
+            let peer = self.keeper.keep(&mut self.state, peer);
+            self.state.set_names(index, Names { peer, far: None });
+            self.commit()?;
+        }
         Ok(())
+    }
+
+    fn drop_output(&mut self) -> Result<(), ServerError> {
+        self.commit()?;
+        self.machine.with_serial(|serial| serial.consume(serial.output_len()))?;
+        Ok(self.state.count_output(&self.machine)?)
     }
 
     fn on_peer(&mut self, index: usize, flags: EpollFlags) -> Result<(), ServerError> {
@@ -444,19 +491,27 @@ impl Server {
         if flags.contains(EpollFlags::EPOLLOUT) {
             slot.chardev.unblock();
         }
-        let dead = flags.intersects(EpollFlags::EPOLLHUP | EpollFlags::EPOLLERR);
-        let gone = if slot.chardev.wants_input() {
-            slot.chardev.read() == Input::Gone
-        } else {
-            // Nobody takes its input and it does not wait for that: make room for the next one.
-            dead
-        };
+        // Nobody takes its input and it does not wait for that: make room for the next one.
+        let mut gone =
+            !slot.chardev.wants_input() && flags.intersects(EpollFlags::EPOLLHUP | EpollFlags::EPOLLERR);
+        while slot.chardev.wants_input() && !gone {
+            match slot.chardev.read() {
+                Input::Some if self.serial == Some(index) => self.state.count_input(slot.chardev.input())?,
+                Input::Some => {}
+                Input::Nothing => break,
+                Input::Gone => gone = true,
+            }
+        }
         if gone {
             // By hand: another process may share the description, and then closing removes nothing.
             if let Some(peer) = slot.chardev.peer().filter(|_| slot.peer_armed.take().is_some()) {
                 self.epoll.delete(peer)?;
             }
             slot.chardev.disconnect();
+            let names = self.state.names(index);
+            self.state.set_names(index, Names::default());
+            self.commit()?;
+            [names.peer, names.far].into_iter().flatten().for_each(|number| self.keeper.forget(number));
         }
         Ok(())
     }
@@ -481,17 +536,31 @@ impl Server {
         if waiting == 0 || slot.chardev.is_blocked() || (recent && waiting < FLUSH_BYTES) {
             return Ok(());
         }
-        let (first, second) = serial.output();
-        let done = slot.chardev.write(first, second);
         self.flushed = now;
-        Ok(self.machine.with_serial(|serial| serial.consume(done))?)
+        let mut left = FLUSH_BYTES;
+        while left > 0 {
+            let Some((first, second)) = self.machine.serial().map(Serial::output) else { break };
+            let done = slot.chardev.write(first, second);
+            self.machine.with_serial(|serial| serial.consume(done))?;
+            self.state.count_output(&self.machine)?;
+            left = left.saturating_sub(done);
+            if done == 0 {
+                break;
+            }
+        }
+        Ok(())
     }
 
-    /// How long to sleep: output that was put off is due soon.
-    fn timeout(&self) -> EpollTimeout {
+    /// How long to sleep: output that was put off is due soon, and so is what the starter had no room for.
+    fn timeout(&mut self) -> EpollTimeout {
+        let told = self.keeper.retry();
         let waiting = self.machine.serial().is_some_and(|serial| serial.output_len() > 0);
         let blocked = self.serial.and_then(|i| self.slots.get(i)).is_some_and(|s| s.chardev.is_blocked());
-        if waiting && !blocked { EpollTimeout::from(1u8) } else { EpollTimeout::NONE }
+        match (waiting && !blocked, told) {
+            (true, _) => EpollTimeout::from(1u8),
+            (false, false) => EpollTimeout::from(10u8),
+            (false, true) => EpollTimeout::NONE,
+        }
     }
 
     /// Brings epoll and the timer up to date with what is wanted.

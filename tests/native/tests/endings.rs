@@ -11,7 +11,7 @@ use nix::unistd::Pid;
 use serde_json::json;
 
 /// Compartments whose death is the VM's; the others are started again (`restarts.rs`).
-const MORTAL: [&str; 2] = ["core", "console"];
+const MORTAL: [&str; 1] = ["core"];
 
 /// A VM with everything that could be left: two sockets, a pid file, a terminal's worth of output.
 fn setup() -> Setup {
@@ -354,7 +354,7 @@ fn the_terminal_is_restored_after_a_signal() -> Result<()> {
 
 #[test]
 fn the_terminal_is_restored_after_the_loss_of_a_compartment() -> Result<()> {
-    terminal_after(|vm| kill_pid(vm.trace.wait_for("bulkhead-console", SOON)?.pid))
+    terminal_after(|vm| kill_pid(vm.trace.wait_for("bulkhead-core", SOON)?.pid))
 }
 
 #[test]

@@ -238,8 +238,15 @@ fn allowed(name: &str) -> &'static [(&'static str, usize)] {
             ("eventfd", 5),
             ("signalfd", 1),
         ],
-        // Links, the listener of the serial port, and ends between threads.
-        "console" => &[("socket", 9), ("LOG", 1), ("eventfd", 4), ("eventpoll", 1), ("timerfd", 1)],
+        // Links, the listener of the serial port, and ends between threads; what outlives it.
+        "console" => &[
+            ("socket", 9),
+            ("LOG", 1),
+            ("eventfd", 4),
+            ("eventpoll", 1),
+            ("timerfd", 1),
+            ("/memfd:bulkhead-state", 1),
+        ],
         // Links, the listener of QMP, and a client that is about to go.
         "broker" => &[("socket", 5), ("eventfd", 1), ("eventpoll", 2)],
         _ => &[],

@@ -4,6 +4,7 @@
 //! command 0xfe ("pulse output line 0") or by the output port.
 
 use bulkhead_bus_api::Action;
+use serde::{Deserialize, Serialize};
 
 const STATUS_OUTPUT_FULL: u8 = 1;
 const STATUS_SYSTEM: u8 = 1 << 2;
@@ -20,7 +21,7 @@ const SELF_TEST_PASSED: u8 = 0x55;
 const CLOCK_STUCK: u8 = 0x01;
 
 /// What the next byte written to the data port is for.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 enum Parameter {
     None,
     Config,
@@ -30,7 +31,7 @@ enum Parameter {
 }
 
 /// The controller.
-#[derive(Debug)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct I8042 {
     status: u8,
     config: u8,

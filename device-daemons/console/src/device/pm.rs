@@ -3,6 +3,7 @@
 //! The machine is born in ACPI mode: SCI_EN always reads 1 and there is no SMI command port.
 
 use bulkhead_bus_api::{Action, platform::SLP_TYP_S5};
+use serde::{Deserialize, Serialize};
 
 /// PM1 status: the most significant bit of the timer has changed.
 pub const TIMER_STATUS: u16 = 1;
@@ -24,7 +25,7 @@ const TIMER_HZ: u128 = 3_579_545;
 const NANOS: u128 = 1_000_000_000;
 
 /// The registers, from the PM1 status register on.
-#[derive(Debug, Default)]
+#[derive(Debug, Default, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Pm {
     status: u16,
     enable: u16,
@@ -33,7 +34,9 @@ pub struct Pm {
     carries: u128,
     /// Status bits that drive the SCI.
     active: u16,
+    #[serde(skip)]
     sci: bool,
+    #[serde(skip)]
     button: bool,
 }
 
@@ -54,6 +57,12 @@ const fn with_byte(register: u16, high: bool, value: u8) -> u16 {
 }
 
 impl Pm {
+    /// Whether a guest can have brought this about.
+    #[must_use]
+    pub fn is_possible(&self) -> bool {
+        self.carries <= ticks(u64::MAX) >> 31
+    }
+
     /// Reset state at run time `run` (nanoseconds); the timer goes on.
     pub fn reset(&mut self, run: u64) {
         *self = Self { carries: ticks(run) >> 31, ..Self::default() };

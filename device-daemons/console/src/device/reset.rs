@@ -1,6 +1,7 @@
 //! Reset control register at port 0xcf9, as of PC chipsets.
 
 use bulkhead_bus_api::Action;
+use serde::{Deserialize, Serialize};
 
 /// Hard instead of soft reset; kept, without effect.
 const SYSTEM_RESET: u8 = 1 << 1;
@@ -8,7 +9,7 @@ const SYSTEM_RESET: u8 = 1 << 1;
 const RESET_CPU: u8 = 1 << 2;
 
 /// The register.
-#[derive(Debug, Default)]
+#[derive(Debug, Default, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ResetControl {
     value: u8,
 }

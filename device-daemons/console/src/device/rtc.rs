@@ -4,6 +4,8 @@
 //! Updates, alarms and periodic ticks are not stepped: they are worked out from the time that has
 //! passed when somebody looks or when a timer that [`Rtc::next_event`] asked for is over.
 
+use serde::{Deserialize, Deserializer, Serialize, Serializer, de::Error as _};
+
 use super::calendar::{self, DateTime, SECOND};
 
 const SECONDS: u8 = 0x00;
@@ -54,18 +56,32 @@ const DIVIDER_START: i128 = SECOND / 2;
 const CRYSTAL_HZ: i128 = 32_768;
 
 /// The clock.
-#[derive(Debug)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Rtc {
     index: u8,
     /// All registers; those of the time count only while the clock is held.
+    #[serde(serialize_with = "save_registers", deserialize_with = "load_registers")]
     registers: [u8; REGISTERS],
     /// Guest's time less host's time, in nanoseconds.
     offset: i128,
     /// Guest's time up to which flags have been worked out.
     seen: i128,
     line: bool,
+    #[serde(skip)]
     edge: bool,
 }
+
+fn save_registers<S: Serializer>(registers: &[u8; REGISTERS], to: S) -> Result<S::Ok, S::Error> {
+    to.serialize_bytes(registers)
+}
+
+fn load_registers<'de, D: Deserializer<'de>>(from: D) -> Result<[u8; REGISTERS], D::Error> {
+    let bytes = <&[u8]>::deserialize(from)?;
+    bytes.try_into().map_err(|_| D::Error::custom("another number of registers"))
+}
+
+/// Guest's times are within this many nanoseconds of 1970: a century register of impossible digits counts 165.
+const FAR: i128 = 20_000 * 366 * 86_400 * SECOND;
 
 impl Rtc {
     /// A clock that shows the host's time `wall` (nanoseconds since 1970, UTC).
@@ -76,6 +92,12 @@ impl Rtc {
         rtc.store(REG_A, A_DEFAULT);
         rtc.store(REG_B, B_24_HOURS);
         rtc
+    }
+
+    /// Whether a guest can have brought this about.
+    #[must_use]
+    pub const fn is_possible(&self) -> bool {
+        -FAR < self.offset && self.offset < FAR && -FAR < self.seen && self.seen < FAR
     }
 
     /// What the reset line does: interrupts off; time, mode and NVRAM stay.

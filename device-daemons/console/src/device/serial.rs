@@ -11,6 +11,10 @@
 
 use std::collections::VecDeque;
 
+use serde::{Deserialize, Serialize};
+
+use crate::queue::Queue;
+
 /// Depth of either FIFO, in bytes.
 pub const FIFO: usize = 16;
 /// The most bytes of output that wait for the character device.
@@ -54,9 +58,9 @@ const MSR_DELTA_RI: u8 = 1 << 2;
 /// Divisor after reset: 9600 baud of a 1.8432 MHz crystal, as PC firmware leaves it.
 const DIVISOR: u16 = 12;
 
-/// The UART.
-#[derive(Debug)]
-pub struct Serial {
+/// The registers.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Registers {
     ier: u8,
     lcr: u8,
     mcr: u8,
@@ -70,12 +74,10 @@ pub struct Serial {
     /// The transmitter has become empty and IIR has not said so yet.
     transmit_pending: bool,
     received: VecDeque<u8>,
-    output: VecDeque<u8>,
     line: bool,
-    edge: bool,
 }
 
-impl Default for Serial {
+impl Default for Registers {
     fn default() -> Self {
         Self {
             ier: 0,
@@ -89,39 +91,54 @@ impl Default for Serial {
             modem_delta: 0,
             transmit_pending: false,
             received: VecDeque::with_capacity(FIFO),
-            output: VecDeque::new(),
             line: false,
-            edge: false,
         }
     }
+}
+
+impl Registers {
+    /// Whether a guest can have brought them about.
+    #[must_use]
+    pub fn are_possible(&self) -> bool {
+        let depth = if self.fifos { FIFO } else { 1 };
+        self.received.len() <= depth && (1..=FIFO).contains(&self.trigger)
+    }
+}
+
+/// The UART.
+#[derive(Debug, Default)]
+pub struct Serial {
+    registers: Registers,
+    output: Queue,
+    edge: bool,
 }
 
 impl Serial {
     /// Puts every register into its reset state. Output that waits stays: it has left the UART.
     pub fn reset(&mut self) {
-        let output = std::mem::take(&mut self.output);
-        *self = Self { output, ..Self::default() };
+        self.registers = Registers::default();
+        self.edge = false;
     }
 
     /// Reads register `offset` (0 to 7).
     pub fn read(&mut self, offset: u8) -> u8 {
-        let dlab = self.lcr & LCR_DLAB != 0;
-        let [low, high] = self.divisor.to_le_bytes();
+        let dlab = self.registers.lcr & LCR_DLAB != 0;
+        let [low, high] = self.registers.divisor.to_le_bytes();
         let value = match offset {
             0 if dlab => low,
-            0 => self.received.pop_front().unwrap_or(0),
+            0 => self.registers.received.pop_front().unwrap_or(0),
             1 if dlab => high,
-            1 => self.ier,
+            1 => self.registers.ier,
             2 => self.identify(),
-            3 => self.lcr,
-            4 => self.mcr,
+            3 => self.registers.lcr,
+            4 => self.registers.mcr,
             5 => {
                 let value = self.line_status();
-                self.overrun = false;
+                self.registers.overrun = false;
                 value
             }
-            6 => self.modem_lines() | std::mem::take(&mut self.modem_delta),
-            7 => self.scr,
+            6 => self.modem_lines() | std::mem::take(&mut self.registers.modem_delta),
+            7 => self.registers.scr,
             _ => 0xff,
         };
         self.update_line();
@@ -130,17 +147,17 @@ impl Serial {
 
     /// Writes register `offset` (0 to 7).
     pub fn write(&mut self, offset: u8, value: u8) {
-        let dlab = self.lcr & LCR_DLAB != 0;
-        let [low, high] = self.divisor.to_le_bytes();
+        let dlab = self.registers.lcr & LCR_DLAB != 0;
+        let [low, high] = self.registers.divisor.to_le_bytes();
         match offset {
-            0 if dlab => self.divisor = u16::from_le_bytes([value, high]),
+            0 if dlab => self.registers.divisor = u16::from_le_bytes([value, high]),
             0 => self.transmit(value),
-            1 if dlab => self.divisor = u16::from_le_bytes([low, value]),
+            1 if dlab => self.registers.divisor = u16::from_le_bytes([low, value]),
             1 => self.enable_interrupts(value),
             2 => self.control_fifos(value),
-            3 => self.lcr = value,
+            3 => self.registers.lcr = value,
             4 => self.control_modem(value),
-            7 => self.scr = value,
+            7 => self.registers.scr = value,
             _ => {}
         }
         self.update_line();
@@ -149,7 +166,11 @@ impl Serial {
     /// Bytes that the receiver takes now. None in loopback: the line is cut.
     #[must_use]
     pub fn room(&self) -> usize {
-        if self.mcr & MCR_LOOP != 0 { 0 } else { self.depth().saturating_sub(self.received.len()) }
+        if self.registers.mcr & MCR_LOOP != 0 {
+            0
+        } else {
+            self.depth().saturating_sub(self.registers.received.len())
+        }
     }
 
     /// Bytes arrive on the line; what exceeds [`Self::room`] overruns.
@@ -166,6 +187,27 @@ impl Serial {
         self.output.as_slices()
     }
 
+    /// The output that waits.
+    #[must_use]
+    pub const fn queue(&self) -> &Queue {
+        &self.output
+    }
+
+    /// The registers.
+    #[must_use]
+    pub const fn registers(&self) -> &Registers {
+        &self.registers
+    }
+
+    /// A UART that goes on from these registers, and from output of which `consumed` bytes have gone out
+    /// since the registers were as they are.
+    #[must_use]
+    pub fn restored(registers: Registers, output: Queue, consumed: usize) -> Self {
+        let mut serial = Self { registers, output, edge: false };
+        serial.consume(consumed);
+        serial
+    }
+
     /// Number of bytes of output that wait.
     #[must_use]
     pub fn output_len(&self) -> usize {
@@ -175,9 +217,9 @@ impl Serial {
     /// The oldest `count` bytes of output have been delivered or dropped.
     pub fn consume(&mut self, count: usize) {
         let was_ready = self.transmitter_ready();
-        self.output.drain(..count.min(self.output.len()));
+        drop(self.output.take(count));
         if !was_ready && self.transmitter_ready() {
-            self.transmit_pending = true;
+            self.registers.transmit_pending = true;
         }
         self.update_line();
     }
@@ -188,7 +230,7 @@ impl Serial {
     }
 
     const fn depth(&self) -> usize {
-        if self.fifos { FIFO } else { 1 }
+        if self.registers.fifos { FIFO } else { 1 }
     }
 
     fn transmitter_ready(&self) -> bool {
@@ -197,10 +239,10 @@ impl Serial {
 
     fn line_status(&self) -> u8 {
         let mut value = 0;
-        if !self.received.is_empty() {
+        if !self.registers.received.is_empty() {
             value |= LSR_DATA;
         }
-        if self.overrun {
+        if self.registers.overrun {
             value |= LSR_OVERRUN;
         }
         if self.transmitter_ready() {
@@ -211,20 +253,20 @@ impl Serial {
 
     /// CTS, DSR, RI and DCD: of a modem that is there, or looped back from the outputs.
     const fn modem_lines(&self) -> u8 {
-        if self.mcr & MCR_LOOP == 0 {
+        if self.registers.mcr & MCR_LOOP == 0 {
             return MSR_CTS | MSR_DSR | MSR_DCD;
         }
         let mut lines = 0;
-        if self.mcr & MCR_RTS != 0 {
+        if self.registers.mcr & MCR_RTS != 0 {
             lines |= MSR_CTS;
         }
-        if self.mcr & MCR_DTR != 0 {
+        if self.registers.mcr & MCR_DTR != 0 {
             lines |= MSR_DSR;
         }
-        if self.mcr & MCR_OUT1 != 0 {
+        if self.registers.mcr & MCR_OUT1 != 0 {
             lines |= MSR_RI;
         }
-        if self.mcr & MCR_OUT2 != 0 {
+        if self.registers.mcr & MCR_OUT2 != 0 {
             lines |= MSR_DCD;
         }
         lines
@@ -232,15 +274,17 @@ impl Serial {
 
     /// The enabled interrupt of the highest priority, as IIR names it.
     fn interrupt(&self) -> u8 {
-        if self.ier & IER_LINE != 0 && self.overrun {
+        if self.registers.ier & IER_LINE != 0 && self.registers.overrun {
             IIR_LINE
-        } else if self.ier & IER_RECEIVE != 0 && self.received.len() >= self.trigger {
+        } else if self.registers.ier & IER_RECEIVE != 0
+            && self.registers.received.len() >= self.registers.trigger
+        {
             IIR_RECEIVE
-        } else if self.ier & IER_RECEIVE != 0 && !self.received.is_empty() {
+        } else if self.registers.ier & IER_RECEIVE != 0 && !self.registers.received.is_empty() {
             IIR_TIMEOUT
-        } else if self.ier & IER_TRANSMIT != 0 && self.transmit_pending {
+        } else if self.registers.ier & IER_TRANSMIT != 0 && self.registers.transmit_pending {
             IIR_TRANSMIT
-        } else if self.ier & IER_MODEM != 0 && self.modem_delta != 0 {
+        } else if self.registers.ier & IER_MODEM != 0 && self.registers.modem_delta != 0 {
             IIR_MODEM
         } else {
             IIR_NONE
@@ -250,56 +294,56 @@ impl Serial {
     fn identify(&mut self) -> u8 {
         let id = self.interrupt();
         if id == IIR_TRANSMIT {
-            self.transmit_pending = false;
+            self.registers.transmit_pending = false;
         }
-        if self.fifos { id | IIR_FIFOS } else { id }
+        if self.registers.fifos { id | IIR_FIFOS } else { id }
     }
 
     fn update_line(&mut self) {
         let line = self.interrupt() != IIR_NONE;
-        self.edge |= line && !self.line;
-        self.line = line;
+        self.edge |= line && !self.registers.line;
+        self.registers.line = line;
     }
 
     fn push_received(&mut self, byte: u8) {
-        if self.received.len() < self.depth() {
-            self.received.push_back(byte);
+        if self.registers.received.len() < self.depth() {
+            self.registers.received.push_back(byte);
             return;
         }
-        self.overrun = true;
+        self.registers.overrun = true;
         // Without FIFOs the new byte takes the place of the old one; a full FIFO keeps what it has.
-        if !self.fifos {
-            self.received.clear();
-            self.received.push_back(byte);
+        if !self.registers.fifos {
+            self.registers.received.clear();
+            self.registers.received.push_back(byte);
         }
     }
 
     fn transmit(&mut self, byte: u8) {
-        if self.mcr & MCR_LOOP != 0 {
+        if self.registers.mcr & MCR_LOOP != 0 {
             self.push_received(byte);
         } else if self.output.len() < OUTPUT_LIMIT {
-            self.output.push_back(byte);
+            self.output.push(byte);
         }
-        self.transmit_pending = self.transmitter_ready();
+        self.registers.transmit_pending = self.transmitter_ready();
     }
 
     fn enable_interrupts(&mut self, value: u8) {
         let value = value & (IER_RECEIVE | IER_TRANSMIT | IER_LINE | IER_MODEM);
         // Enabling the transmit interrupt while the transmitter is empty raises it, each time anew.
-        if (self.ier ^ value) & IER_TRANSMIT != 0 {
-            self.transmit_pending = value & IER_TRANSMIT != 0 && self.transmitter_ready();
+        if (self.registers.ier ^ value) & IER_TRANSMIT != 0 {
+            self.registers.transmit_pending = value & IER_TRANSMIT != 0 && self.transmitter_ready();
         }
-        self.ier = value;
+        self.registers.ier = value;
     }
 
     fn control_fifos(&mut self, value: u8) {
         let enable = value & FCR_ENABLE != 0;
-        if enable != self.fifos || value & FCR_CLEAR_RECEIVER != 0 {
-            self.received.clear();
+        if enable != self.registers.fifos || value & FCR_CLEAR_RECEIVER != 0 {
+            self.registers.received.clear();
         }
         // The transmit FIFO is always empty: its bytes have left for the output queue.
-        self.fifos = enable;
-        self.trigger = match value >> 6 {
+        self.registers.fifos = enable;
+        self.registers.trigger = match value >> 6 {
             _ if !enable => 1,
             0 => 1,
             1 => 4,
@@ -310,13 +354,13 @@ impl Serial {
 
     fn control_modem(&mut self, value: u8) {
         let before = self.modem_lines();
-        self.mcr = value & MCR_MASK;
+        self.registers.mcr = value & MCR_MASK;
         let after = self.modem_lines();
         let changed = before ^ after;
-        self.modem_delta |= (changed & (MSR_CTS | MSR_DSR | MSR_DCD)) >> 4;
+        self.registers.modem_delta |= (changed & (MSR_CTS | MSR_DSR | MSR_DCD)) >> 4;
         // The ring indicator counts when the ringing ends.
         if changed & before & MSR_RI != 0 {
-            self.modem_delta |= MSR_DELTA_RI;
+            self.registers.modem_delta |= MSR_DELTA_RI;
         }
     }
 }

@@ -11,13 +11,16 @@ use std::time::{Duration, Instant};
 use bulkhead_bus_api::main_link::{Command, FromCore, ToCore};
 use bulkhead_bus_api::platform::CONSOLE_GSIS;
 use bulkhead_bus_api::{Access, Action, CollectedWrite, MAX_REQUEST_LEN, Op, Reply, Request, Space};
-use bulkhead_console::chardev::Chardev;
+use bulkhead_console::chardev::{Chardev, Inherited};
 use bulkhead_console::server::{Parts, Server};
+use bulkhead_console::state::State;
 use bulkhead_control_api::config;
 use bulkhead_control_api::console::{self, Answer};
 use bulkhead_jail::link::Link;
+use bulkhead_jail::starter::Starter;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::eventfd::{EfdFlags, EventFd};
+use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::sys::socket::{AddressFamily, MsgFlags, SockFlag, SockType, recv, send, socketpair};
 
 pub const LSR: u64 = 0x3fd;
@@ -95,6 +98,16 @@ pub struct Rig {
     pub server: JoinHandle<Result<(), String>>,
     core_end: Option<OwnedFd>,
     last_id: u32,
+    /// The state of the console.
+    pub memfd: OwnedFd,
+}
+
+/// Life of the core that the rig plays.
+pub const LIFE: u64 = 77;
+
+/// A memfd without content.
+pub fn memfd() -> OwnedFd {
+    memfd_create(c"state", MFdFlags::MFD_CLOEXEC).unwrap()
 }
 
 pub fn chardev(kind: config::ChardevKind) -> config::Chardev {
@@ -109,14 +122,28 @@ pub fn socket_server(wait: bool, path: &std::path::Path) -> config::Chardev {
 impl Rig {
     /// Starts a console with one chardev behind COM1; nobody has said hello to it.
     pub fn silent(chardev: &config::Chardev, fds: Vec<(&str, OwnedFd)>) -> Self {
+        Self::with_state(chardev, fds, Inherited::default(), memfd())
+    }
+
+    /// Starts one in the place of one that has left this state.
+    pub fn with_state(
+        chardev: &config::Chardev,
+        fds: Vec<(&str, OwnedFd)>,
+        inherited: Inherited,
+        memfd: OwnedFd,
+    ) -> Self {
         let mut fds: BTreeMap<String, OwnedFd> = fds.into_iter().map(|(n, f)| (n.to_owned(), f)).collect();
         let take = |name: &str| fds.remove(name).ok_or_else(|| io::Error::other(name.to_owned()));
-        let chardev = Chardev::new(chardev, take).unwrap();
+        let chardev = Chardev::new(chardev, inherited, take).unwrap();
         let (core, core_end) = pair();
         let (broker, broker_end) = pair();
-        let parts = Parts { opener: None, core, broker, chardevs: vec![chardev], serial: Some(0) };
+        let (state, left) = State::open(memfd.try_clone().unwrap(), LIFE, 1, true).unwrap();
+        let parts =
+            Parts { opener: None, core, broker, chardevs: vec![chardev], serial: Some(0), state, left };
         let server = thread::spawn(move || {
-            Server::new(parts).and_then(Server::run).map_err(|error| error.to_string())
+            Server::new(parts)
+                .and_then(|server| server.run(Starter::default()))
+                .map_err(|error| error.to_string())
         });
         let broker = Link::accept(broker_end, bulkhead_control_api::VERSION).unwrap();
         Self {
@@ -127,6 +154,7 @@ impl Rig {
             server,
             core_end: Some(core_end),
             last_id: 0,
+            memfd,
         }
     }
 
@@ -143,6 +171,11 @@ impl Rig {
 
     /// Core's welcome.
     pub fn welcome(&mut self, vcpus: u16) {
+        self.welcome_after(vcpus, 0);
+    }
+
+    /// The same where requests up to this number have been made before.
+    pub fn welcome_after(&mut self, vcpus: u16, seq: u32) {
         let (ours, theirs): (Vec<_>, Vec<_>) = (0..=vcpus).map(|_| pair()).unzip();
         self.irqs = CONSOLE_GSIS
             .iter()
@@ -152,7 +185,7 @@ impl Rig {
         fds.extend(self.irqs.iter().map(AsFd::as_fd));
         let message = FromCore::Welcome { vcpus, irqs: CONSOLE_GSIS.to_vec() };
         self.main.as_ref().unwrap().send_with(&message, &fds, MsgFlags::empty()).unwrap();
-        self.vcpus = ours.into_iter().map(|fd| Vcpu { fd, seq: 0 }).collect();
+        self.vcpus = ours.into_iter().map(|fd| Vcpu { fd, seq }).collect();
     }
 
     /// A console that is ready to serve `vcpus` vCPUs.
