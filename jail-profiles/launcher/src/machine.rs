@@ -6,7 +6,7 @@ use std::hash::{BuildHasher as _, RandomState};
 
 use bulkhead_control_api::config;
 
-use crate::cli::{Error, Problem};
+use crate::cli::{Error, Problem, table};
 use crate::opener;
 use crate::options::{AddFd, At, Backend, Monitor, Options, Place, Target};
 use crate::terminal::Terminal;
@@ -147,6 +147,8 @@ fn broker(options: &Options, life: u64, monitors: Vec<config::Monitor>, devices:
         autostart: !options.stopped,
         fdsets: options.add_fds.iter().enumerate().map(member).collect(),
         used_fdsets: devices.all.iter().filter_map(file).collect(),
+        preconfig: options.preconfig,
+        options: table::groups(),
     }
 }
 

@@ -69,6 +69,8 @@ pub struct Options {
     pub add_fds: Vec<At<AddFd>>,
     /// `-S`.
     pub stopped: bool,
+    /// `--preconfig`.
+    pub preconfig: bool,
     /// `-no-reboot`.
     pub no_reboot: bool,
     /// `-no-shutdown`.
@@ -128,6 +130,7 @@ impl Options {
             monitors: Vec::new(),
             add_fds: Vec::new(),
             stopped: false,
+            preconfig: false,
             no_reboot: false,
             no_shutdown: false,
             nodefaults: false,
@@ -152,6 +155,7 @@ impl Options {
     fn apply_flag(&mut self, opt: Opt) {
         match opt {
             Opt::Stopped => self.stopped = true,
+            Opt::Preconfig => self.preconfig = true,
             Opt::NoReboot => self.no_reboot = true,
             Opt::NoShutdown => self.no_shutdown = true,
             Opt::NoDefaults => self.nodefaults = true,

@@ -8,7 +8,9 @@ use bulkhead_qapi::types::control::{
     CommandInfo, EventInfo, QMPCapability, QmpCapabilitiesArg, VersionInfo, VersionTriple,
 };
 use bulkhead_qapi::types::machine::{CpuInfoArch, CpuInfoFast, CpuInstanceProperties, SysEmuTarget};
-use bulkhead_qapi::types::misc::{AddClientArg, KvmInfo, NameInfo, UuidInfo};
+use bulkhead_qapi::types::misc::{
+    AddClientArg, HumanMonitorCommandArg, KvmInfo, NameInfo, QueryCommandLineOptionsArg, UuidInfo,
+};
 use bulkhead_qapi::types::run_state::{RunState, StatusInfo};
 use bulkhead_qapi::{Error, introspect};
 use serde::Serialize;
@@ -16,6 +18,7 @@ use serde::de::DeserializeOwned;
 use serde_json::{Map, Value, json};
 
 use crate::descriptors::Op;
+use crate::{absent, options};
 
 /// A reply: the value of `return`, or an error.
 pub type Reply = Result<Value, Error>;
@@ -35,6 +38,10 @@ pub enum Step {
     Descriptors(Op),
     /// A named descriptor for a character device.
     AddClient(AddClientArg),
+    /// The end of run state `preconfig`.
+    ExitPreconfig,
+    /// What a line for people stands for.
+    Human(HumanMonitorCommandArg),
     /// The end of the VM, after an empty reply.
     Quit,
 }
@@ -46,6 +53,8 @@ pub struct Known<'a> {
     pub config: &'a config::Broker,
     /// The run state as core reported it last.
     pub state: core::RunState,
+    /// Whether the run state is `preconfig` instead.
+    pub preconfig: bool,
     /// The client's role.
     pub role: Role,
 }
@@ -75,18 +84,29 @@ pub fn begin(call: Call, known: &Known<'_>, mode: &mut Mode) -> Step {
         Handler::QueryCpusFast => Step::Core(core::Op::Cpus),
         Handler::SystemPowerdown => Step::PowerButton,
         Handler::QueryChardev => Step::Chardevs,
-        Handler::Getfd => descriptors(call.args, Op::Getfd),
-        Handler::Closefd => descriptors(call.args, Op::Closefd),
-        Handler::AddFd => descriptors(call.args, Op::AddFd),
-        Handler::RemoveFd => descriptors(call.args, Op::RemoveFd),
+        Handler::Getfd => with(call.args, |args| Step::Descriptors(Op::Getfd(args))),
+        Handler::Closefd => with(call.args, |args| Step::Descriptors(Op::Closefd(args))),
+        Handler::AddFd => with(call.args, |args| Step::Descriptors(Op::AddFd(args))),
+        Handler::RemoveFd => with(call.args, |args| Step::Descriptors(Op::RemoveFd(args))),
         Handler::QueryFdsets => Step::Descriptors(Op::QueryFdsets),
-        Handler::AddClient => parse(call.args).map_or_else(|error| Step::Reply(Err(error)), Step::AddClient),
+        Handler::AddClient => with(call.args, Step::AddClient),
+        Handler::XExitPreconfig => Step::ExitPreconfig,
+        Handler::HumanMonitorCommand => with(call.args, Step::Human),
+        Handler::QueryCommandLineOptions => with(call.args, |args: QueryCommandLineOptionsArg| {
+            Step::Reply(options::query(&known.config.options, args.option.as_deref()))
+        }),
+        Handler::Change => with(call.args, |args| Step::Reply(Err(absent::change(&args)))),
+        Handler::SystemWakeup => Step::Reply(Err(absent::wakeup())),
+        Handler::XenLoadDevicesState => {
+            with(call.args, |args| Step::Reply(Err(absent::load_devices(&args, known.state))))
+        }
         query => Step::Reply(answer(query, known)),
     }
 }
 
-fn descriptors<A: DeserializeOwned>(args: Map<String, Value>, op: impl FnOnce(A) -> Op) -> Step {
-    parse(args).map_or_else(|error| Step::Reply(Err(error)), |args| Step::Descriptors(op(args)))
+/// The step that a command's arguments make.
+fn with<A: DeserializeOwned>(args: Map<String, Value>, step: impl FnOnce(A) -> Step) -> Step {
+    parse(args).map_or_else(|error| Step::Reply(Err(error)), step)
 }
 
 /// The arguments of a command, which have been checked against the schema.
@@ -108,7 +128,8 @@ fn answer(query: Handler, known: &Known<'_>) -> Reply {
         Handler::QueryQmpSchema => Ok(introspect::schema(known.role)),
         Handler::QueryStatus => {
             let running = known.state == core::RunState::Running;
-            reply(StatusInfo { running, singlestep: false, status: run_state(known.state) })
+            let status = if known.preconfig { RunState::Preconfig } else { run_state(known.state) };
+            reply(StatusInfo { running, singlestep: false, status })
         }
         Handler::QueryName => reply(NameInfo { name: known.config.name.clone() }),
         Handler::QueryUuid => reply(UuidInfo { uuid: uuid(known.config.uuid) }),
@@ -127,7 +148,13 @@ fn answer(query: Handler, known: &Known<'_>) -> Reply {
         | Handler::AddFd
         | Handler::RemoveFd
         | Handler::QueryFdsets
-        | Handler::AddClient => Err(Error::generic("not a query that the broker answers itself")),
+        | Handler::AddClient
+        | Handler::XExitPreconfig
+        | Handler::HumanMonitorCommand
+        | Handler::QueryCommandLineOptions
+        | Handler::Change
+        | Handler::SystemWakeup
+        | Handler::XenLoadDevicesState => Err(Error::generic("not a query that the broker answers itself")),
     }
 }
 

@@ -17,7 +17,7 @@ use bulkhead_qapi::types::run_state::{
 use bulkhead_qapi::{Error, json, table};
 use serde_json::{Value, json};
 use tokio::sync::{Mutex, Notify};
-use tokio::time::{Instant, sleep_until};
+use tokio::time::{Instant, sleep_until, timeout};
 
 use crate::audit::Audit;
 use crate::client::Client;
@@ -27,6 +27,8 @@ use crate::monitor::Monitor;
 use crate::peer::{NoAnswer, Peer};
 use crate::policy::{Credentials, Denied, Policy, Subject};
 
+/// How long a client waits for the machine's start.
+const START: Duration = Duration::from_secs(5);
 /// How long core may take to end the VM after `quit`.
 const QUIT: Duration = Duration::from_secs(5);
 
@@ -36,7 +38,7 @@ pub struct Hub {
     config: config::Broker,
     /// Who may connect and do what.
     policy: RefCell<Policy>,
-    audit: Audit,
+    pub(crate) audit: Audit,
     /// The monitors, in the order of the configuration.
     pub monitors: Vec<Rc<Monitor>>,
     /// Link to core.
@@ -52,6 +54,12 @@ pub struct Hub {
     /// Core has told the run state.
     pub core_known: Notify,
     state: Cell<core::RunState>,
+    /// The machine waits for `x-exit-preconfig`.
+    preconfig: Cell<bool>,
+    /// It waits no longer.
+    preconfig_over: Notify,
+    /// Core was asked to start the machine, unless it is not to start by itself.
+    begun: Notify,
     shutdown_sent: Cell<bool>,
     /// Held while a command that needs a peer is executed: one at a time across all clients.
     pub(crate) turn: Mutex<()>,
@@ -67,6 +75,9 @@ impl Hub {
         Self {
             policy: RefCell::new(Policy::new(&config.monitors)),
             audit: Audit::default(),
+            preconfig: Cell::new(config.preconfig),
+            preconfig_over: Notify::new(),
+            begun: Notify::new(),
             config,
             monitors,
             core: Peer::default(),
@@ -219,27 +230,31 @@ impl Hub {
         let Some(role) = self.role(client) else { return };
         let who = Subject { monitor: &client.monitor.label, role, peer: client.peer };
         let mut mode = client.mode();
-        let (id, call) = request::resolve(item, mode, role);
+        let (id, call) = request::resolve(item, mode, role, self.preconfig.get());
         if let Err(Refusal::Forbidden(command)) = call {
             self.audit.forbidden(who, command);
         }
         let changes = call.as_ref().ok().map(|call| call.command).filter(|command| command.changes_state());
         let step = match call {
-            Ok(call) => {
-                let known = Known { config: &self.config, state: self.state.get(), role };
-                commands::begin(call, &known, &mut mode)
-            }
+            Ok(call) => commands::begin(call, &self.known(role), &mut mode),
             Err(refusal) => Step::Reply(Err(refusal.into())),
         };
         client.set_mode(mode);
-        let reply = self.carry_out(client, step).await;
+        let reply = match step {
+            Step::Human(args) => self.human(client, who, args).await,
+            step => self.carry_out(client, step).await,
+        };
         if let Some(command) = changes {
             self.audit.changed(who, command.name, &reply);
         }
         client.push(&reply_line(id.as_ref(), &reply));
     }
 
-    async fn carry_out(self: &Rc<Self>, client: &Client, step: Step) -> Reply {
+    pub(crate) fn known(&self, role: Role) -> Known<'_> {
+        Known { config: &self.config, state: self.state.get(), preconfig: self.preconfig.get(), role }
+    }
+
+    pub(crate) async fn carry_out(self: &Rc<Self>, client: &Client, step: Step) -> Reply {
         match step {
             Step::Reply(reply) => reply,
             Step::Descriptors(op) => {
@@ -250,6 +265,7 @@ impl Hub {
                 Ok(json!({}))
             }
             Step::AddClient(args) => self.add_client(args, &client.monitor.label).await,
+            Step::ExitPreconfig => self.exit_preconfig().await,
             step => {
                 let _turn = self.turn.lock().await;
                 self.through_peer(step).await
@@ -275,7 +291,9 @@ impl Hub {
                 Ok(json!({}))
             }
             Step::Reply(reply) => reply,
-            Step::Descriptors(_) | Step::AddClient(_) | Step::Quit => Ok(json!({})),
+            Step::Descriptors(_) | Step::AddClient(_) | Step::ExitPreconfig | Step::Human(_) | Step::Quit => {
+                Ok(json!({}))
+            }
         }
     }
 
@@ -304,8 +322,29 @@ impl Hub {
         self.ended.notify_one();
     }
 
-    /// Starts a machine that is to start by itself.
+    /// Leaves run state `preconfig`. A machine that is to start by itself, and waits for no client, has
+    /// started when this is answered, if core is there.
+    async fn exit_preconfig(&self) -> Reply {
+        if !self.preconfig.replace(false) {
+            return Err(Error::generic("The command is permitted only in 'preconfig' state"));
+        }
+        self.preconfig_over.notify_one();
+        if !self.monitors.iter().any(|monitor| monitor.is_waited_for()) {
+            let _ = timeout(START, self.begun.notified()).await;
+        }
+        Ok(json!({}))
+    }
+
+    /// Starts a machine that is to start by itself, once it need not wait any more.
     pub async fn start(&self) {
+        while self.preconfig.get() {
+            self.preconfig_over.notified().await;
+        }
+        self.start_now().await;
+        self.begun.notify_one();
+    }
+
+    async fn start_now(&self) {
         if !self.config.autostart {
             return;
         }

@@ -8,14 +8,17 @@
 //! One thread, one tokio task per client, listener and link. Run-state changes come from core on one
 //! ordered link: an event is in every client's output before the reply that follows it.
 
+mod absent;
 mod add_client;
 pub mod audit;
 pub mod client;
 pub mod commands;
 pub mod descriptors;
 pub mod fd;
+pub mod hmp;
 pub mod hub;
 pub mod monitor;
+mod options;
 pub mod output;
 pub mod passed;
 pub mod peer;

@@ -94,9 +94,15 @@ impl Monitor {
         }
     }
 
+    /// Whether the machine waits for a client.
+    #[must_use]
+    pub fn is_waited_for(&self) -> bool {
+        self.wait && self.path.borrow().is_none()
+    }
+
     /// Waits until a client has connected, if the configuration says so.
     pub async fn wait(&self) {
-        if self.wait && self.path.borrow().is_none() {
+        if self.is_waited_for() {
             notice!("waiting for connection on: {}", self.filename().trim_start_matches("disconnected:"));
             self.connected.notified().await;
         }

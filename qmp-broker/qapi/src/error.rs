@@ -44,6 +44,11 @@ impl Error {
         Self { class: Class::DeviceNotActive, desc: desc.into() }
     }
 
+    /// An error of class `DeviceNotFound`.
+    pub fn device_not_found(desc: impl Into<String>) -> Self {
+        Self { class: Class::DeviceNotFound, desc: desc.into() }
+    }
+
     /// The value of a reply's `error` member.
     #[must_use]
     pub fn to_value(&self) -> Value {

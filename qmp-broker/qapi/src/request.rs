@@ -65,12 +65,18 @@ pub fn is_out_of_band(item: &Item) -> bool {
 }
 
 /// The id to echo in the reply of a client of this role, if there is one, and what to call or why not.
-pub fn resolve(item: Item, mode: Mode, role: Role) -> (Option<Value>, Result<Call, Refusal>) {
+/// In run state `preconfig` few commands may be called.
+pub fn resolve(
+    item: Item,
+    mode: Mode,
+    role: Role,
+    preconfig: bool,
+) -> (Option<Value>, Result<Call, Refusal>) {
     match item {
         Item::Error(desc) => (None, Err(Error::generic(desc).into())),
         Item::Value(Value::Object(mut request)) => {
             let id = request.remove("id");
-            (id, call(request, mode, role))
+            (id, call(request, mode, role, preconfig))
         }
         Item::Value(_) => (None, Err(Error::generic("QMP input must be a JSON object").into())),
     }
@@ -99,7 +105,7 @@ fn command_name(request: &Map<String, Value>, oob: bool) -> Result<(&str, bool),
     }
 }
 
-fn call(mut request: Map<String, Value>, mode: Mode, role: Role) -> Result<Call, Refusal> {
+fn call(mut request: Map<String, Value>, mode: Mode, role: Role, preconfig: bool) -> Result<Call, Refusal> {
     let (name, out_of_band) = command_name(&request, mode.oob)?;
     if !mode.negotiated && name != "qmp_capabilities" {
         let desc = "Expecting capabilities negotiation with 'qmp_capabilities'";
@@ -112,6 +118,10 @@ fn call(mut request: Map<String, Value>, mode: Mode, role: Role) -> Result<Call,
     }
     if out_of_band && !command.allow_oob {
         return Err(Error::generic(format!("The command {name} does not support OOB")).into());
+    }
+    if preconfig && !command.allow_preconfig {
+        let desc = format!("The command '{name}' isn't permitted in 'preconfig' state");
+        return Err(Error::generic(desc).into());
     }
     let args = match request.remove("arguments") {
         Some(Value::Object(args)) => args,
@@ -128,7 +138,7 @@ mod tests {
     use super::*;
 
     fn outcome_of(role: Role, request: Value, negotiated: bool, oob: bool) -> String {
-        let (_, result) = resolve(Item::Value(request), Mode { negotiated, oob }, role);
+        let (_, result) = resolve(Item::Value(request), Mode { negotiated, oob }, role, false);
         result.map_or_else(|refusal| Error::from(refusal).desc, |call| format!("call {}", call.command.name))
     }
 
@@ -174,7 +184,7 @@ mod tests {
     #[test]
     fn ids_survive_errors() {
         for id in [json!(null), json!([1, {"a": 2}]), json!("x"), json!(1.5)] {
-            let (echoed, result) = resolve(Item::Value(json!({"id": id})), Mode::default(), Role::Any);
+            let (echoed, result) = resolve(Item::Value(json!({"id": id})), Mode::default(), Role::Any, false);
             assert_eq!((echoed, result.is_err()), (Some(id), true));
         }
     }

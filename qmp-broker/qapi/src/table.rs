@@ -59,6 +59,12 @@ pub enum Handler {
     RemoveFd,
     QueryFdsets,
     AddClient,
+    QueryCommandLineOptions,
+    XExitPreconfig,
+    HumanMonitorCommand,
+    Change,
+    SystemWakeup,
+    XenLoadDevicesState,
 }
 
 /// A command.
@@ -85,10 +91,12 @@ pub struct Command {
 }
 
 impl Command {
-    /// Whether it changes something of the machine or of what clients share.
+    /// Whether it changes something of the machine or of what clients share. What `human-monitor-command`
+    /// does is done, and judged, by the command that its line stands for.
     #[must_use]
     pub const fn changes_state(&self) -> bool {
         matches!(self.role, Role::Console | Role::Operator)
+            && !matches!(self.handler, Handler::HumanMonitorCommand)
     }
 
     const fn new(name: &'static str, handler: Handler, role: Role, doc: &'static str) -> Self {
@@ -194,6 +202,46 @@ pub static COMMANDS: &[Command] = &[
         .returns::<Vec<misc::FdsetInfo>>(),
     Command::new("add_client", Handler::AddClient, Role::Console, "Gives a named descriptor to a server.")
         .args(misc::AddClientArg::DESCRIPTION),
+    Command::new(
+        "query-command-line-options",
+        Handler::QueryCommandLineOptions,
+        Role::Monitor,
+        "The parameters of the command line.",
+    )
+    .args(misc::QueryCommandLineOptionsArg::DESCRIPTION)
+    .returns::<Vec<misc::CommandLineOptionInfo>>()
+    .preconfig(),
+    Command::new(
+        "x-exit-preconfig",
+        Handler::XExitPreconfig,
+        Role::Operator,
+        "Leaves run state `preconfig`: the machine starts if it is to.",
+    )
+    .preconfig(),
+    Command::new(
+        "human-monitor-command",
+        Handler::HumanMonitorCommand,
+        Role::Operator,
+        "Executes a line that a person would type.",
+    )
+    .args(misc::HumanMonitorCommandArg::DESCRIPTION)
+    .returns::<String>(),
+    Command::new("change", Handler::Change, Role::Operator, "Changes a medium, or VNC. There is neither.")
+        .args(misc::ChangeArg::DESCRIPTION)
+        .deprecated(),
+    Command::new(
+        "system_wakeup",
+        Handler::SystemWakeup,
+        Role::Operator,
+        "Wakes a suspended guest. None can be suspended.",
+    ),
+    Command::new(
+        "xen-load-devices-state",
+        Handler::XenLoadDevicesState,
+        Role::Operator,
+        "Loads the state of devices from a file. No file is within reach.",
+    )
+    .args(misc::XenLoadDevicesStateArg::DESCRIPTION),
     // machine
     Command::new("query-cpus-fast", Handler::QueryCpusFast, Role::Monitor, "The vCPUs and their threads.")
         .returns::<Vec<machine::CpuInfoFast>>(),

@@ -71,6 +71,23 @@ fn each_socket_has_its_role() -> Result<()> {
     guest.quit()
 }
 
+/// A line of `human-monitor-command` is logged as the QMP command that it stands for, if that changes state.
+#[test]
+fn lines_are_logged_as_what_they_do() -> Result<()> {
+    let guest = Guest::boot("test=counter ms=1", &[])?;
+    let mut operator = guest.running()?;
+    for line in ["info status", "nope", "system_wakeup", "stop"] {
+        operator.execute("human-monitor-command", json!({ "command-line": line }))?;
+    }
+    logged(&guest, &["role=operator", "command=stop", "outcome=ok"])?;
+    logged(&guest, &["role=operator", "command=system_wakeup", "outcome=GenericError"])?;
+    let text = guest.stderr();
+    for command in ["human-monitor-command", "query-status", "nope"] {
+        guest.check(!text.contains(&format!("command={command} ")), &format!("{command} in {text}"))?;
+    }
+    guest.quit()
+}
+
 /// What the role is for: a client puts a connection of its own in the place of a serial client.
 #[test]
 fn a_console_attaches_itself() -> Result<()> {

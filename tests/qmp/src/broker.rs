@@ -53,6 +53,21 @@ pub enum Kind {
     Inherited,
 }
 
+/// What a broker is started with.
+#[derive(Debug)]
+pub struct Setup<'a> {
+    /// Limits of the first monitors.
+    pub limits: &'a [Limit<'a>],
+    /// One more monitor, over this stream.
+    pub connected: Option<UnixStream>,
+    /// The machine is to start by itself.
+    pub autostart: bool,
+    /// There is a console.
+    pub console: bool,
+    /// It begins in run state `preconfig`.
+    pub preconfig: bool,
+}
+
 impl Broker {
     /// Starts a broker that starts the machine by itself if `autostart`. Monitor `n` is at
     /// [`Self::path`]`(n)`.
@@ -88,6 +103,15 @@ impl Broker {
         autostart: bool,
         console: bool,
     ) -> Result<Self> {
+        Self::start_as(kinds, Setup { limits, connected, autostart, console, preconfig: false })
+    }
+
+    /// Starts a broker.
+    ///
+    /// # Errors
+    /// Sockets cannot be made.
+    pub fn start_as(kinds: &[Kind], setup: Setup<'_>) -> Result<Self> {
+        let Setup { limits, connected, autostart, console, preconfig } = setup;
         let scratch = Scratch::new()?;
         let mut fds: BTreeMap<String, OwnedFd> = BTreeMap::new();
         let mut monitors = Vec::new();
@@ -106,7 +130,13 @@ impl Broker {
         }
         let unlimited = monitors.clone();
         set_limits(&mut monitors, limits);
-        let config = config::Broker { monitors, autostart, ..config::Broker::default() };
+        let config = config::Broker {
+            monitors,
+            autostart,
+            preconfig,
+            options: vec![memory_options()],
+            ..config::Broker::default()
+        };
         let pair = socketpair(AddressFamily::Unix, SockType::SeqPacket, None, SockFlag::SOCK_CLOEXEC);
         let (ours, theirs) = pair.map_err(std::io::Error::from)?;
         let core = fake::Core::start(theirs.try_clone()?, theirs);
@@ -156,6 +186,17 @@ impl Broker {
             None => Ok(()),
         }
     }
+}
+
+/// The parameters of `-m`.
+fn memory_options() -> config::OptionGroup {
+    let parameter = |name: &str, kind| config::Parameter { name: name.to_owned(), kind, help: String::new() };
+    let parameters = vec![
+        parameter("size", config::ParameterType::Size),
+        parameter("slots", config::ParameterType::Number),
+        parameter("maxmem", config::ParameterType::Size),
+    ];
+    config::OptionGroup { name: "memory".to_owned(), parameters }
 }
 
 fn seqpacket() -> Result<OwnedFd> {

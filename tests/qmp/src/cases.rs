@@ -139,6 +139,7 @@ pub fn all() -> Vec<Case> {
         crate::commands::all(),
         crate::descriptors::all(),
         crate::add_client::all(),
+        crate::human::all(),
     ]
     .concat()
 }

@@ -8,11 +8,11 @@ fn execute(command: &str) -> String {
     format!("{{\"execute\":\"{command}\"}}")
 }
 
-fn event(name: &str) -> Value {
+pub(crate) fn event(name: &str) -> Value {
     json!({ "event": name, "timestamp": { "seconds": "*", "microseconds": "*" } })
 }
 
-fn reset() -> Value {
+pub(crate) fn reset() -> Value {
     let mut event = event("RESET");
     if let Some(members) = event.as_object_mut() {
         members.insert("data".to_owned(), json!({ "guest": false, "reason": "host-qmp-system-reset" }));
@@ -24,14 +24,14 @@ fn done() -> Value {
     ok(json!({}))
 }
 
-fn status(name: &str) -> Value {
+pub(crate) fn status(name: &str) -> Value {
     ok(json!({ "running": name == "running", "singlestep": false, "status": name }))
 }
 
 /// All cases.
 #[must_use]
 pub fn all() -> Vec<Case> {
-    [queries(), run_state(), surplus_arguments()].concat()
+    [queries(), run_state(), options(), absent(), surplus_arguments()].concat()
 }
 
 fn cpu(index: u32) -> Value {
@@ -113,6 +113,72 @@ fn run_state() -> Vec<Case> {
     ]
 }
 
+fn options() -> Vec<Case> {
+    let query = |option: Value| {
+        json!({ "execute": "query-command-line-options", "arguments": { "option": option } }).to_string()
+    };
+    let parameter = |name: &str, kind: &str| json!({ "name": name, "type": kind, "...": 0 });
+    let memory =
+        json!([parameter("maxmem", "size"), parameter("slots", "number"), parameter("size", "size")]);
+    vec![
+        Case::new(
+            execute("query-command-line-options"),
+            [ok(json!([{ "option": "*", "parameters": "*" }, "..."]))],
+        ),
+        Case::new(query("memory".into()), [ok(json!([{ "option": "memory", "parameters": memory }]))]),
+        Case::new(query("nope".into()), [error("invalid option name: nope")]),
+        // An option, but none that has a group.
+        Case::new(query("serial".into()), [error("invalid option name: serial")]),
+        Case::new(query(1.into()), [error("Invalid parameter type for 'option', expected: string")]),
+    ]
+}
+
+/// What this machine does not have.
+fn absent() -> Vec<Case> {
+    let change = |arguments: Value| json!({ "execute": "change", "arguments": arguments }).to_string();
+    let load = |file: &str| {
+        json!({ "execute": "xen-load-devices-state", "arguments": { "filename": file } }).to_string()
+    };
+    let no_device = |name: &str| json!({ "error": { "class": "DeviceNotFound", "desc": format!("Device '{name}' not found") } });
+    let change_is_gone = [not_found("The command change has not been found")];
+    let changes = [
+        (json!({ "device": "nope", "target": "x" }), no_device("nope")),
+        (json!({ "device": "", "target": "x", "arg": "raw" }), no_device("")),
+        (json!({ "device": "vnc", "target": "password" }), error("Parameter 'password' is missing")),
+        (json!({ "device": "vnc", "target": "passwd", "arg": "x" }), error("Could not set password")),
+        (json!({ "device": "vnc", "target": ":1" }), error("The feature 'vnc' is not enabled")),
+        (json!({ "target": "x" }), error("Parameter 'device' is missing")),
+        (json!({ "device": "x" }), error("Parameter 'target' is missing")),
+    ];
+    let mut cases: Vec<Case> = changes
+        .into_iter()
+        .map(|(arguments, reply)| {
+            Case::new(change(arguments), [reply]).qemu72("gone with 6.0", change_is_gone.clone())
+        })
+        .collect();
+    cases.extend([
+        Case::new(execute("system_wakeup"), [error("wake-up from suspend is not supported by this guest")])
+            .qemu72(
+                "its machine can be suspended",
+                [error("Unable to wake up: guest is not in suspended state")],
+            ),
+        Case::new(execute("x-exit-preconfig"), [error("The command is permitted only in 'preconfig' state")])
+            .qemu72(
+                "6.0 has no such state",
+                [error("The command is permitted only before machine initialization")],
+            ),
+        Case::new(load("/nope"), [error("Unable to open /nope: No such file or directory")]).stopped(),
+        Case::new(load(""), [error("Unable to open : No such file or directory")]).stopped(),
+        Case::new(
+            execute("cont") + &load("/nope"),
+            [event("RESUME"), done(), error("Cannot update device state while vm is running")],
+        )
+        .stopped(),
+        Case::new(execute("xen-load-devices-state"), [error("Parameter 'filename' is missing")]),
+    ]);
+    cases
+}
+
 /// No command here takes arguments; those of `qmp_capabilities` are tried in negotiation.
 fn surplus_arguments() -> Vec<Case> {
     let commands = [
@@ -131,6 +197,9 @@ fn surplus_arguments() -> Vec<Case> {
         "system_powerdown",
         "inject-nmi",
         "quit",
+        "query-command-line-options",
+        "x-exit-preconfig",
+        "system_wakeup",
     ];
     let case = |command: &&str| {
         let request = format!("{{\"execute\":\"{command}\",\"arguments\":{{\"surplus\":null}},\"id\":[]}}");

@@ -5,6 +5,7 @@ use std::rc::Rc;
 
 use bulkhead_broker::commands::{self, Known, Step};
 use bulkhead_broker::descriptors::Descriptors;
+use bulkhead_broker::hmp::{self, Line};
 use bulkhead_broker::hub::reply_line;
 use bulkhead_broker::session::Session;
 use bulkhead_control_api::{config, core};
@@ -50,17 +51,25 @@ pub fn drive(input: &[u8]) -> usize {
 }
 
 fn answer(session: &mut Session, config: &config::Broker, item: Item) {
-    let (id, call) = request::resolve(item, session.mode, Role::Operator);
+    let (id, call) = request::resolve(item, session.mode, Role::Operator, false);
     let reply = match call {
         Err(refusal) => Err(refusal.into()),
         Ok(call) => {
-            let known = Known { config, state: core::RunState::Running, role: Role::Operator };
+            let known =
+                Known { config, state: core::RunState::Running, preconfig: false, role: Role::Operator };
             match commands::begin(call, &known, &mut session.mode) {
                 Step::Reply(reply) => reply,
                 Step::Descriptors(op) => Descriptors::default().execute(op, "", || None),
-                Step::Core(_) | Step::PowerButton | Step::Chardevs | Step::AddClient(_) | Step::Quit => {
-                    Ok(json!({}))
-                }
+                Step::Human(args) => match hmp::parse(&args.command_line) {
+                    Line::Text(text) => Ok(text.into()),
+                    Line::Call { .. } => Ok(json!("")),
+                },
+                Step::Core(_)
+                | Step::PowerButton
+                | Step::Chardevs
+                | Step::AddClient(_)
+                | Step::ExitPreconfig
+                | Step::Quit => Ok(json!({})),
             }
         }
     };

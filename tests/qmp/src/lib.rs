@@ -8,6 +8,7 @@ pub mod commands;
 pub mod descriptors;
 pub mod drive;
 pub mod fake;
+pub mod human;
 pub mod qemu;
 pub mod runner;
 pub mod started;

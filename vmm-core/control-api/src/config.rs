@@ -165,6 +165,39 @@ pub struct Monitor {
     pub gids: Vec<u32>,
 }
 
+/// Type of a parameter of the command line (QAPI `CommandLineParameterType`).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum ParameterType {
+    /// Any text.
+    Text,
+    /// `on` or `off`.
+    Flag,
+    /// An unsigned integer.
+    Number,
+    /// A number of bytes.
+    Size,
+}
+
+/// A parameter of an option group.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Parameter {
+    /// Its name.
+    pub name: String,
+    /// Its type.
+    pub kind: ParameterType,
+    /// What it is for.
+    pub help: String,
+}
+
+/// A group of parameters of the command line.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct OptionGroup {
+    /// QEMU's name of it.
+    pub name: String,
+    /// Its parameters in the order of the option table.
+    pub parameters: Vec<Parameter>,
+}
+
 /// A member of an fd set from the start.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct FdsetMember {
@@ -193,6 +226,10 @@ pub struct Broker {
     pub fdsets: Vec<FdsetMember>,
     /// Sets of which a character device uses a member: they stay, without members if clients remove those.
     pub used_fdsets: Vec<i64>,
+    /// `--preconfig`: not before `x-exit-preconfig`.
+    pub preconfig: bool,
+    /// The groups of parameters that the command line has, in the order of the option table.
+    pub options: Vec<OptionGroup>,
 }
 
 #[cfg(test)]

@@ -1,6 +1,8 @@
 //! The option table: parsing, `-h`, error messages and the manual page come from it.
 //!
-//! Names, groups and parameter types are QEMU's (`query-command-line-options` will answer from it).
+//! Names, groups and parameter types are QEMU's: `query-command-line-options` answers from it.
+
+use bulkhead_control_api::config::{OptionGroup, Parameter, ParameterType};
 
 /// Identity of an option.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -23,6 +25,7 @@ pub enum Opt {
     Monitor,
     Qmp,
     Stopped,
+    Preconfig,
     NoReboot,
     NoShutdown,
     NoDefaults,
@@ -63,7 +66,6 @@ pub enum Takes {
 #[derive(Debug)]
 pub struct Group {
     /// QEMU's name for it.
-    #[expect(dead_code, reason = "query-command-line-options answers with it")]
     pub name: &'static str,
     /// The parameter whose name may be left out if it comes first.
     pub implied: Option<&'static str>,
@@ -102,6 +104,33 @@ pub enum Kind {
 /// The option of that name (without dashes).
 pub fn find(name: &str) -> Option<&'static Spec> {
     OPTIONS.iter().find(|spec| spec.names.contains(&name))
+}
+
+/// The groups that options have, as `query-command-line-options` shows them.
+pub fn groups() -> Vec<OptionGroup> {
+    let groups = OPTIONS.iter().filter_map(|spec| match spec.takes {
+        Takes::Params(group) => Some(group),
+        Takes::Nothing | Takes::Text => None,
+    });
+    groups
+        .map(|group| OptionGroup {
+            name: group.name.to_owned(),
+            parameters: group.params.iter().filter_map(Param::described).collect(),
+        })
+        .collect()
+}
+
+impl Param {
+    fn described(&self) -> Option<Parameter> {
+        let kind = match self.kind {
+            Kind::Id => return None,
+            Kind::Text => ParameterType::Text,
+            Kind::Flag => ParameterType::Flag,
+            Kind::Number | Kind::Signed => ParameterType::Number,
+            Kind::Size => ParameterType::Size,
+        };
+        Some(Parameter { name: self.name.to_owned(), kind, help: self.help.to_owned() })
+    }
 }
 
 const fn param(name: &'static str, kind: Kind, help: &'static str) -> Param {
@@ -302,6 +331,11 @@ pub static OPTIONS: &[Spec] = &[
          device is the first member of set N that was opened in the same way (to read, or to write).",
     ),
     flag(Opt::Stopped, &["S"], "Does not start the vCPUs: QMP cont does."),
+    flag(
+        Opt::Preconfig,
+        &["preconfig"],
+        "Stays in run state preconfig, in which few QMP commands are permitted, until QMP x-exit-preconfig.",
+    ),
     flag(Opt::NoReboot, &["no-reboot"], "Shuts down where the guest would reset."),
     flag(Opt::NoShutdown, &["no-shutdown"], "Keeps the VM, stopped, when the guest shuts down."),
     flag(Opt::NoDefaults, &["nodefaults"], "Connects no serial port by default."),
@@ -335,6 +369,23 @@ mod tests {
                 }
             }
         }
+    }
+
+    #[test]
+    fn groups_are_described_once_and_without_ids() {
+        let groups = groups();
+        let mut names: Vec<&str> = groups.iter().map(|group| group.name.as_str()).collect();
+        names.sort_unstable();
+        names.dedup();
+        assert_eq!(names.len(), groups.len());
+        let smp = groups.iter().find(|group| group.name == "smp-opts").unwrap();
+        let first = Parameter {
+            name: "cpus".into(),
+            kind: ParameterType::Number,
+            help: "number of vCPUs, 1 to 64".into(),
+        };
+        assert_eq!(smp.parameters.first(), Some(&first));
+        assert!(groups.iter().flat_map(|group| &group.parameters).all(|param| param.name != "id"));
     }
 
     #[test]

@@ -36,7 +36,12 @@ fn run_alone_boots_the_native_guest_on_the_terminal() {
     );
     assert_eq!(
         plan.broker,
-        config::Broker { life: plan.console.life, autostart: true, ..config::Broker::default() }
+        config::Broker {
+            life: plan.console.life,
+            autostart: true,
+            options: table::groups(),
+            ..config::Broker::default()
+        }
     );
     assert_eq!(opened(&plan), ["stdio.in", "stdio.out", "kernel", "kvm"]);
     assert_eq!(plan.opens[2].what, What::NativeGuest);

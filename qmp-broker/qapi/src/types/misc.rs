@@ -1,6 +1,6 @@
 //! `qapi/misc.json`.
 
-use crate::schema::{Described, qapi_struct};
+use crate::schema::{Described, qapi_enum, qapi_struct};
 
 qapi_struct! {
     /// Name of the guest.
@@ -105,5 +105,81 @@ qapi_struct! {
         "fdset-id" fdset_id: i64,
         /// Its descriptors.
         "fds" fds: Vec<FdsetFdInfo>,
+    }
+}
+
+qapi_enum! {
+    /// Type of a parameter of the command line.
+    CommandLineParameterType {
+        /// Any text.
+        "string" String,
+        /// `on` or `off`.
+        "boolean" Boolean,
+        /// An unsigned integer.
+        "number" Number,
+        /// A number of bytes with an optional suffix.
+        "size" Size,
+    }
+}
+
+qapi_struct! {
+    /// A parameter of the command line.
+    CommandLineParameterInfo {
+        /// Its name.
+        "name" name: String,
+        /// Its type.
+        "type" kind: CommandLineParameterType,
+        /// What it is for.
+        "help" help: Option<String>,
+        /// Its value if it is not given.
+        "default" default: Option<String>,
+    }
+}
+
+qapi_struct! {
+    /// A group of parameters of the command line.
+    CommandLineOptionInfo {
+        /// Its name.
+        "option" option: String,
+        /// The parameters.
+        "parameters" parameters: Vec<CommandLineParameterInfo>,
+    }
+}
+
+qapi_struct! {
+    /// Arguments of `query-command-line-options`.
+    QueryCommandLineOptionsArg {
+        /// The group; without it all.
+        "option" option: Option<String>,
+    }
+}
+
+qapi_struct! {
+    /// Arguments of `human-monitor-command`.
+    HumanMonitorCommandArg {
+        /// What a person would type.
+        "command-line" command_line: String,
+        /// The vCPU that it is about, if it is about one.
+        "cpu-index" cpu_index: Option<i64>,
+    }
+}
+
+qapi_struct! {
+    /// Arguments of `change`.
+    ChangeArg {
+        /// `vnc`, or a block device.
+        "device" device: String,
+        /// `password`, or where to listen, or the new medium.
+        "target" target: String,
+        /// The password, or the medium's format.
+        "arg" arg: Option<String>,
+    }
+}
+
+qapi_struct! {
+    /// Arguments of `xen-load-devices-state`.
+    XenLoadDevicesStateArg {
+        /// The file with the state.
+        "filename" filename: String,
     }
 }

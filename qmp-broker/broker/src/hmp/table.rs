@@ -1,0 +1,122 @@
+//! The commands of the human monitor, and the subjects of its command `info`. Names and parameters are
+//! those of QEMU 5.1; both tables are in the order in which they are listed.
+
+use serde_json::Value;
+
+use super::show;
+
+/// Prints the value that a QMP command returned; the number is that of the chosen vCPU.
+pub type Show = fn(Value, i64) -> String;
+
+/// A command, or a subject of `info`.
+#[derive(Debug)]
+pub struct Entry {
+    /// Its names, the usual one first.
+    pub names: &'static [&'static str],
+    /// Its parameters, for people.
+    pub params: &'static str,
+    /// What it does, for people.
+    pub help: &'static str,
+    /// What it does.
+    pub does: Does,
+}
+
+/// What a command does.
+#[derive(Debug)]
+pub enum Does {
+    /// Lists commands.
+    Help,
+    /// Looks further in [`INFO`].
+    Info,
+    /// Executes a QMP command.
+    Qmp {
+        /// Its name.
+        command: &'static str,
+        /// The argument that the rest of the line gives it.
+        arg: Option<&'static str>,
+        /// Prints what it returned.
+        show: Show,
+    },
+}
+
+impl Entry {
+    /// The entry of that name.
+    pub fn find(table: &'static [Self], name: &str) -> Option<&'static Self> {
+        table.iter().find(|entry| entry.names.contains(&name))
+    }
+
+    /// All names, as messages have them.
+    pub fn title(&self) -> String {
+        self.names.join("|")
+    }
+}
+
+const fn does(names: &'static [&'static str], command: &'static str, help: &'static str) -> Entry {
+    Entry { names, params: "", help, does: Does::Qmp { command, arg: None, show: show::nothing } }
+}
+
+const fn descriptor(names: &'static [&'static str], command: &'static str, help: &'static str) -> Entry {
+    let does = Does::Qmp { command, arg: Some("fdname"), show: show::nothing };
+    Entry { names, params: "name", help, does }
+}
+
+const fn info(
+    names: &'static [&'static str],
+    command: &'static str,
+    help: &'static str,
+    show: Show,
+) -> Entry {
+    Entry { names, params: "", help, does: Does::Qmp { command, arg: None, show } }
+}
+
+/// All commands.
+pub static COMMANDS: &[Entry] = &[
+    descriptor(&["closefd"], "closefd", "closes a descriptor that getfd named"),
+    does(&["cont", "c"], "cont", "lets the vCPUs run on"),
+    does(&["exit_preconfig"], "x-exit-preconfig", "leaves run state preconfig"),
+    descriptor(&["getfd"], "getfd", "names a descriptor that was sent along"),
+    Entry { names: &["help", "?"], params: "[cmd]", help: "lists the commands", does: Does::Help },
+    Entry {
+        names: &["info"],
+        params: "[subcommand]",
+        help: "tells the state of something",
+        does: Does::Info,
+    },
+    does(&["nmi"], "inject-nmi", "injects an NMI into every vCPU"),
+    does(&["quit", "q"], "quit", "ends the machine and all its processes"),
+    does(&["stop"], "stop", "stops all vCPUs"),
+    does(&["system_powerdown"], "system_powerdown", "presses the power button"),
+    does(&["system_reset"], "system_reset", "resets the machine"),
+    does(&["system_wakeup"], "system_wakeup", "wakes a suspended guest"),
+];
+
+/// All subjects of `info`.
+pub static INFO: &[Entry] = &[
+    info(&["chardev"], "query-chardev", "the character devices", show::chardevs),
+    info(&["cpus"], "query-cpus-fast", "the vCPUs and their threads", show::cpus),
+    info(&["kvm"], "query-kvm", "whether KVM is used", show::kvm),
+    info(&["name"], "query-name", "the guest's name", show::name),
+    info(&["status"], "query-status", "the run state", show::status),
+    info(&["uuid"], "query-uuid", "the guest's UUID", show::uuid),
+    info(&["version"], "query-version", "the version served", show::version),
+];
+
+#[cfg(test)]
+mod tests {
+    use bulkhead_qapi::table;
+
+    use super::*;
+
+    #[test]
+    fn every_entry_is_a_qmp_command_and_they_are_in_order() {
+        for entries in [COMMANDS, INFO] {
+            assert!(entries.is_sorted_by_key(Entry::title));
+            for entry in entries {
+                let Does::Qmp { command, arg, .. } = &entry.does else { continue };
+                let command = table::command(command).unwrap();
+                let args: Vec<&str> = command.args.members.iter().map(|member| member.name).collect();
+                assert_eq!(args, arg.iter().copied().collect::<Vec<_>>(), "{entry:?}");
+            }
+        }
+    }
+}
