@@ -258,3 +258,10 @@ fn a_broker_that_does_not_read_is_cut_off() {
     assert_eq!(rig.vcpu().inb(LSR), THRE);
     assert_eq!(rig.end().0, Ok(()));
 }
+
+#[test]
+fn a_console_that_is_sent_away_ends() {
+    let rig = Rig::null();
+    rig.main.as_ref().unwrap().send(&FromCore::Leave).unwrap();
+    assert!(rig.failure().contains("core has cut this process off"));
+}

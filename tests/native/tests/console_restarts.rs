@@ -308,3 +308,69 @@ fn a_console_killed_at_the_start_ends_the_vm_or_is_started_again() -> Result<()>
     }
     Ok(())
 }
+
+#[test]
+fn the_power_button_is_not_lost() -> Result<()> {
+    for round in 0..12 {
+        let guest = Guest::boot("test=powerbutton", &[])?;
+        let mut qmp = guest.running()?;
+        guest.expect("test=powerbutton")?;
+        std::thread::sleep(Duration::from_millis(100));
+        let held = round % 2 == 1;
+        if held {
+            // Its interrupt is held until the machine goes on.
+            qmp.execute("stop", json!({}))?;
+        } else {
+            guest.kill("consol")?;
+        }
+        // One that was under way to a dying console is not repeated: its client is told.
+        eventually("a press of the button", SOON, || {
+            qmp.execute("system_powerdown", json!({})).map_err(|failure| failure.to_string())
+        })?;
+        if held {
+            guest.kill("consol")?;
+            qmp.execute("cont", json!({}))?;
+        }
+        guest.ends(0).map_err(|failure| failure.context(format!("round {round}")))?;
+    }
+    Ok(())
+}
+
+#[test]
+fn a_guest_that_resets_itself_goes_on() -> Result<()> {
+    for by in ["cf9", "i8042", "acpi"] {
+        let guest = Guest::boot(&format!("test=reset by={by}"), &[])?;
+        guest.expect("resetting by")?;
+        kill_often(&guest, 12, Duration::from_millis(97))?;
+        for _ in 0..2 {
+            guest.console().take_new();
+            guest.expect("resetting by").map_err(|failure| failure.context(by))?;
+        }
+        guest.quit()?;
+    }
+    Ok(())
+}
+
+#[test]
+fn broker_and_console_may_die_together() -> Result<()> {
+    let guest = Guest::boot("test=counter ms=1", &[])?;
+    guest.expect("count 20\r\n")?;
+    for round in 0..10 {
+        for name in if round % 2 == 0 { ["broker", "consol"] } else { ["consol", "broker"] } {
+            guest.kill(name)?;
+        }
+        let mut qmp = guest.qmp()?;
+        let status = qmp.status()?;
+        guest.check(status == "running", &format!("round {round}: {status}"))?;
+        let chardevs = eventually("the console", SOON, || {
+            let answer = qmp.execute("query-chardev", json!({}));
+            answer.map_err(|failure| failure.to_string())
+        })?;
+        guest.check(chardevs.to_string().contains("serial0"), "no serial0")?;
+        guest.console().take_new();
+        guest.expect("\r\ncount ")?;
+        // Ten starts of one compartment in a second are free.
+        std::thread::sleep(Duration::from_millis(100));
+    }
+    guest.quit()
+}

@@ -8,11 +8,13 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use bulkhead_control_api::core::RunState;
-use bulkhead_framework::{Result, Vm};
+use bulkhead_framework::{Result, Vm, descendants};
 use bulkhead_qmp_tests::broker::{Broker, Kind};
 use bulkhead_qmp_tests::qemu::Qemu;
 use bulkhead_qmp_tests::vms_run_here;
 use bulkhead_qmp_tests::wire::{LIMIT, Wire};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
 use serde_json::{Value, json};
 
 fn negotiated(path: &Path) -> Result<Wire> {
@@ -154,6 +156,27 @@ fn a_guest_echoes_over_an_adopted_connection() -> Result<()> {
     let mut client = UnixStream::connect(vm.dir().join("free.sock"))?;
     client.set_read_timeout(Some(LIMIT))?;
     echoes(&mut client, b"again")
+}
+
+/// Nobody but the console holds such a connection, so that it ends with it.
+#[test]
+fn an_adopted_connection_ends_with_its_console() -> Result<()> {
+    if !vms_run_here() {
+        return Ok(());
+    }
+    let vm = vm()?;
+    let mut wire = negotiated(&vm.dir().join("q.sock"))?;
+    for _ in 0..3 {
+        let (passed, end) = UnixStream::pair()?;
+        assert_eq!(add(&mut wire, "free", passed)?, None);
+        let console = descendants(vm.pid())?.into_iter().find(|process| process.name == "bulkhead-consol");
+        let pid = Pid::from_raw(console.ok_or("no console")?.pid);
+        kill(pid, Signal::SIGKILL).map_err(std::io::Error::from)?;
+        assert_closed(&end)?;
+        // The next one is there, without it.
+        wait_free(&mut wire)?;
+    }
+    Ok(())
 }
 
 /// What QEMU takes and then drops is refused at once.
