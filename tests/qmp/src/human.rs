@@ -93,6 +93,12 @@ fn help() -> Vec<Case> {
         one("? c x", "cont|c  -- lets the vCPUs run on", "cont|c  -- resume emulation"),
         one("help ?", "help|? [cmd] -- lists the commands", "help|? [cmd] -- show the help"),
         one("help info \"kvm\" x", "info kvm  -- whether KVM is used", "info kvm  -- show KVM information"),
+        // QEMU, too, writes the name twice.
+        one(
+            "help getfd",
+            "getfd getfd name -- names a descriptor that was sent along",
+            "getfd getfd name -- receive a file descriptor via SCM rights and assign it a name",
+        ),
         prints("help nope", "unknown command: 'nope'\n"),
         prints("help info nope x", "unknown command: 'info nope'\n"),
         prints("help/x", "unknown command: '/x'\n"),

@@ -49,10 +49,10 @@ fn help_lists_every_command_and_subject() -> Result<()> {
     }
     let names: Vec<&str> = lines.iter().filter_map(|line| Some(line.split_once(" -- ")?.0)).collect();
     let commands = [
-        "closefd name",
+        "closefd closefd name",
         "cont|c ",
         "exit_preconfig ",
-        "getfd name",
+        "getfd getfd name",
         "help|? [cmd]",
         "info [subcommand]",
         "nmi ",

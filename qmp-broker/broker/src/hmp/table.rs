@@ -55,9 +55,14 @@ const fn does(names: &'static [&'static str], command: &'static str, help: &'sta
     Entry { names, params: "", help, does: Does::Qmp { command, arg: None, show: show::nothing } }
 }
 
-const fn descriptor(names: &'static [&'static str], command: &'static str, help: &'static str) -> Entry {
+const fn descriptor(
+    names: &'static [&'static str],
+    command: &'static str,
+    params: &'static str,
+    help: &'static str,
+) -> Entry {
     let does = Does::Qmp { command, arg: Some("fdname"), show: show::nothing };
-    Entry { names, params: "name", help, does }
+    Entry { names, params, help, does }
 }
 
 const fn info(
@@ -71,10 +76,10 @@ const fn info(
 
 /// All commands.
 pub static COMMANDS: &[Entry] = &[
-    descriptor(&["closefd"], "closefd", "closes a descriptor that getfd named"),
+    descriptor(&["closefd"], "closefd", "closefd name", "closes a descriptor that getfd named"),
     does(&["cont", "c"], "cont", "lets the vCPUs run on"),
     does(&["exit_preconfig"], "x-exit-preconfig", "leaves run state preconfig"),
-    descriptor(&["getfd"], "getfd", "names a descriptor that was sent along"),
+    descriptor(&["getfd"], "getfd", "getfd name", "names a descriptor that was sent along"),
     Entry { names: &["help", "?"], params: "[cmd]", help: "lists the commands", does: Does::Help },
     Entry {
         names: &["info"],
