@@ -19,6 +19,8 @@ impl Hub {
         let fd = named.ok_or_else(|| {
             Error::generic(format!("File descriptor named '{}' has not been found", args.fdname))
         })?;
+        // Before the console has it: nobody else is to.
+        self.commit().await;
         match args.protocol.as_str() {
             "spice" => Err(Error::device_not_active("SPICE is not in use")),
             // QEMU's answer without a display; `skipauth` and `tls` concern displays only.

@@ -297,5 +297,5 @@ pub async fn serve(hub: Rc<Hub>, monitor: Rc<Monitor>, stream: Stream) {
         () = client.write_loop() => {}
         () = client.dropped.notified() => {}
     }
-    hub.remove(number);
+    hub.remove(number).await;
 }

@@ -7,9 +7,11 @@ use bulkhead_qapi::Error;
 use bulkhead_qapi::types::misc::{
     AddFdArg, AddfdInfo, ClosefdArg, FdsetFdInfo, FdsetInfo, GetfdArg, RemoveFdArg,
 };
+use serde::{Deserialize, Serialize};
 use serde_json::json;
 
 use crate::commands::{Reply, reply};
+use crate::held::Held;
 
 /// Descriptors that may be kept, over all names and sets. With one more for each client, 253 of a
 /// message that is being received and the clients themselves, this process stays below its limit.
@@ -40,6 +42,14 @@ pub enum Op {
     QueryFdsets,
 }
 
+impl Op {
+    /// Whether it may change what is held.
+    #[must_use]
+    pub const fn changes(&self) -> bool {
+        !matches!(self, Self::QueryFdsets)
+    }
+}
+
 /// A member of a set.
 #[derive(Debug)]
 pub struct Member {
@@ -48,20 +58,38 @@ pub struct Member {
     /// What its client wants to remember.
     pub opaque: Option<String>,
     /// The descriptor.
-    pub fd: OwnedFd,
+    pub fd: Held,
 }
+
+/// What [`Descriptors`] are beside the descriptors themselves, which it names by their keys.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Index {
+    /// Monitor, name and key.
+    names: Vec<(String, String, u64)>,
+    /// Sets by id, with number, `opaque` and key of their members.
+    sets: Vec<(i64, Vec<IndexedMember>)>,
+    /// Members there have been.
+    count: i64,
+    /// The next key.
+    next_key: u64,
+}
+
+/// Number, `opaque` and key of a member.
+type IndexedMember = (i64, Option<String>, u64);
 
 /// All of them. Dropping one closes it.
 #[derive(Debug, Default)]
 pub struct Descriptors {
     /// By monitor, then by name.
-    names: BTreeMap<String, BTreeMap<String, OwnedFd>>,
+    names: BTreeMap<String, BTreeMap<String, Held>>,
     /// By id; in a set the oldest first.
     sets: BTreeMap<i64, Vec<Member>>,
     /// Sets of which a character device uses a member. They stay, without members if clients remove those.
     used: BTreeSet<i64>,
     /// Members there have been.
     count: i64,
+    /// The key of the next descriptor that is none of those that are held.
+    next_key: u64,
 }
 
 impl Descriptors {
@@ -97,7 +125,69 @@ impl Descriptors {
 
     /// Takes a named one of a monitor out.
     pub fn take_named(&mut self, monitor: &str, name: &str) -> Option<OwnedFd> {
-        self.names.get_mut(monitor)?.remove(name)
+        self.names.get_mut(monitor)?.remove(name)?.into_fd().ok()
+    }
+
+    /// Everything but the descriptors themselves.
+    #[must_use]
+    pub fn index(&self) -> Index {
+        let names = self.names.iter().flat_map(|(monitor, names)| {
+            names.iter().map(|(name, fd)| (monitor.clone(), name.clone(), fd.key()))
+        });
+        let member = |member: &Member| (member.number, member.opaque.clone(), member.fd.key());
+        let sets = self.sets.iter().map(|(id, members)| (*id, members.iter().map(member).collect()));
+        Index { names: names.collect(), sets: sets.collect(), count: self.count, next_key: self.next_key }
+    }
+
+    /// The descriptors by their keys.
+    #[must_use]
+    pub fn held(&self) -> BTreeMap<u64, Held> {
+        let named = self.names.values().flat_map(BTreeMap::values);
+        let members = self.sets.values().flatten().map(|member| &member.fd);
+        named.chain(members).map(|fd| (fd.key(), fd.clone())).collect()
+    }
+
+    /// What an index says, of the descriptors that are there; returns how many are not. Sets in `used` stay.
+    #[must_use]
+    pub fn restored(
+        index: Index,
+        held: &BTreeMap<u64, Held>,
+        used: impl IntoIterator<Item = i64>,
+    ) -> (Self, usize) {
+        let highest = held.keys().next_back().map_or(0, |key| key.saturating_add(1));
+        let (count, next_key) = (index.count.max(0), index.next_key.max(highest));
+        let mut all = Self { used: used.into_iter().collect(), count, next_key, ..Self::default() };
+        let mut missing = 0;
+        for (monitor, name, key) in index.names {
+            match held.get(&key) {
+                Some(fd) => drop(all.names.entry(monitor).or_default().insert(name, fd.clone())),
+                None => missing += 1,
+            }
+        }
+        for (id, members) in index.sets.into_iter().filter(|(id, _)| *id >= 0) {
+            let before = members.len();
+            let member = |(number, opaque, key): IndexedMember| {
+                Some(Member { number, opaque, fd: held.get(&key)?.clone() })
+            };
+            let members: Vec<Member> = members.into_iter().filter_map(member).collect();
+            missing += before - members.len();
+            if !members.is_empty() || all.used.contains(&id) {
+                all.sets.insert(id, members);
+            }
+        }
+        (all, missing)
+    }
+
+    /// Shares what is held already of that file description.
+    fn hold(&mut self, fd: OwnedFd) -> Held {
+        let named = self.names.values().flat_map(BTreeMap::values);
+        let mut all = named.chain(self.sets.values().flatten().map(|member| &member.fd));
+        if let Some(same) = all.find(|held| held.is_same(&fd)) {
+            return same.clone();
+        }
+        let key = self.next_key;
+        self.next_key = self.next_key.saturating_add(1);
+        Held::new(key, fd)
     }
 
     /// Closes the members of all sets that no character device uses.
@@ -125,6 +215,7 @@ impl Descriptors {
             return Err(Error::generic(format!("Parameter 'fdname' expects at most {MAX_NAME} bytes")));
         }
         let room = self.check_room();
+        let fd = self.hold(fd);
         let names = self.names.entry(monitor.to_owned()).or_default();
         if !names.contains_key(&name) {
             room?;
@@ -160,8 +251,9 @@ impl Descriptors {
                 "Parameter 'opaque' expects at most {MAX_OPAQUE} bytes over all fdsets"
             )));
         }
-        let number = FIRST_NUMBER + self.count;
-        self.count += 1;
+        let fd = self.hold(fd);
+        let number = FIRST_NUMBER.saturating_add(self.count);
+        self.count = self.count.saturating_add(1);
         self.sets.entry(id).or_default().push(Member { number, opaque: args.opaque, fd });
         reply(AddfdInfo { fdset_id: id, fd: number })
     }
@@ -270,6 +362,36 @@ mod tests {
         assert_eq!(run(&mut all, remove(1, None)), "File descriptor named 'fdset-id:1' not found");
         all.clear_sets();
         assert_eq!(run(&mut all, Op::QueryFdsets), json!([]));
+    }
+
+    #[test]
+    fn an_index_brings_everything_back() {
+        let mut all = Descriptors::default();
+        let (one, mut end) = UnixStream::pair().unwrap();
+        let again = one.try_clone().unwrap();
+        run_with(&mut all, getfd("a"), Some(one.into()));
+        run(&mut all, add(Some(7), Some("x".to_owned())));
+        run_with(&mut all, add(Some(7), None), Some(again.into()));
+        run(&mut all, add(None, None));
+        run(&mut all, remove(0, None));
+        let (index, held) = (all.index(), all.held());
+        assert_eq!(held.len(), 2, "one description, two uses");
+        let listed = run(&mut all, Op::QueryFdsets);
+        drop(all);
+        let (mut all, missing) = Descriptors::restored(index.clone(), &held, []);
+        drop(held);
+        assert_eq!((missing, all.index()), (0, index.clone()));
+        assert_eq!(run(&mut all, Op::QueryFdsets), listed);
+        assert_eq!(run(&mut all, add(Some(7), None))["fd"], 6, "no number is given again");
+        end.set_nonblocking(true).unwrap();
+        assert!(end.read(&mut [0; 1]).is_err(), "still open");
+        assert_eq!(run(&mut all, remove(7, None)), json!({}));
+        assert!(end.read(&mut [0; 1]).is_err(), "the name has it");
+        assert!(all.take_named("m", "a").is_some());
+        assert_eq!(end.read(&mut [0; 1]).unwrap(), 0);
+
+        let (mut all, missing) = Descriptors::restored(index, &BTreeMap::new(), []);
+        assert_eq!((missing, run(&mut all, Op::QueryFdsets)), (3, json!([])));
     }
 
     #[test]

@@ -26,6 +26,7 @@ use crate::descriptors::Descriptors;
 use crate::monitor::Monitor;
 use crate::peer::{NoAnswer, Peer};
 use crate::policy::{Credentials, Denied, Policy, Subject};
+use crate::store::Store;
 
 /// How long a client waits for the machine's start.
 const START: Duration = Duration::from_secs(5);
@@ -49,6 +50,8 @@ pub struct Hub {
     pub held: Rc<Cell<usize>>,
     /// Descriptors that clients passed.
     pub(crate) descriptors: RefCell<Descriptors>,
+    /// What outlives this process.
+    pub store: Store,
     /// The VM ends: clients are flushed and the broker exits.
     pub ended: Notify,
     /// Core has told the run state.
@@ -70,7 +73,7 @@ pub struct Hub {
 impl Hub {
     /// A hub without clients, before core has said anything.
     #[must_use]
-    pub fn new(config: config::Broker, descriptors: Descriptors) -> Self {
+    pub fn new(config: config::Broker, descriptors: Descriptors, store: Store) -> Self {
         let monitors = config.monitors.iter().map(|monitor| Rc::new(Monitor::new(monitor))).collect();
         Self {
             policy: RefCell::new(Policy::new(&config.monitors)),
@@ -84,6 +87,7 @@ impl Hub {
             console: Peer::default(),
             held: Rc::default(),
             descriptors: RefCell::new(descriptors),
+            store,
             ended: Notify::new(),
             core_known: Notify::new(),
             state: Cell::new(core::RunState::Prelaunch),
@@ -103,11 +107,17 @@ impl Hub {
     }
 
     /// Forgets a client. With the last one the fd sets go, unless the machine is stopped.
-    pub fn remove(&self, number: u64) {
+    pub async fn remove(&self, number: u64) {
         self.clients.borrow_mut().remove(&number);
         if self.clients() == 0 && self.state.get() == core::RunState::Running {
             self.descriptors.borrow_mut().clear_sets();
+            self.commit().await;
         }
+    }
+
+    /// Keeps what is to outlive this process.
+    pub async fn commit(&self) {
+        self.store.commit(&self.descriptors).await;
     }
 
     /// Number of clients.
@@ -258,7 +268,14 @@ impl Hub {
         match step {
             Step::Reply(reply) => reply,
             Step::Descriptors(op) => {
-                self.descriptors.borrow_mut().execute(op, &client.monitor.label, || client.take_passed())
+                let changes = op.changes();
+                let (monitor, take) = (&client.monitor.label, || client.take_passed());
+                let reply = self.descriptors.borrow_mut().execute(op, monitor, take);
+                if changes && reply.is_ok() {
+                    // What the reply promises outlives this process.
+                    self.commit().await;
+                }
+                reply
             }
             Step::Quit => {
                 tokio::task::spawn_local(Rc::clone(self).quit());

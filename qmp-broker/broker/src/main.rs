@@ -1,6 +1,6 @@
 //! Terminates QMP: takes its descriptors, enters its jail, serves.
 
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd as _, OwnedFd};
 use std::process::ExitCode;
 use std::rc::Rc;
 
@@ -9,10 +9,11 @@ use bulkhead_broker::fd::watch;
 use bulkhead_broker::hub::Hub;
 use bulkhead_broker::monitor;
 use bulkhead_broker::run::{Sources, run};
+use bulkhead_broker::store;
 use bulkhead_control_api::config;
-use bulkhead_jail::error;
 use bulkhead_jail::start::Start;
 use bulkhead_jail::topology;
+use bulkhead_jail::{error, notice};
 use bulkhead_qapi::types::misc::AddFdArg;
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use tokio::io::unix::AsyncFd;
@@ -37,17 +38,28 @@ fn begin() -> Result<(Runtime, Rc<Hub>, Sources), Box<dyn std::error::Error>> {
     let mut start = Start::begin(&topology::BROKER)?;
     let config: config::Broker = start.config()?;
     let runtime = Builder::new_current_thread().enable_io().enable_time().build()?;
-    let sources = {
-        let _context = runtime.enter();
-        let core = start.take("core")?;
-        let console = nonblocking(start.take("control-console")?)?;
-        let open = |monitor| monitor::open(monitor, |name| start.take(name));
-        let monitors = config.monitors.iter().map(open).collect::<Result<_, _>>()?;
-        Sources { core, console, monitors }
+    let context = runtime.enter();
+    let core = start.take("core")?;
+    let console = nonblocking(start.take("control-console")?)?;
+    let opener = start.opener().map(|link| link.as_fd().try_clone_to_owned()).transpose()?;
+    let opener = opener.map(|fd| watch(fd).map_err(|(_, error)| error)).transpose()?;
+    let open = |monitor| monitor::open(monitor, |name| start.take_optional(name));
+    let monitors = config.monitors.iter().map(open).collect::<Result<_, _>>()?;
+    let (mut store, former) = store::restore(start.state()?, config.life, start.kept());
+    let descriptors = match former {
+        None => command_line_sets(&config, &mut start)?,
+        Some((state, held)) => {
+            let (all, missing) =
+                Descriptors::restored(state.index, &held, config.used_fdsets.iter().copied());
+            notice!("started anew with {} descriptors of clients, {missing} are lost", held.len());
+            all
+        }
     };
-    let descriptors = command_line_sets(&config, &mut start)?;
-    start.enter()?;
-    Ok((runtime, Rc::new(Hub::new(config, descriptors)), sources))
+    let room = store::watch_starter(start.starter())?;
+    store.set_starter(start.enter()?, room);
+    let sources = Sources { core, console, opener, monitors };
+    drop(context);
+    Ok((runtime, Rc::new(Hub::new(config, descriptors, store)), sources))
 }
 
 /// The fd sets of the command line. A starter gives them once: what clients have done to them since lasts.

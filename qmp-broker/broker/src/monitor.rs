@@ -40,6 +40,9 @@ pub enum MonitorError {
     /// A monitor on something else.
     #[error("monitor {0}: needs a socket or stdio")]
     Unsuitable(String),
+    /// The starter did not give what the configuration names.
+    #[error("monitor {0}: descriptor {1:?} is missing")]
+    Missing(String, String),
     /// The kernel refused.
     #[error("monitor {0}: {1}")]
     Io(String, std::io::Error),
@@ -185,24 +188,24 @@ pub enum Source {
     Listener(UnixListener),
     /// The one client is connected.
     Connected(Stream),
+    /// The one client's connection ended with a predecessor of this process.
+    Gone,
 }
 
-/// Prepares a monitor's descriptors; `take` gives them by name. Needs the runtime's context.
+/// Prepares a monitor's descriptors; `find` gives them by name. Needs the runtime's context.
 ///
 /// # Errors
 /// See [`MonitorError`].
-pub fn open<E: std::fmt::Display>(
+pub fn open(
     monitor: &config::Monitor,
-    mut take: impl FnMut(&str) -> Result<OwnedFd, E>,
+    mut find: impl FnMut(&str) -> Option<OwnedFd>,
 ) -> Result<Source, MonitorError> {
     let id = &monitor.chardev.id;
-    let mut take = |name: &str| {
-        take(name).map_err(|error| MonitorError::Io(id.clone(), std::io::Error::other(error.to_string())))
-    };
+    let missing = |name: &str| MonitorError::Missing(id.clone(), name.to_owned());
     let io = |error| MonitorError::Io(id.clone(), error);
     match &monitor.chardev.kind {
         ChardevKind::Socket { fd, server: true, .. } => {
-            let fd = take(fd)?;
+            let fd = find(fd).ok_or_else(|| missing(fd))?;
             if !getsockopt(&fd, sockopt::AcceptConn).unwrap_or(false) {
                 return Err(MonitorError::NotListening(id.clone()));
             }
@@ -211,7 +214,7 @@ pub fn open<E: std::fmt::Display>(
             Ok(Source::Listener(UnixListener::from_std(listener).map_err(io)?))
         }
         ChardevKind::Socket { fd, .. } => {
-            let fd = take(fd)?;
+            let Some(fd) = find(fd) else { return Ok(Source::Gone) };
             if getpeername::<UnixAddr>(fd.as_raw_fd()).is_err() {
                 return Err(MonitorError::NotConnected(id.clone()));
             }
@@ -220,8 +223,8 @@ pub fn open<E: std::fmt::Display>(
             Ok(Source::Connected(Stream::Socket(UnixStream::from_std(stream).map_err(io)?)))
         }
         ChardevKind::Stdio => {
-            let input = Shared::new(take("stdio.in")?).map_err(io)?;
-            let output = Shared::new(take("stdio.out")?).map_err(io)?;
+            let input = Shared::new(find("stdio.in").ok_or_else(|| missing("stdio.in"))?).map_err(io)?;
+            let output = Shared::new(find("stdio.out").ok_or_else(|| missing("stdio.out"))?).map_err(io)?;
             Ok(Source::Connected(Stream::Stdio(input, output)))
         }
         ChardevKind::Null | ChardevKind::File { .. } => Err(MonitorError::Unsuitable(id.clone())),
@@ -238,5 +241,6 @@ pub fn start(hub: &Rc<Hub>, monitor: &Rc<Monitor>, source: Source) {
                 drop(spawn_local(monitor.serve(hub, stream)));
             }
         }
+        Source::Gone => {}
     }
 }

@@ -17,6 +17,7 @@ use crate::fd::accept;
 use crate::hub::Hub;
 use crate::monitor::{self, Source};
 use crate::peer::Link;
+use crate::reload;
 
 /// How often the end looks whether all clients have read everything.
 const GLANCE: Duration = Duration::from_millis(5);
@@ -34,6 +35,8 @@ pub struct Sources {
     pub core: OwnedFd,
     /// The listener that the console connects to.
     pub console: AsyncFd<OwnedFd>,
+    /// Where another configuration comes from.
+    pub opener: Option<AsyncFd<OwnedFd>>,
     /// What clients come from, one for each monitor of the hub.
     pub monitors: Vec<Source>,
 }
@@ -42,8 +45,15 @@ pub struct Sources {
 pub async fn run(hub: Rc<Hub>, sources: Sources) {
     spawn_local(console_loop(Rc::clone(&hub), sources.console));
     let core: JoinHandle<()> = spawn_local(core_loop(Rc::clone(&hub), sources.core));
-    // A broker that is started anew must not tell its first client a run state that was long ago.
-    let _ = timeout(FIRST_STATUS, hub.core_known.notified()).await;
+    if hub.store.is_restored() {
+        // Its first client must not be told a run state that was long ago.
+        let _ = timeout(FIRST_STATUS, hub.core_known.notified()).await;
+    }
+    // The next one is to know that it is not the first.
+    hub.commit().await;
+    if let Some(opener) = sources.opener {
+        spawn_local(reload::follow(Rc::clone(&hub), opener));
+    }
     let monitors = hub.monitors.clone();
     for (monitor, source) in monitors.iter().zip(sources.monitors) {
         monitor::start(&hub, monitor, source);
@@ -51,6 +61,7 @@ pub async fn run(hub: Rc<Hub>, sources: Sources) {
     tokio::select! {
         () = hub.ended.notified() => {}
         _ = core => {}
+        () = hub.store.watchdog() => {}
     }
     let flush = async {
         while !hub.is_flushed() {
