@@ -204,7 +204,7 @@ impl Store {
         let header = Header { magic: MAGIC, version: VERSION, life: self.life, generation, len };
         let mut head = [0; HEADER];
         postcard::to_slice(&header, &mut head).map_err(|_| Errno::EINVAL)?;
-        let at = if generation % 2 == 0 { 0 } else { SLOT };
+        let at = if generation.is_multiple_of(2) { 0 } else { SLOT };
         let (at, after) = (i64::try_from(at).unwrap_or(0), i64::try_from(at + HEADER).unwrap_or(0));
         write_all(memfd, &content, after)?;
         write_all(memfd, &head, at)?;
@@ -228,6 +228,9 @@ fn write_all(fd: &OwnedFd, mut bytes: &[u8], mut at: i64) -> Result<(), Errno> {
     Ok(())
 }
 
+/// The state that a predecessor has left, and the descriptors that came back, by their keys.
+pub type Former = (State, BTreeMap<u64, Held>);
+
 /// What a predecessor has left: the state, the keys of what came back, and the store to go on with.
 ///
 /// Descriptors that the state does not name are closed and forgotten with the first commit.
@@ -236,7 +239,7 @@ pub fn restore(
     memfd: OwnedFd,
     life: u64,
     kept: BTreeMap<String, OwnedFd>,
-) -> (Store, Option<(State, BTreeMap<u64, Held>)>) {
+) -> (Store, Option<Former>) {
     let key = |name: &str| name.strip_prefix("kept.")?.parse::<u64>().ok();
     let held: BTreeMap<u64, Held> =
         kept.into_iter().filter_map(|(name, fd)| key(&name).map(|key| (key, Held::new(key, fd)))).collect();

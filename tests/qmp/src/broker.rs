@@ -13,6 +13,7 @@ use bulkhead_broker::hub::Hub;
 use bulkhead_broker::monitor;
 use bulkhead_broker::policy::Policy;
 use bulkhead_broker::run::{Sources, run};
+use bulkhead_broker::store::Store;
 use bulkhead_control_api::config;
 use bulkhead_framework::{Result, Scratch};
 use nix::sys::socket::{
@@ -228,13 +229,13 @@ fn serve(
         .map_err(|error| error.to_string())?;
     let sources = {
         let _context = runtime.enter();
-        let mut take = |name: &str| fds.remove(name).ok_or("no such descriptor");
+        let mut take = |name: &str| fds.remove(name);
         let open = |monitor| monitor::open(monitor, &mut take).map_err(|error| error.to_string());
         let monitors = config.monitors.iter().map(open).collect::<std::result::Result<_, _>>()?;
         let console = watch(console).map_err(|(_, error)| error.to_string())?;
-        Sources { core, console, monitors }
+        Sources { core, console, opener: None, monitors }
     };
-    let hub = Rc::new(Hub::new(config, Descriptors::default()));
+    let hub = Rc::new(Hub::new(config, Descriptors::default(), Store::default()));
     let local = tokio::task::LocalSet::new();
     let replaced = Rc::clone(&hub);
     local.spawn_local(async move {
