@@ -78,7 +78,7 @@ impl Hub {
         Self {
             policy: RefCell::new(Policy::new(&config.monitors)),
             audit: Audit::default(),
-            preconfig: Cell::new(config.preconfig),
+            preconfig: Cell::new(config.preconfig && !store.configured()),
             preconfig_over: Notify::new(),
             begun: Notify::new(),
             config,
@@ -345,6 +345,8 @@ impl Hub {
         if !self.preconfig.replace(false) {
             return Err(Error::generic("The command is permitted only in 'preconfig' state"));
         }
+        self.store.set_configured();
+        self.commit().await;
         self.preconfig_over.notify_one();
         if !self.monitors.iter().any(|monitor| monitor.is_waited_for()) {
             let _ = timeout(START, self.begun.notified()).await;

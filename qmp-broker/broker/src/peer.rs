@@ -254,7 +254,7 @@ mod tests {
             let reader = spawn_local(async move {
                 let link = Link::begin(ours).await.unwrap();
                 // Not for ever, so that the test fails and does not hang.
-                let end = std::time::Instant::now() + Duration::from_secs(3);
+                let end = std::time::Instant::now() + Duration::from_secs(15);
                 while std::time::Instant::now() < end {
                     link.receive::<Vec<(String, String, bool)>>().await.unwrap();
                 }
@@ -263,7 +263,7 @@ mod tests {
             reader.abort();
         });
         stop.store(true, Ordering::Relaxed);
-        assert!(began.elapsed() < Duration::from_secs(2), "{:?}", began.elapsed());
+        assert!(began.elapsed() < Duration::from_secs(10), "{:?}", began.elapsed());
         senders.into_iter().for_each(|sender| sender.join().unwrap());
     }
 }

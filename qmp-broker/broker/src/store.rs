@@ -235,11 +235,7 @@ pub type Former = (State, BTreeMap<u64, Held>);
 ///
 /// Descriptors that the state does not name are closed and forgotten with the first commit.
 #[must_use]
-pub fn restore(
-    memfd: OwnedFd,
-    life: u64,
-    kept: BTreeMap<String, OwnedFd>,
-) -> (Store, Option<Former>) {
+pub fn restore(memfd: OwnedFd, life: u64, kept: BTreeMap<String, OwnedFd>) -> (Store, Option<Former>) {
     let key = |name: &str| name.strip_prefix("kept.")?.parse::<u64>().ok();
     let held: BTreeMap<u64, Held> =
         kept.into_iter().filter_map(|(name, fd)| key(&name).map(|key| (key, Held::new(key, fd)))).collect();

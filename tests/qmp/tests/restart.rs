@@ -1,5 +1,7 @@
 //! A broker that is killed: what clients passed is there as before.
 
+#![expect(clippy::indexing_slicing, reason = "what is missing in a reply fails the test")]
+
 use std::fs::File;
 use std::io::Read as _;
 use std::os::fd::{AsFd as _, BorrowedFd};
@@ -95,6 +97,25 @@ fn survive(vm: &Vm) -> Result<()> {
     Ok(())
 }
 
+/// A machine that has left `preconfig` does not go back there.
+#[test]
+fn preconfig_is_left_for_good() -> Result<()> {
+    if !vms_run_here() {
+        return Ok(());
+    }
+    let vm = Vm::builder().args(["-S", "--preconfig", "-m", "64M"]).start()?;
+    let path = vm.dir().join("q.sock");
+    let mut wire = Wire::connect(&path)?;
+    wire.negotiate(false)?;
+    let status = "{'execute':'query-status'}";
+    wire = again(&vm, &path)?;
+    assert_eq!(wire.ask(status)?["return"]["status"], "preconfig");
+    wire.ask("{'execute':'x-exit-preconfig'}")?;
+    wire = again(&vm, &path)?;
+    assert_eq!(wire.ask(status)?["return"]["status"], "prelaunch");
+    Ok(())
+}
+
 /// Killed under load, thirty times: what a reply has promised holds, what was under way is not done twice.
 #[test]
 fn replies_hold_over_kills_under_load() -> Result<()> {
@@ -120,7 +141,10 @@ fn promise(vm: &Vm) -> Result<()> {
             while !stop.load(Ordering::Relaxed) {
                 if let Ok(mut wire) = Wire::connect(&path) {
                     let _ = wire.negotiate(false);
-                    while !stop.load(Ordering::Relaxed) && wire.ask("{'execute':'query-chardev'}").is_ok() {}
+                    let mut asks = || wire.ask("{'execute':'query-chardev'}").is_ok();
+                    while !stop.load(Ordering::Relaxed) && asks() {
+                        std::hint::spin_loop();
+                    }
                 }
             }
         });
@@ -145,15 +169,21 @@ fn promise(vm: &Vm) -> Result<()> {
             let listed = wire.ask("{'execute':'query-fdsets'}")?;
             let listed = listed["return"].as_array().cloned().unwrap_or_default();
             for info in &promised {
-                let there = listed.iter().any(|set| {
-                    set["fdset-id"] == info["fdset-id"] && set["fds"][0]["fd"] == info["fd"]
-                });
+                let there = listed
+                    .iter()
+                    .any(|set| set["fdset-id"] == info["fdset-id"] && set["fds"][0]["fd"] == info["fd"]);
                 assert!(there, "round {round}: {info} is lost; there are {}", listed.len());
             }
             // One may have been done without a reply.
-            assert!(listed.len() <= promised.len() + 1, "round {round}: {} of {}", listed.len(), promised.len());
+            assert!(
+                listed.len() <= promised.len() + 1,
+                "round {round}: {} of {}",
+                listed.len(),
+                promised.len()
+            );
             for set in &listed {
-                let remove = format!("{{'execute':'remove-fd','arguments':{{'fdset-id':{}}}}}", set["fdset-id"]);
+                let remove =
+                    format!("{{'execute':'remove-fd','arguments':{{'fdset-id':{}}}}}", set["fdset-id"]);
                 wire.ask(&remove)?;
             }
             promised.clear();
