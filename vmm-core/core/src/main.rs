@@ -49,8 +49,10 @@ fn main() -> ExitCode {
 fn run() -> error::Result<()> {
     sys::one_heap();
     let mut start = Start::begin(&topology::CORE)?;
+    let config: bulkhead_control_api::config::Core = start.config()?;
+    memory::limit_file_size(config.ram)?;
     let parts = Parts {
-        config: start.config()?,
+        config,
         kvm: start.take("kvm")?,
         console: start.take("bus-console")?,
         broker: start.take("control-broker")?,

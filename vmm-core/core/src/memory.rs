@@ -7,6 +7,7 @@ use bulkhead_control_api::loader::Region;
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, SealFlag, fcntl};
 use nix::sys::memfd::{MFdFlags, memfd_create};
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use nix::unistd::ftruncate;
 
 use crate::error::{Error, Result, system};
@@ -35,6 +36,15 @@ pub fn regions(ram: u64) -> Vec<Region> {
         regions.push(Region { gpa: HIGH_RAM_START, len: ram - low });
     }
     regions
+}
+
+/// Limits this process to files of the size of RAM; a memfd counts. A unit file cannot know that size.
+pub fn limit_file_size(ram: u64) -> Result<()> {
+    let (_, hard) = getrlimit(Resource::RLIMIT_FSIZE).map_err(system("getrlimit"))?;
+    if hard <= ram {
+        return Ok(());
+    }
+    setrlimit(Resource::RLIMIT_FSIZE, ram, ram).map_err(system("setrlimit"))
 }
 
 /// Makes and maps guest RAM of `ram` bytes.
