@@ -1,6 +1,7 @@
 //! The console is killed again and again while the guest runs on and its serial port is in use.
 
 use std::io::{Read as _, Write as _};
+use std::net::Shutdown;
 use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
 
@@ -372,5 +373,23 @@ fn broker_and_console_may_die_together() -> Result<()> {
         // Ten starts of one compartment in a second are free.
         std::thread::sleep(Duration::from_millis(100));
     }
+    guest.quit()
+}
+
+#[test]
+fn the_first_client_is_waited_for_by_the_next_console_too() -> Result<()> {
+    let setup = Setup::new("test=counter ms=1", &["-serial", "unix:s.sock,server=on,wait=on"]);
+    let guest = setup.with(|vm| vm.without_serial()).start()?;
+    let mut qmp = guest.qmp()?;
+    kill_often(&guest, 4, Duration::from_millis(60))?;
+    guest.check(qmp.status()? == "prelaunch", "it did not wait")?;
+    let client = connect(&guest)?;
+    let heard = Transcript::of("serial socket", client.try_clone()?);
+    heard.expect("count 20\r\n", SOON).map_err(|failure| guest.explain(failure))?;
+    // Nobody is waited for a second time.
+    client.shutdown(Shutdown::Both)?;
+    kill_often(&guest, 2, Duration::from_millis(60))?;
+    let next = Transcript::of("serial socket", connect(&guest)?);
+    next.expect("\r\ncount ", SOON).map_err(|failure| guest.explain(failure))?;
     guest.quit()
 }
