@@ -247,8 +247,8 @@ fn allowed(name: &str) -> &'static [(&'static str, usize)] {
             ("timerfd", 1),
             ("/memfd:bulkhead-state", 1),
         ],
-        // Links, the listener of QMP, and a client that is about to go.
-        "broker" => &[("socket", 5), ("eventfd", 1), ("eventpoll", 2)],
+        // Links, the starter, the listener of QMP, and a client that is about to go; what outlives it.
+        "broker" => &[("socket", 6), ("eventfd", 1), ("eventpoll", 2), ("/memfd:bulkhead-state", 1)],
         _ => &[],
     }
 }
