@@ -38,6 +38,7 @@ const MAGIC: [u8; 8] = *b"BLKHCONS";
 const VERSION: u32 = 1;
 /// Magic, version, length of the content, life.
 const HEADER: usize = 24;
+const LIFE: usize = 16;
 const PAGE: usize = 4096;
 const OUTPUT_COUNT: usize = PAGE;
 const INPUT_COUNT: usize = PAGE + 8;
@@ -171,7 +172,8 @@ impl State {
         let mut state = Self { file, life, record, dirty: true, input_appended: 0 };
         let left = if is_new { None } else { state.load(serial) };
         if left.is_none() {
-            if !is_new {
+            // One of a former life of the VM is as good as none.
+            if !is_new && state.is_of_this_life() {
                 warn!("the state of a predecessor is of no use: the machine's devices begin anew");
             }
             state.file.set_len(0)?;
@@ -180,12 +182,15 @@ impl State {
         Ok((state, left))
     }
 
+    fn is_of_this_life(&self) -> bool {
+        read_at(&self.file, 8, LIFE) == Some(self.life.to_le_bytes().to_vec())
+    }
+
     /// Takes over what is in the file, if all of it makes sense.
     fn load(&mut self, serial: bool) -> Option<Left> {
         let header = read_at(&self.file, HEADER, 0)?;
         let number = |at: usize| Some(u32::from_le_bytes(header.get(at..at + 4)?.try_into().ok()?));
-        let life = u64::from_le_bytes(header.get(16..)?.try_into().ok()?);
-        if header.get(..8) != Some(&MAGIC[..]) || number(8) != Some(VERSION) || life != self.life {
+        if header.get(..8) != Some(&MAGIC[..]) || number(8) != Some(VERSION) || !self.is_of_this_life() {
             return None;
         }
         let len = usize::try_from(number(12)?).ok().filter(|len| *len <= PAGE - HEADER)?;
