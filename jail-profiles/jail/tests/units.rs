@@ -126,13 +126,11 @@ fn service(process: &Process) -> String {
     }
     match process.name {
         "core" => out.push_str(
-            "ExecStop=+/usr/bin/bulkhead unit power-off $MAINPID\nTimeoutStopSec=75s\nOOMPolicy=stop\n",
+            "ExecStop=/usr/bin/bulkhead unit power-off $MAINPID\nTimeoutStopSec=75s\nOOMPolicy=stop\n",
         ),
         // They end when core has ended, and have nothing to say to a signal.
-        "broker" => out.push_str(
-            "WatchdogSec=30s\nKillSignal=SIGKILL\nSuccessExitStatus=SIGKILL\nTimeoutStopSec=10s\n\
-             ExecReload=+systemctl --no-block try-restart bulkhead-opener@%i.service\n",
-        ),
+        "broker" => out
+            .push_str("WatchdogSec=30s\nKillSignal=SIGKILL\nSuccessExitStatus=SIGKILL\nTimeoutStopSec=10s\n"),
         "console" => out.push_str("KillSignal=SIGKILL\nSuccessExitStatus=SIGKILL\nTimeoutStopSec=10s\n"),
         _ => {}
     }
@@ -140,6 +138,10 @@ fn service(process: &Process) -> String {
     user(&mut out, process.name);
     let opener = format!("{INNER}/{}:/run/bulkhead/opener", process.name);
     root(&mut out, &binary, &[&opener]);
+    if process.name == "core" {
+        // ExecStop runs in the same root directory and as the same user, which may send core its signal.
+        out.push_str("BindReadOnlyPaths=/usr/bin/bulkhead\n");
+    }
     if process.namespaces.contains(&Namespace::User) {
         out.push_str("PrivateUsers=yes\n");
     }
@@ -172,10 +174,12 @@ fn opener() -> String {
 
 fn limits_service() -> String {
     format!(
-        "{HEAD}[Unit]\nDescription=Bulkhead VM %i: limits of its slice\nDocumentation=man:bulkhead(1)\n\
+        "{HEAD}[Unit]\nDescription=Bulkhead VM %i: checks its machine file and limits its slice\nDocumentation=man:bulkhead(1)\n\
          PartOf=bulkhead@%i.target\n\n\
          [Service]\nType=oneshot\nRemainAfterExit=yes\n\
          ExecStart=/usr/bin/bulkhead unit limits /etc/bulkhead/%i.toml\n\
+         ExecReload=/usr/bin/bulkhead unit limits /etc/bulkhead/%i.toml\n\
+         ExecReload=systemctl --no-block try-restart bulkhead-opener@%i.service\n\
          {}{}ProtectProc=invisible\nPrivateDevices=yes\n",
         SANDBOX
             .replace("ProtectProc=invisible\n", "")

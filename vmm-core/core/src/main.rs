@@ -61,6 +61,8 @@ fn run() -> error::Result<()> {
         tasks: start.take_optional("proc"),
         coalesce: true,
     };
+    // Held until the end: by it the opener knows that this core lives.
+    let _life = start.opener();
     let machine = power_on::power_on(parts)?;
     // All threads are made: from here on the filter holds for every one of them.
     start.enter()?;
