@@ -2,6 +2,7 @@
 
 mod boot;
 mod power;
+mod restarts;
 mod run_state;
 
 use bulkhead_framework::{Failure, Result};
@@ -35,6 +36,11 @@ pub const ALL: &[Case] = &[
         name: "boot-1-cpu-256m",
         about: "1 vCPU and 256 MiB: command line, memory, clock, full boot log",
         run: boot::one_cpu,
+    },
+    Case {
+        name: "console-restarts",
+        about: "a console that is killed while Debian boots, writes and is switched off",
+        run: restarts::console,
     },
     Case { name: "console", about: "long input and output pass the console intact", run: boot::console },
     Case { name: "ordinary-user", about: "a user in group kvm boots a guest", run: boot::ordinary_user },
