@@ -15,7 +15,7 @@ for unit in jail-profiles/systemd/*; do
 	install -D -m 644 "$unit" "$dest/usr/lib/systemd/system/${unit##*/}"
 done
 # Root directory of the units: nothing but places to mount on.
-for dir in dev proc run/bulkhead run/bulkhead-links run/credentials run/private run/systemd sys tmp \
+for dir in dev proc run/bulkhead run/credentials run/private run/systemd sys tmp \
 	usr/bin usr/libexec/bulkhead var/tmp var/lib/bulkhead var/lib/private; do
 	install -d -m 755 "$root/$dir"
 done

@@ -82,20 +82,24 @@ fn limits(out: &mut String, process: &Process) {
 /// Order and death of a process.
 fn unit_section(process: &Process) -> String {
     let mut out = format!(
-        "{HEAD}[Unit]\nDescription=Bulkhead VM %i: {}\nDocumentation=man:bulkhead(1)\n\
-         PartOf=bulkhead@%i.target\n",
+        "{HEAD}[Unit]\nDescription=Bulkhead VM %i: {}\nDocumentation=man:bulkhead(1)\n",
         process.about
     );
+    if process.boots == Boots::Vm {
+        // A loader ends with core's link; a restart of the target would start one that nobody asked for.
+        out.push_str("PartOf=bulkhead@%i.target\n");
+    }
     // The opener's sockets are bound into its root directory.
-    out.push_str("Requires=bulkhead-opener@%i.socket\n");
+    if process.boots == Boots::Vm {
+        out.push_str("Requires=bulkhead-opener@%i.socket bulkhead-limits@%i.service\n");
+    }
     let opener = "bulkhead-opener@%i.socket bulkhead-opener@%i.service";
     match process.name {
         // It stops first, while the others can still say what happens.
         "core" => {
             let _ = writeln!(
                 out,
-                "Requires=bulkhead-limits@%i.service\n\
-                 After=bulkhead-limits@%i.service {opener} bulkhead-broker@%i.service bulkhead-console@%i.service"
+                "After=bulkhead-limits@%i.service {opener} bulkhead-broker@%i.service bulkhead-console@%i.service"
             );
         }
         "loader" => {
@@ -155,11 +159,11 @@ fn service(process: &Process) -> String {
 fn opener() -> String {
     let mut out = format!(
         "{HEAD}[Unit]\nDescription=Bulkhead VM %i: opens what its machine file names\n\
-         Documentation=man:bulkhead(1)\nPartOf=bulkhead@%i.target\nRequires=bulkhead-loader@%i.socket\n\
+         Documentation=man:bulkhead(1)\nPartOf=bulkhead@%i.target\nRequires=bulkhead-loader@%i.socket bulkhead-limits@%i.service\n\
          After=bulkhead-limits@%i.service bulkhead-loader@%i.socket\nStartLimitIntervalSec=0\n\n\
          [Service]\nType=notify\nNotifyAccess=main\nExecStart=/usr/bin/bulkhead unit opener %i\n\
          LoadCredential=machine:/etc/bulkhead/%i.toml\nRestart=always\nRestartSec=200ms\nFileDescriptorStoreMax=1024\n\
-         RuntimeDirectory=bulkhead-links/%i\nRuntimeDirectoryMode=0700\nRuntimeDirectoryPreserve=restart\n\
+         RuntimeDirectory=bulkhead-links-%i\nRuntimeDirectoryMode=0700\nRuntimeDirectoryPreserve=restart\n\
          StateDirectory=bulkhead/%i\nStateDirectoryMode=0700\nKillSignal=SIGKILL\nSuccessExitStatus=SIGKILL\n\
          TimeoutStopSec=10s\nLogRateLimitIntervalSec=1s\nLogRateLimitBurst=200\n\n"
     );
@@ -202,8 +206,23 @@ fn target() -> String {
 fn socket(about: &str, lines: &str, service: &str) -> String {
     format!(
         "{HEAD}[Unit]\nDescription=Bulkhead VM %i: {about}\nDocumentation=man:bulkhead(1)\n\
-         PartOf=bulkhead@%i.target\n\n[Socket]\n{lines}Service=bulkhead-{service}@%i.service\nRemoveOnStop=yes\n"
+         PartOf=bulkhead@%i.target\n{}\n[Socket]\n{lines}Service=bulkhead-{service}@%i.service\nRemoveOnStop=yes\n{}",
+        last(service).0,
+        last(service).1
     )
+}
+
+/// The last socket to stop in its directory removes that: order, and what to do then.
+fn last(service: &str) -> (&'static str, &'static str) {
+    match service {
+        "opener" => (
+            "",
+            "ExecStopPost=-/bin/rmdir /run/bulkhead-inner/%i\nExecStopPost=-/bin/rm -f /run/bulkhead-links-%i\n",
+        ),
+        "console" => ("", "ExecStopPost=-/bin/rmdir /run/bulkhead/%i\n"),
+        "loader" => ("After=bulkhead-opener@%i.socket\n", ""),
+        _ => ("After=bulkhead-serial@%i.socket\n", ""),
+    }
 }
 
 fn sockets() -> BTreeMap<String, String> {
