@@ -2,7 +2,9 @@
 
 use std::os::fd::OwnedFd;
 
-use serde::Serialize;
+use bulkhead_control_api::{MAX_CONFIG, decode};
+use nix::sys::uio::pread;
+use serde::{Serialize, de::DeserializeOwned};
 
 use crate::opener;
 
@@ -15,4 +17,15 @@ pub fn seal<T: Serialize>(config: &T) -> Result<OwnedFd, String> {
         "the configuration is too long: shorten -append or give fewer character devices".to_owned()
     })?;
     opener::sealed("bulkhead-config", &bytes).map_err(|e| format!("cannot make a memfd: {e}"))
+}
+
+/// Reads a configuration back.
+///
+/// # Errors
+/// One line: it is of another version.
+pub fn read<T: DeserializeOwned>(fd: &OwnedFd) -> Result<T, String> {
+    let mut blob = vec![0; MAX_CONFIG];
+    let length = pread(fd, &mut blob, 0).map_err(|e| format!("a kept configuration: {e}"))?;
+    decode(blob.get(..length).unwrap_or_default())
+        .map_err(|_| "a kept configuration is of another version".to_owned())
 }

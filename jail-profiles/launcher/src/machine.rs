@@ -125,8 +125,16 @@ pub fn plan(options: &Options) -> Result<Plan, Error> {
     })
 }
 
+impl Plan {
+    /// The same machine in another life of core.
+    pub fn renew(&mut self) {
+        self.broker.life = new_life();
+        self.console.life = self.broker.life;
+    }
+}
+
 /// A number that no other life of a machine has; keyed at random by the standard library.
-pub fn new_life() -> u64 {
+fn new_life() -> u64 {
     RandomState::new().hash_one(std::process::id())
 }
 

@@ -9,6 +9,7 @@ use std::fs;
 use std::os::fd::{AsFd, AsRawFd as _, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 
+use bulkhead_control_api::config;
 use bulkhead_jail::starter::Starter;
 use bulkhead_jail::topology::{LINKS, Link, PROCESSES, Process};
 use nix::errno::Errno;
@@ -52,6 +53,22 @@ fn listening(link: &Link) -> String {
     format!("listen.{}", link.name)
 }
 
+/// Name in the store of a configuration.
+fn configured(process: &str) -> String {
+    format!("config.{process}")
+}
+
+/// Roles and lists of a new configuration, for the monitors that there are.
+fn admit_as(config: &mut config::Broker, new: &config::Broker) {
+    for monitor in &mut config.monitors {
+        if let Some(new) = new.monitors.iter().find(|new| new.chardev.id == monitor.chardev.id) {
+            monitor.role = new.role;
+            monitor.uids.clone_from(&new.uids);
+            monitor.gids.clone_from(&new.gids);
+        }
+    }
+}
+
 /// Keeps a descriptor in the store, in place of a former one.
 pub fn keep(starter: &Starter, name: &str, fd: BorrowedFd<'_>) -> Result<(), String> {
     let kept = starter.forget(name).and_then(|()| starter.keep(name, fd));
@@ -81,25 +98,35 @@ impl Life {
             keep(starter, &listening(link), fd.as_fd())?;
             listeners.insert(link.name, fd);
         }
-        Ok(Self { configs: configs(plan)?, fds, listeners })
+        let configs = configs(plan)?;
+        for (process, config) in &configs {
+            keep(starter, &configured(process), config.as_fd())?;
+        }
+        Ok(Self { configs, fds, listeners })
     }
 
-    /// Goes on with what the store has.
+    /// Goes on with what the store has. Of a new plan only who may connect counts: the rest is for the next life.
     ///
     /// # Errors
-    /// Something is missing: the machine file names what it did not before, or the store was lost.
-    pub fn go_on(plan: &Plan, store: &mut BTreeMap<String, OwnedFd>) -> Result<Self, String> {
+    /// Something is missing: the store was lost.
+    pub fn go_on(plan: Option<&Plan>, mut store: BTreeMap<String, OwnedFd>) -> Result<Self, String> {
         let mut take =
             |name: String| store.remove(&name).ok_or_else(|| format!("{name} is not in the store"));
-        let mut fds = BTreeMap::new();
-        for request in plan.opens.iter().filter(|request| !matches!(request.what, What::Kvm)) {
-            fds.insert(request.name.clone(), take(given(&request.name))?);
+        let mut configs = BTreeMap::new();
+        for process in PROCESSES {
+            configs.insert(process.name, take(configured(process.name))?);
         }
         let mut listeners = BTreeMap::new();
         for link in LINKS {
             listeners.insert(link.name, take(listening(link))?);
         }
-        Ok(Self { configs: configs(plan)?, fds, listeners })
+        if let (Some(plan), Some(broker)) = (plan, configs.get_mut("broker")) {
+            let mut config: config::Broker = config_blob::read(broker)?;
+            admit_as(&mut config, &plan.broker);
+            *broker = config_blob::seal(&config)?;
+        }
+        let given = |(name, fd): (String, OwnedFd)| Some((name.strip_prefix("given.")?.to_owned(), fd));
+        Ok(Self { configs, fds: store.into_iter().filter_map(given).collect(), listeners })
     }
 
     /// What a process is started with: names and copies of its descriptors.
@@ -185,4 +212,41 @@ fn connection(path: &Path) -> Result<OwnedFd, String> {
         Ok(socket)
     });
     connected.map_err(|e| format!("cannot connect to {}: {e}", path.display()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::unit::file;
+
+    fn plan(text: &str) -> Plan {
+        crate::machine::plan(&file::parse("vm1", text).unwrap().options).unwrap()
+    }
+
+    /// What a machine file says after the start counts from the next life on, but for who may connect.
+    #[test]
+    fn in_a_life_only_access_changes() {
+        let old = plan("append = \"old\"");
+        let mut store = BTreeMap::new();
+        for (process, config) in configs(&old).unwrap() {
+            store.insert(configured(process), config);
+        }
+        for link in LINKS {
+            store.insert(listening(link), OwnedFd::from(fs::File::open("/dev/null").unwrap()));
+        }
+        store.insert("given.kernel".to_owned(), OwnedFd::from(fs::File::open("/dev/null").unwrap()));
+        let new = plan(
+            "append = \"new\"\nkernel = \"k\"\nchardev = { backend = \"null\", id = \"n\" }\naccess.monitor.uid = 7",
+        );
+        let life = Life::go_on(Some(&new), store).unwrap();
+        let loader: config::Loader = config_blob::read(&life.configs["loader"]).unwrap();
+        assert_eq!(loader, old.loader);
+        let console: config::Console = config_blob::read(&life.configs["console"]).unwrap();
+        assert_eq!(console, old.console);
+        let broker: config::Broker = config_blob::read(&life.configs["broker"]).unwrap();
+        let uids: Vec<&[u32]> = broker.monitors.iter().map(|monitor| monitor.uids.as_slice()).collect();
+        assert_eq!((broker.life, uids), (old.broker.life, vec![&[0][..], &[7], &[0]]));
+        assert!(life.fds.contains_key("kernel"));
+        assert!(Life::go_on(None, BTreeMap::new()).is_err());
+    }
 }

@@ -102,8 +102,8 @@ fn opener(name: &str) -> Result<u8, String> {
     let var =
         |name: &str| std::env::var(name).map_err(|_| format!("{name} is not set: this command is for units"));
     let credentials = PathBuf::from(var("CREDENTIALS_DIRECTORY")?);
-    let machine = read(name, &credentials.join("machine").display().to_string())?;
-    let plan = machine::plan(&machine.options).map_err(|e| e.to_string())?;
+    let plan = read(name, &credentials.join("machine").display().to_string())
+        .and_then(|machine| machine::plan(&machine.options).map_err(|e| e.to_string()));
     let starter = Starter::connect(&var("NOTIFY_SOCKET")?).map_err(|e| format!("NOTIFY_SOCKET: {e}"))?;
     let places =
         Places { state: directory(&var("STATE_DIRECTORY")?)?, links: var("RUNTIME_DIRECTORY")?.into() };
@@ -126,7 +126,7 @@ fn power_off(pid: &str) -> Result<u8, String> {
     }
     let began = Instant::now();
     let mut said = began;
-    while kill(core, None) != Err(Errno::ESRCH) {
+    while kill(core, None).is_ok() {
         if began.elapsed() > POWER_OFF {
             say("<4>", "bulkhead", "the guest does not power off: it is switched off");
             return Ok(0);

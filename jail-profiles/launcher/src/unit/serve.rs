@@ -27,8 +27,6 @@ const NAME: &str = "bulkhead-opener";
 const PATIENCE: i64 = 5;
 /// Processes whose link to the opener is kept: core's tells whether core lives, the others are given more later.
 const KEPT: [&str; 3] = ["core", "console", "broker"];
-/// Where the number of core's life is in the store.
-const LIFE: &str = "life";
 
 /// A socket on which processes of one kind connect.
 struct Door {
@@ -38,7 +36,8 @@ struct Door {
 
 /// The opener.
 pub struct Opener {
-    plan: Plan,
+    /// What the machine file says, or what is wrong with it.
+    plan: Result<Plan, String>,
     places: Places,
     starter: Starter,
     doors: Vec<Door>,
@@ -65,7 +64,7 @@ impl Opener {
     /// # Errors
     /// One line.
     pub fn new(
-        mut plan: Plan,
+        plan: Result<Plan, String>,
         places: Places,
         starter: Starter,
         given: Vec<(String, OwnedFd)>,
@@ -80,13 +79,14 @@ impl Opener {
             }
         }
         let life = if links.contains_key("core") {
-            let number = store.remove(LIFE).map(|fd| read_life(&fd)).transpose()?;
-            set_life(&mut plan, number.ok_or("the life of core is not in the store")?);
             say("<5>", NAME, "goes on with what its predecessor has opened");
-            Life::go_on(&plan, &mut store)?
+            if let Err(why) = &plan {
+                say("<3>", NAME, &format!("the machine file is not read anew: {why}"));
+            }
+            Life::go_on(plan.as_ref().ok(), store)?
         } else {
             links.clear();
-            begin(&plan, &places, &starter)?
+            Life::begin(plan.as_ref().map_err(Clone::clone)?, &places, &starter)?
         };
         let mut opener = Self { plan, places, starter, doors, life, links };
         opener.tell_broker();
@@ -132,8 +132,9 @@ impl Opener {
         if process.name == "core" && self.links.contains_key("core") {
             // Another life: what the last one had opened is not for this one.
             self.links.clear();
-            set_life(&mut self.plan, crate::machine::new_life());
-            self.life = begin(&self.plan, &self.places, &self.starter)?;
+            let plan = self.plan.as_mut().map_err(|why| why.clone())?;
+            plan.renew();
+            self.life = Life::begin(plan, &self.places, &self.starter)?;
         }
         let kept = fd.try_clone().map_err(|e| format!("dup: {e}"))?;
         let link = Link::accept(fd, VERSION).map_err(|e| e.to_string())?;
@@ -187,26 +188,6 @@ fn push(link: &OwnedFd, name: &str, fd: &OwnedFd) -> Result<(), LinkError> {
 
 fn give_one(link: &Link, name: String, fd: &OwnedFd) -> Result<(), LinkError> {
     link.send_with(&FromOpener::Given { name }, &[fd.as_fd()], MsgFlags::empty())
-}
-
-/// Starts a life: a number of its own, everything opened anew.
-fn begin(plan: &Plan, places: &Places, starter: &Starter) -> Result<Life, String> {
-    let number = crate::opener::sealed("bulkhead-life", &plan.broker.life.to_le_bytes());
-    life::keep(starter, LIFE, number.map_err(|e| e.to_string())?.as_fd())?;
-    Life::begin(plan, places, starter)
-}
-
-const fn set_life(plan: &mut Plan, number: u64) {
-    plan.broker.life = number;
-    plan.console.life = number;
-}
-
-fn read_life(fd: &OwnedFd) -> Result<u64, String> {
-    let mut bytes = [0; 8];
-    match nix::sys::uio::pread(fd, &mut bytes, 0) {
-        Ok(8) => Ok(u64::from_le_bytes(bytes)),
-        _ => Err("the life of core cannot be read".to_owned()),
-    }
 }
 
 /// A socket of the socket unit; its name is that of the process.
