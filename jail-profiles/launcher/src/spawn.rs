@@ -92,6 +92,7 @@ impl Host {
             binaries.push((process.binary, file));
         }
         enough_descriptors()?;
+        enough_file_size()?;
         let privileged = Uid::effective().is_root();
         Ok(Self { binaries, privileged, uid: Uid::effective().as_raw(), gid: Gid::effective().as_raw() })
     }
@@ -205,6 +206,22 @@ fn enough_descriptors() -> Result<(), String> {
         ));
     }
     setrlimit(Resource::RLIMIT_NOFILE, hard, hard).map_err(fail)
+}
+
+/// The broker's state is the largest: two slots of 4 MiB.
+const LEAST_FILE_SIZE: u64 = 8 << 20;
+
+/// What compartments leave to their successors must fit into memfds, which count as files.
+fn enough_file_size() -> Result<(), String> {
+    let fail = |e: Errno| format!("RLIMIT_FSIZE: {e}");
+    let (_, hard) = getrlimit(Resource::RLIMIT_FSIZE).map_err(fail)?;
+    if hard < LEAST_FILE_SIZE {
+        return Err(format!(
+            "RLIMIT_FSIZE allows files of {} KiB only, memory counts as such: raise `ulimit -Hf`",
+            hard >> 10
+        ));
+    }
+    setrlimit(Resource::RLIMIT_FSIZE, hard, hard).map_err(fail)
 }
 
 /// Makes the kernel keep the exit status of children: SIGCHLD may be ignored by inheritance.
