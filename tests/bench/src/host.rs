@@ -61,8 +61,13 @@ impl Host {
 
     /// `bulkhead run` with the native guest on stdio.
     pub fn ours(&self, test: &str) -> Command {
+        self.ours_on("stdio", test)
+    }
+
+    /// `bulkhead run` with the native guest on that serial device.
+    pub fn ours_on(&self, serial: &str, test: &str) -> Command {
         let mut command = Command::new(&self.launcher);
-        command.args(["run", "-m", RAM, "-serial", "stdio", "-kernel"]).arg(self.dir().join("guest.elf"));
+        command.args(["run", "-m", RAM, "-serial", serial, "-kernel"]).arg(self.dir().join("guest.elf"));
         command.arg("-append").arg(format!("test={test}"));
         command
     }
@@ -71,7 +76,9 @@ impl Host {
     pub fn qemu(&self, test: &str) -> Command {
         let mut command = Command::new(QEMU);
         command
-            .args(["-accel", "kvm", "-cpu", "host", "-nodefaults", "-no-user-config", "-display", "none"])
+            // A KVM inside of another one may list bits of ARCH_CAPABILITIES that it refuses to set.
+            .args(["-accel", "kvm", "-cpu", "host,arch-capabilities=off"])
+            .args(["-nodefaults", "-no-user-config", "-display", "none"])
             .args(["-M", "microvm,isa-serial=on,memory-backend=ram", "-m", RAM])
             .args(["-object", &format!("memory-backend-memfd,id=ram,size={RAM}M")])
             .args([OsStr::new("-kernel"), self.dir().join("guest.elf").as_os_str()])
