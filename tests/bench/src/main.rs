@@ -7,10 +7,14 @@ mod bus;
 mod host;
 mod jail;
 mod memory;
+mod passed;
 mod qmp;
 mod report;
+mod restart;
+mod session;
 mod size;
 mod start;
+mod units;
 
 use std::process::ExitCode;
 
@@ -23,17 +27,24 @@ const USAGE: &str = "usage: bulkhead-bench [FIGURE...]";
 /// A figure: its name, what it is, and what measures and prints it.
 type Figure = (&'static str, &'static str, fn(&Host) -> Result<()>);
 
-const FIGURES: [Figure; 6] = [
+const FIGURES: [Figure; 9] = [
     (
         "start",
         "from exec to the first serial byte of the native guest, the whole VM in its jails",
         start::run,
     ),
     ("jail", "what each step of a jail costs", jail::run),
-    ("memory", "proportional set size of all processes, less guest RAM", memory::run),
+    (
+        "memory",
+        "proportional set size of all processes, less guest RAM, and what their jails allow",
+        memory::run,
+    ),
     ("qmp", "QMP round trip", qmp::run),
+    ("passed", "descriptors that a client passes: add-fd, then remove-fd", passed::run),
+    ("restart", "from kill -9 of a compartment until the next one serves", restart::run),
     ("bus", "round trip of an access that the console answers", bus::run),
     ("size", "lines of code, and system calls that the jail allows", size::run),
+    ("units", "exposure of the systemd units, as systemd-analyze judges it offline", units::run),
 ];
 
 fn main() -> ExitCode {

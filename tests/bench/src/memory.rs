@@ -4,6 +4,7 @@ use std::fs;
 use std::time::Duration;
 
 use bulkhead_framework::{Child, Failure, Process, Result, descendants, mapped_pss_kib, process};
+use bulkhead_jail::topology::PROCESSES;
 
 use crate::host::Host;
 use crate::report;
@@ -37,20 +38,35 @@ fn family(child: &Child, side: &str) -> Result<f64> {
     let mut sum = 0;
     let mut own = 0;
     let all: Vec<Process> = std::iter::once(process(child.pid())?).chain(descendants(child.pid())?).collect();
-    for Process { pid, name, .. } in &all {
+    for process in &all {
+        let Process { pid, name, .. } = process;
         let ram = mapped_pss_kib(*pid, |name| RAM.iter().any(|ram| name.starts_with(ram)))?;
         let rollup = fs::read_to_string(format!("/proc/{pid}/smaps_rollup"))
             .map_err(|error| Failure::new(format!("memory of {name}: {error}")))?;
         let total = field(&rollup, "Pss:").saturating_sub(ram);
         let [anonymous, file] = ["Pss_Anon:", "Pss_File:"].map(|name| field(&rollup, name));
         println!(
-            "  {side:<7} {name:<38} {total:9} KiB  (anonymous {anonymous}, files {file}; guest RAM {ram})"
+            "  {side:<7} {name:<38} {total:9} KiB  (anonymous {anonymous}, files {file}; guest RAM {ram}; {})",
+            allowed(process)
         );
         sum += total;
         own += anonymous;
     }
     println!("  {side:<7} {:<38} {sum:9} KiB  (a further VM shares the files and adds {own})", "sum");
     Ok(f64::from(u32::try_from(sum).unwrap_or(u32::MAX)) / 1024.0)
+}
+
+/// How many system calls the filter of a process lets through.
+fn allowed(process: &Process) -> String {
+    // The kernel keeps 15 bytes of a name.
+    let known = PROCESSES
+        .iter()
+        .find(|known| known.binary.get(..15) == Some(&process.name) || known.binary == process.name);
+    match known {
+        _ if process.seccomp == 0 => "all system calls".to_owned(),
+        Some(known) => format!("{} system calls", known.syscalls.len()),
+        None => "some system calls".to_owned(),
+    }
 }
 
 /// KiB behind `name` in smaps_rollup.

@@ -1,14 +1,12 @@
 //! QMP round trips.
 
-use std::io::{BufRead as _, BufReader, Write as _};
-use std::os::unix::net::UnixStream;
-use std::path::Path;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use bulkhead_framework::{Qmp, Result};
+use bulkhead_framework::Result;
 
 use crate::host::Host;
 use crate::report::{self, Samples};
+use crate::session::Session;
 
 const BLOCKS: usize = 16;
 /// Requests before the other side's turn: so many that the first, which finds a server that has been asleep
@@ -52,38 +50,4 @@ pub fn run(host: &Host) -> Result<()> {
         report::ratio("ours / QEMU's, p99", ours.percentile(99), qemu.percentile(99), most);
     }
     Ok(())
-}
-
-/// A session that only times lines.
-struct Session {
-    stream: UnixStream,
-    reader: BufReader<UnixStream>,
-    line: String,
-}
-
-impl Session {
-    fn open(path: &Path) -> Result<Self> {
-        // The first session waits for the server and is dropped.
-        drop(Qmp::connect(path, SOON)?);
-        let stream = UnixStream::connect(path)?;
-        stream.set_read_timeout(Some(SOON))?;
-        let mut session = Self { reader: BufReader::new(stream.try_clone()?), stream, line: String::new() };
-        session.reader.read_line(&mut session.line)?;
-        session.ask("qmp_capabilities")?;
-        Ok(session)
-    }
-
-    fn ask(&mut self, command: &str) -> Result<Duration> {
-        let request = format!("{{\"execute\": \"{command}\"}}\n");
-        self.line.clear();
-        let start = Instant::now();
-        self.stream.write_all(request.as_bytes())?;
-        self.reader.read_line(&mut self.line)?;
-        let time = start.elapsed();
-        if self.line.starts_with("{\"return\"") {
-            Ok(time)
-        } else {
-            Err(format!("{command}: {}", self.line).into())
-        }
-    }
 }

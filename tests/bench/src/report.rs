@@ -44,6 +44,12 @@ pub fn ratio(what: &str, ours: f64, reference: f64, most: f64) {
     println!("  {what:<46} {ratio:13.2}     goal: at most {most:.2}: {}", judge(ratio <= most));
 }
 
+/// Prints `ours / reference` beside the least that it may be.
+pub fn at_least(what: &str, ours: f64, reference: f64, least: f64) {
+    let ratio = ours / reference;
+    println!("  {what:<46} {ratio:13.2}     goal: at least {least:.2}: {}", judge(ratio >= least));
+}
+
 /// Prints a value beside the most that it may be.
 pub fn limit(what: &str, value: f64, most: f64, unit: &str) {
     println!("  {what:<46} {value:13.2} {unit}  goal: at most {most}: {}", judge(value <= most));
