@@ -2,33 +2,26 @@
 
 use std::fs::File;
 use std::os::fd::{AsFd as _, BorrowedFd};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use bulkhead_framework::{Failure, Result};
 
 use crate::host::Host;
 use crate::report::{self, Samples};
-use crate::session::Session;
+use crate::session::{Both, Session};
 
 const ROUNDS: usize = 15;
 /// Pairs of commands before the other side's turn.
 const PAIRS: u32 = 400;
 /// Times QEMU's rate.
 const GOAL: f64 = 2.0;
-const SOON: Duration = Duration::from_secs(20);
 
 /// Measures and prints.
 ///
 /// # Errors
 /// A guest did not start, or a command fails.
 pub fn run(host: &Host) -> Result<()> {
-    host.needs_kvm()?;
-    let (ours, ours_path) = host.with_qmp(host.ours("halt"), "ours")?;
-    let (qemu, qemu_path) = host.with_qmp(host.qemu("halt"), "qemu")?;
-    ours.stdout().expect("halting", SOON)?;
-    qemu.stdout().expect("halting", SOON)?;
-    let mut ours = Session::open(&ours_path)?;
-    let mut qemu = Session::open(&qemu_path)?;
+    let Both { mut ours, mut qemu, vms: _vms } = Both::start(host)?;
     let null = File::open("/dev/null")?;
     compare("each command waits", &mut ours, &mut qemu, |session| in_turn(session, null.as_fd()))?;
     compare("both sent at once", &mut ours, &mut qemu, |session| at_once(session, null.as_fd()))

@@ -1,18 +1,15 @@
 //! QMP round trips.
 
-use std::time::Duration;
-
 use bulkhead_framework::Result;
 
 use crate::host::Host;
 use crate::report::{self, Samples};
-use crate::session::Session;
+use crate::session::Both;
 
 const BLOCKS: usize = 16;
 /// Requests before the other side's turn: so many that the first, which finds a server that has been asleep
 /// meanwhile, is not all that p99 shows.
 const BLOCK: usize = 250;
-const SOON: Duration = Duration::from_secs(20);
 
 /// Command, who answers it, and the most that ours may take of QEMU's time.
 const COMMANDS: [(&str, &str, f64); 4] = [
@@ -27,13 +24,7 @@ const COMMANDS: [(&str, &str, f64); 4] = [
 /// # Errors
 /// A guest did not start, or an answer is none.
 pub fn run(host: &Host) -> Result<()> {
-    host.needs_kvm()?;
-    let (ours, ours_path) = host.with_qmp(host.ours("halt"), "ours")?;
-    let (qemu, qemu_path) = host.with_qmp(host.qemu("halt"), "qemu")?;
-    ours.stdout().expect("halting", SOON)?;
-    qemu.stdout().expect("halting", SOON)?;
-    let mut ours = Session::open(&ours_path)?;
-    let mut qemu = Session::open(&qemu_path)?;
+    let Both { mut ours, mut qemu, vms: _vms } = Both::start(host)?;
     for (command, who, most) in COMMANDS {
         let mut times: [Samples; 2] = Default::default();
         for _ in 0..BLOCKS {

@@ -6,10 +6,38 @@ use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use bulkhead_framework::{Failure, Qmp, Result};
+use bulkhead_framework::{Child, Failure, Qmp, Result};
 use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg};
 
+use crate::host::Host;
+
 const SOON: Duration = Duration::from_secs(20);
+
+/// A session with each side, whose guests halt.
+pub struct Both {
+    /// With ours.
+    pub ours: Session,
+    /// With QEMU.
+    pub qemu: Session,
+    /// What keeps them running.
+    pub vms: [Child; 2],
+}
+
+impl Both {
+    /// Starts both sides.
+    ///
+    /// # Errors
+    /// A guest did not start.
+    pub fn start(host: &Host) -> Result<Self> {
+        host.needs_kvm()?;
+        let (ours, ours_path) = host.with_qmp(host.ours("halt"), "ours")?;
+        let (qemu, qemu_path) = host.with_qmp(host.qemu("halt"), "qemu")?;
+        ours.stdout().expect("halting", SOON)?;
+        qemu.stdout().expect("halting", SOON)?;
+        let vms = [ours, qemu];
+        Ok(Self { ours: Session::open(&ours_path)?, qemu: Session::open(&qemu_path)?, vms })
+    }
+}
 
 /// A negotiated session.
 pub struct Session {
