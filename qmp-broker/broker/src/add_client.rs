@@ -33,7 +33,6 @@ impl Hub {
     }
 
     async fn hand_to_console(&self, chardev: &str, fd: OwnedFd) -> Reply {
-        let _turn = self.turn.lock().await;
         // Closing a file can take its file system's time, and that is not to be the console's: it gets
         // sockets only. What it does not want to hear of is found out all the same, so that an unknown
         // name is told first.

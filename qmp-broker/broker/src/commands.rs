@@ -72,6 +72,12 @@ pub fn greeting() -> Value {
     json!({ "QMP": { "version": version(), "capabilities": [QMPCapability::Oob] } })
 }
 
+/// Whether a command's answer or effect depends on the run state, as far as the broker knows it.
+#[must_use]
+pub const fn depends_on_state(handler: Handler) -> bool {
+    matches!(handler, Handler::QueryStatus | Handler::SystemPowerdown | Handler::XenLoadDevicesState)
+}
+
 /// Begins a call. Negotiation takes effect in `mode`.
 pub fn begin(call: Call, known: &Known<'_>, mode: &mut Mode) -> Step {
     match call.command.handler {

@@ -16,7 +16,7 @@ use bulkhead_qapi::types::misc::HumanMonitorCommandArg;
 use serde_json::Value;
 
 use crate::client::Client;
-use crate::commands::{self, Reply, Step};
+use crate::commands::{Reply, Step};
 use crate::hub::Hub;
 use crate::policy::Subject;
 pub use parse::{Line, parse};
@@ -44,7 +44,7 @@ impl Hub {
             Line::Text(text) => text,
             Line::Call { command, args, show } => {
                 let call = Call { command, args };
-                let step = commands::begin(call, &self.known(who.role), &mut client.mode());
+                let step = self.begin(call, who.role, &mut client.mode()).await?;
                 let reply = match step {
                     // As in QEMU, a line has a monitor of its own, to which nobody sends a descriptor.
                     Step::Descriptors(op) => self.descriptors.borrow_mut().execute(op, OWN_MONITOR, || None),

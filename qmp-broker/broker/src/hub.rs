@@ -8,7 +8,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use bulkhead_control_api::{config, console, core};
 use bulkhead_jail::topology;
 use bulkhead_jail::warn;
-use bulkhead_qapi::request::{self, Refusal};
+use bulkhead_qapi::request::{self, Call, Mode, Refusal};
 use bulkhead_qapi::table::Role;
 use bulkhead_qapi::types::char::ChardevInfo;
 use bulkhead_qapi::types::run_state::{
@@ -16,8 +16,8 @@ use bulkhead_qapi::types::run_state::{
 };
 use bulkhead_qapi::{Error, json, table};
 use serde_json::{Value, json};
-use tokio::sync::{Mutex, Notify};
-use tokio::time::{Instant, sleep_until, timeout};
+use tokio::sync::Notify;
+use tokio::time::{Instant, sleep_until, timeout, timeout_at};
 
 use crate::audit::Audit;
 use crate::client::Client;
@@ -28,6 +28,11 @@ use crate::peer::{NoAnswer, Peer};
 use crate::policy::{Credentials, Denied, Policy, Subject};
 use crate::store::Store;
 
+/// How long a client waits for core: a stop or reset may take two waits for vCPUs (6 s and 10 s) and
+/// three for a console (5 s each), of which no case has all.
+const CORE: Duration = Duration::from_secs(30);
+/// How long a client waits for the console.
+const CONSOLE: Duration = Duration::from_secs(5);
 /// How long a client waits for the machine's start.
 const START: Duration = Duration::from_secs(5);
 /// How long core may take to end the VM after `quit`.
@@ -54,9 +59,11 @@ pub struct Hub {
     pub store: Store,
     /// The VM ends: clients are flushed and the broker exits.
     pub ended: Notify,
-    /// Core has told the run state.
-    pub core_known: Notify,
     state: Cell<core::RunState>,
+    /// Core has told it, or it is that of a machine that has just been made.
+    state_known: Cell<bool>,
+    /// It has been told.
+    state_told: Notify,
     /// The machine waits for `x-exit-preconfig`.
     preconfig: Cell<bool>,
     /// It waits no longer.
@@ -64,8 +71,6 @@ pub struct Hub {
     /// Core was asked to start the machine, unless it is not to start by itself.
     begun: Notify,
     shutdown_sent: Cell<bool>,
-    /// Held while a command that needs a peer is executed: one at a time across all clients.
-    pub(crate) turn: Mutex<()>,
     clients: RefCell<BTreeMap<u64, Rc<Client>>>,
     next_client: Cell<u64>,
 }
@@ -79,20 +84,20 @@ impl Hub {
             policy: RefCell::new(Policy::new(&config.monitors)),
             audit: Audit::default(),
             preconfig: Cell::new(config.preconfig && !store.configured()),
+            state_known: Cell::new(!store.is_restored()),
             preconfig_over: Notify::new(),
             begun: Notify::new(),
             config,
             monitors,
-            core: Peer::default(),
-            console: Peer::default(),
+            core: Peer::new(CORE),
+            console: Peer::new(CONSOLE),
             held: Rc::default(),
             descriptors: RefCell::new(descriptors),
             store,
             ended: Notify::new(),
-            core_known: Notify::new(),
             state: Cell::new(core::RunState::Prelaunch),
+            state_told: Notify::new(),
             shutdown_sent: Cell::new(false),
-            turn: Mutex::new(()),
             clients: RefCell::default(),
             next_client: Cell::default(),
         }
@@ -205,11 +210,26 @@ impl Hub {
     /// Takes over the run state.
     pub fn set_state(&self, state: core::RunState) {
         self.state.set(state);
+        self.state_known.set(true);
+        self.state_told.notify_waiters();
+    }
+
+    /// Begins a call. One that depends on the run state waits until core has told it: to a process that was
+    /// started anew it is news.
+    pub(crate) async fn begin(&self, call: Call, role: Role, mode: &mut Mode) -> Result<Step, Error> {
+        let told = self.state_told.notified();
+        if commands::depends_on_state(call.command.handler)
+            && !self.state_known.get()
+            && !self.preconfig.get()
+        {
+            timeout(CORE, told).await.map_err(|_| away("The machine", NoAnswer::Late(CORE)))?;
+        }
+        Ok(commands::begin(call, &self.known(role), mode))
     }
 
     /// Something happened to the machine.
     pub fn machine_event(&self, event: core::Event, state: core::RunState) {
-        self.state.set(state);
+        self.set_state(state);
         match event {
             core::Event::Stop => self.emit(&table::STOP, None),
             core::Event::Resume => self.emit(&table::RESUME, None),
@@ -246,7 +266,9 @@ impl Hub {
         }
         let changes = call.as_ref().ok().map(|call| call.command).filter(|command| command.changes_state());
         let step = match call {
-            Ok(call) => commands::begin(call, &self.known(role), &mut mode),
+            Ok(call) => {
+                self.begin(call, role, &mut mode).await.unwrap_or_else(|error| Step::Reply(Err(error)))
+            }
             Err(refusal) => Step::Reply(Err(refusal.into())),
         };
         client.set_mode(mode);
@@ -283,10 +305,7 @@ impl Hub {
             }
             Step::AddClient(args) => self.add_client(args, &client.monitor.label).await,
             Step::ExitPreconfig => self.exit_preconfig().await,
-            step => {
-                let _turn = self.turn.lock().await;
-                self.through_peer(step).await
-            }
+            step => self.through_peer(step).await,
         }
     }
 
@@ -324,11 +343,11 @@ impl Hub {
         topology::LINK_CONTROL_CONSOLE.permits("power-button", state.as_str().unwrap_or_default())
     }
 
-    /// Ends the VM: through core, and without it if core does not end.
+    /// Ends the VM: through core, whatever others wait for there, and without it if core does not end.
     async fn quit(self: Rc<Self>) {
         let end = Instant::now() + QUIT;
         let request = |id| core::Request { id, op: core::Op::Quit };
-        if let Err(error) = self.core.ask(request).await {
+        if let Ok(Err(error)) = timeout_at(end, self.core.ask_patiently(request)).await {
             warn!("quit: core: {error}");
         }
         sleep_until(end).await;

@@ -12,14 +12,11 @@ use nix::errno::Errno;
 use nix::sys::socket::MsgFlags;
 use serde::{Serialize, de::DeserializeOwned};
 use tokio::io::unix::AsyncFd;
-use tokio::sync::{Notify, oneshot};
+use tokio::sync::{Mutex, Notify, oneshot};
 use tokio::task::coop::consume_budget;
 use tokio::time::timeout;
 
 use crate::fd::watch;
-
-/// How long a peer may take to answer before the client is told that it does not.
-const ANSWER: Duration = Duration::from_secs(5);
 
 /// One end of a control link.
 #[derive(Debug)]
@@ -98,8 +95,8 @@ pub enum NoAnswer {
     #[error("not connected")]
     Away,
     /// It took too long.
-    #[error("no answer within 5 seconds")]
-    Late,
+    #[error("no answer within {} seconds", .0.as_secs())]
+    Late(Duration),
 }
 
 /// A peer that answers requests with `A`. It may be away for a time.
@@ -109,20 +106,26 @@ pub struct Peer<A> {
     attached: Notify,
     waiting: RefCell<BTreeMap<u32, oneshot::Sender<A>>>,
     next: Cell<u32>,
+    /// Held while a client's command is with the peer: one at a time across all clients.
+    turn: Mutex<()>,
+    /// How long a client waits for its turn and the answer.
+    patience: Duration,
 }
 
-impl<A> Default for Peer<A> {
-    fn default() -> Self {
+impl<A> Peer<A> {
+    /// A peer that is not there yet. Clients wait so long before they are told that it does not answer.
+    #[must_use]
+    pub fn new(patience: Duration) -> Self {
         Self {
             link: RefCell::default(),
             attached: Notify::new(),
             waiting: RefCell::default(),
             next: Cell::default(),
+            turn: Mutex::default(),
+            patience,
         }
     }
-}
 
-impl<A> Peer<A> {
     /// The peer is there.
     pub fn attach(&self, link: Rc<Link>) {
         self.detach();
@@ -182,7 +185,7 @@ impl<A> Peer<A> {
         receiver.await.map_err(|_| NoAnswer::Away)
     }
 
-    /// Like [`Self::ask_patiently`], but for at most 5 seconds.
+    /// Like [`Self::ask_patiently`] in the order of all clients' commands, and as long as clients wait.
     ///
     /// # Errors
     /// See [`NoAnswer`].
@@ -199,8 +202,13 @@ impl<A> Peer<A> {
         make: impl FnOnce(u32) -> R,
         fd: Option<OwnedFd>,
     ) -> Result<A, NoAnswer> {
-        let late = |_| Err(if self.link.borrow().is_some() { NoAnswer::Late } else { NoAnswer::Away });
-        timeout(ANSWER, self.hand_over(make, fd)).await.unwrap_or_else(late)
+        let in_turn = async {
+            let _turn = self.turn.lock().await;
+            self.hand_over(make, fd).await
+        };
+        let late =
+            || if self.link.borrow().is_some() { NoAnswer::Late(self.patience) } else { NoAnswer::Away };
+        timeout(self.patience, in_turn).await.unwrap_or_else(|_| Err(late()))
     }
 }
 
@@ -226,6 +234,30 @@ mod tests {
     use tokio::time::sleep;
 
     use super::*;
+
+    #[test]
+    fn clients_wait_for_their_turn_and_the_answer_together() {
+        let (ours, theirs) =
+            socketpair(AddressFamily::Unix, SockType::SeqPacket, None, SockFlag::SOCK_CLOEXEC).unwrap();
+        let hello = encode(&Hello { magic: MAGIC, version: VERSION }).unwrap();
+        send_packet(theirs.as_fd(), &hello, &[], MsgFlags::empty()).unwrap();
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        let patience = Duration::from_millis(200);
+        let began = std::time::Instant::now();
+        runtime.block_on(async {
+            let peer = Peer::<()>::new(patience);
+            peer.attach(Rc::new(Link::begin(ours).await.unwrap()));
+            let ask = || peer.ask(|id| id);
+            let answers = tokio::join!(ask(), ask(), ask());
+            assert_eq!(
+                answers,
+                (Err(NoAnswer::Late(patience)), Err(NoAnswer::Late(patience)), Err(NoAnswer::Late(patience)))
+            );
+        });
+        assert!(began.elapsed() < 2 * patience, "{:?}", began.elapsed());
+        let late = NoAnswer::Late(Duration::from_secs(30));
+        assert_eq!(late.to_string(), "no answer within 30 seconds");
+    }
 
     #[test]
     fn a_peer_that_floods_leaves_others_their_turn() {

@@ -25,9 +25,6 @@ const GLANCE: Duration = Duration::from_millis(5);
 /// which on a loaded host takes seconds to get there.
 const HELLO: Duration = Duration::from_secs(10);
 
-/// How long clients wait for core's first word on the run state.
-const FIRST_STATUS: Duration = Duration::from_secs(1);
-
 /// What the broker works with, beside its hub.
 #[derive(Debug)]
 pub struct Sources {
@@ -45,10 +42,6 @@ pub struct Sources {
 pub async fn run(hub: Rc<Hub>, sources: Sources) {
     spawn_local(console_loop(Rc::clone(&hub), sources.console));
     let core: JoinHandle<()> = spawn_local(core_loop(Rc::clone(&hub), sources.core));
-    if hub.store.is_restored() {
-        // Its first client must not be told a run state that was long ago.
-        let _ = timeout(FIRST_STATUS, hub.core_known.notified()).await;
-    }
     // The next one is to know that it is not the first.
     hub.commit().await;
     if let Some(opener) = sources.opener {
@@ -108,7 +101,6 @@ async fn follow_core(hub: &Hub, link: &Link) -> LinkError {
                 // At once, so that no later event is overwritten.
                 if let Ok(core::Answer::Status(state)) = result {
                     hub.set_state(state);
-                    hub.core_known.notify_one();
                 }
                 hub.core.answer(id, result);
             }

@@ -1,11 +1,13 @@
 //! Our broker in a thread of the test, between a fake core and a fake console.
 
+use std::cell::RefCell;
 use std::collections::BTreeMap;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
 use std::thread::JoinHandle;
+use std::time::Duration;
 
 use bulkhead_broker::descriptors::Descriptors;
 use bulkhead_broker::fd::watch;
@@ -13,13 +15,15 @@ use bulkhead_broker::hub::Hub;
 use bulkhead_broker::monitor;
 use bulkhead_broker::policy::Policy;
 use bulkhead_broker::run::{Sources, run};
-use bulkhead_broker::store::Store;
+use bulkhead_broker::store::{Store, restore};
 use bulkhead_control_api::config;
 use bulkhead_framework::{Result, Scratch};
+use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::sys::socket::{
     AddressFamily, Backlog, SockFlag, SockType, UnixAddr, bind, connect, listen, socket, socketpair,
 };
 use std::os::fd::AsRawFd;
+use tokio::runtime::Runtime;
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 
 use crate::fake;
@@ -67,6 +71,8 @@ pub struct Setup<'a> {
     pub console: bool,
     /// It begins in run state `preconfig`.
     pub preconfig: bool,
+    /// It takes over from one that died while the machine ran, and core takes so long for each request.
+    pub former: Option<Duration>,
 }
 
 impl Broker {
@@ -104,7 +110,7 @@ impl Broker {
         autostart: bool,
         console: bool,
     ) -> Result<Self> {
-        Self::start_as(kinds, Setup { limits, connected, autostart, console, preconfig: false })
+        Self::start_as(kinds, Setup { limits, connected, autostart, console, preconfig: false, former: None })
     }
 
     /// Starts a broker.
@@ -112,7 +118,7 @@ impl Broker {
     /// # Errors
     /// Sockets cannot be made.
     pub fn start_as(kinds: &[Kind], setup: Setup<'_>) -> Result<Self> {
-        let Setup { limits, connected, autostart, console, preconfig } = setup;
+        let Setup { limits, connected, autostart, console, preconfig, former } = setup;
         let scratch = Scratch::new()?;
         let mut fds: BTreeMap<String, OwnedFd> = BTreeMap::new();
         let mut monitors = Vec::new();
@@ -141,6 +147,9 @@ impl Broker {
         let pair = socketpair(AddressFamily::Unix, SockType::SeqPacket, None, SockFlag::SOCK_CLOEXEC);
         let (ours, theirs) = pair.map_err(std::io::Error::from)?;
         let core = fake::Core::start(theirs.try_clone()?, theirs);
+        if let Some(slow) = former {
+            core.set_running(slow);
+        }
         let path = scratch.path().join("console");
         let listener = seqpacket()?;
         let address = UnixAddr::new(&path).map_err(std::io::Error::from)?;
@@ -152,7 +161,8 @@ impl Broker {
             fake::console(fd);
         }
         let (policy, policies) = unbounded_channel();
-        let thread = std::thread::spawn(move || serve(config, (ours, listener), fds, policies));
+        let thread =
+            std::thread::spawn(move || serve(config, (ours, listener), fds, (policies, former.is_some())));
         Ok(Self { scratch, core, unlimited, policy, thread: Some(thread) })
     }
 
@@ -215,12 +225,21 @@ fn socket_monitor(number: usize, fd: String, address: String, server: bool, wait
     config::Monitor { chardev, role: config::Role::Operator, uids: Vec::new(), gids: Vec::new() }
 }
 
+/// What a broker that died without descriptors of clients has left.
+fn former_store(runtime: &Runtime) -> std::result::Result<Store, String> {
+    let memfd = memfd_create("state", MFdFlags::MFD_CLOEXEC).map_err(|error| error.to_string())?;
+    let copy = memfd.try_clone().map_err(|error| error.to_string())?;
+    let (first, _) = restore(copy, 1, BTreeMap::new());
+    runtime.block_on(first.commit(&RefCell::new(Descriptors::default())));
+    Ok(restore(memfd, 1, BTreeMap::new()).0)
+}
+
 /// The life of the process, less its jail.
 fn serve(
     config: config::Broker,
     (core, console): (OwnedFd, OwnedFd),
     mut fds: BTreeMap<String, OwnedFd>,
-    mut policies: UnboundedReceiver<Policy>,
+    (mut policies, restored): (UnboundedReceiver<Policy>, bool),
 ) -> std::result::Result<(), String> {
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_io()
@@ -235,7 +254,8 @@ fn serve(
         let console = watch(console).map_err(|(_, error)| error.to_string())?;
         Sources { core, console, opener: None, monitors }
     };
-    let hub = Rc::new(Hub::new(config, Descriptors::default(), Store::default()));
+    let store = if restored { former_store(&runtime)? } else { Store::default() };
+    let hub = Rc::new(Hub::new(config, Descriptors::default(), store));
     let local = tokio::task::LocalSet::new();
     let replaced = Rc::clone(&hub);
     local.spawn_local(async move {

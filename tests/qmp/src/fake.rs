@@ -19,6 +19,8 @@ pub struct Core {
     state: Arc<Mutex<RunState>>,
     started: Arc<AtomicBool>,
     silent: Arc<AtomicBool>,
+    /// How long a request takes.
+    slow: Arc<Mutex<Duration>>,
     out: Arc<(Mutex<Option<OwnedFd>>, Condvar)>,
 }
 
@@ -29,6 +31,7 @@ impl Core {
             state: Arc::new(Mutex::new(RunState::Prelaunch)),
             started: Arc::default(),
             silent: Arc::default(),
+            slow: Arc::default(),
             out: Arc::default(),
         };
         let served = core.clone();
@@ -47,6 +50,8 @@ impl Core {
             if self.silent.load(Ordering::SeqCst) {
                 continue;
             }
+            let slow = *self.slow.lock().unwrap_or_else(PoisonError::into_inner);
+            std::thread::sleep(slow);
             let result = self.act(op);
             self.send(&FromCore::Reply { id, result });
             if op == Op::Quit {
@@ -108,6 +113,17 @@ impl Core {
     /// Whether the machine was told to start.
     pub fn is_started(&self) -> bool {
         self.started.load(Ordering::SeqCst)
+    }
+
+    /// The machine runs, and each request takes so long.
+    pub fn set_running(&self, slow: Duration) {
+        *self.state.lock().unwrap_or_else(PoisonError::into_inner) = RunState::Running;
+        self.set_slow(slow);
+    }
+
+    /// From now on each request takes so long.
+    pub fn set_slow(&self, slow: Duration) {
+        *self.slow.lock().unwrap_or_else(PoisonError::into_inner) = slow;
     }
 
     /// From now on requests are read and not answered, or answered again.

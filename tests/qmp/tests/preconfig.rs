@@ -11,7 +11,10 @@ use serde_json::{Value, json};
 const EXIT: &str = "{'execute': 'x-exit-preconfig'}";
 
 fn preconfig(kinds: &[Kind], autostart: bool) -> Result<Broker> {
-    Broker::start_as(kinds, Setup { limits: &[], connected: None, autostart, console: true, preconfig: true })
+    Broker::start_as(
+        kinds,
+        Setup { limits: &[], connected: None, autostart, console: true, preconfig: true, former: None },
+    )
 }
 
 fn client(broker: &Broker, monitor: usize) -> Result<Wire> {
