@@ -3,6 +3,7 @@
 //! Runs before any process of the VM is started. What it creates in the file system is reported before
 //! and as it comes into being, so that whoever cleans up after a kill knows it.
 
+mod beneath;
 mod error;
 mod fdset;
 mod files;

@@ -7,12 +7,11 @@ use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
 use nix::errno::Errno;
-use nix::fcntl::{FcntlArg, OFlag, OpenHow, ResolveFlag, SealFlag, fcntl, openat2};
+use nix::fcntl::{FcntlArg, OFlag, SealFlag, fcntl};
 use nix::libc;
 use nix::sys::memfd::{MFdFlags, memfd_create};
-use nix::sys::stat::Mode;
 
-use super::Error;
+use super::{Error, beneath};
 
 /// How often a PID file that goes away under our hands is created anew.
 const PID_FILE_TRIES: u32 = 16;
@@ -65,25 +64,15 @@ pub fn regular(file: File) -> Result<OwnedFd, Error> {
 /// A regular file to read, in a directory that `path` cannot leave.
 pub fn input_beneath(dir: BorrowedFd<'_>, path: &str) -> Result<OwnedFd, Error> {
     let flags = OFlag::O_RDONLY | OFlag::O_NONBLOCK;
-    regular(File::from(beneath(dir, path, flags).map_err(|e| Error::Io(e.into()))?))
+    regular(File::from(beneath::open(dir, path, flags).map_err(|e| Error::Io(e.into()))?))
 }
 
 /// A file to write, created if need be, in a directory that `path` cannot leave.
 pub fn output_beneath(dir: BorrowedFd<'_>, path: &str, append: bool) -> Result<OwnedFd, Error> {
     let how = if append { OFlag::O_APPEND } else { OFlag::O_TRUNC };
-    let opened = beneath(dir, path, OFlag::O_WRONLY | OFlag::O_CREAT | OFlag::O_NONBLOCK | how);
+    let opened = beneath::open(dir, path, OFlag::O_WRONLY | OFlag::O_CREAT | OFlag::O_NONBLOCK | how);
     // Also a FIFO without a reader is refused: nobody waits here.
     regular(File::from(opened.map_err(|e| Error::Output(path.to_owned(), e.into()))?))
-}
-
-fn beneath(dir: BorrowedFd<'_>, path: &str, flags: OFlag) -> Result<OwnedFd, Errno> {
-    let mode = if flags.contains(OFlag::O_CREAT) { Mode::S_IRUSR | Mode::S_IWUSR } else { Mode::empty() };
-    let how = OpenHow::new().flags(flags | OFlag::O_CLOEXEC | OFlag::O_NOCTTY).mode(mode);
-    match openat2(dir, path, how.resolve(ResolveFlag::RESOLVE_BENEATH)) {
-        // What leaves the directory is "invalid cross-device link" to the kernel.
-        Err(Errno::EXDEV) => Err(Errno::EACCES),
-        result => result,
-    }
 }
 
 /// A file to write, created if need be.
