@@ -8,6 +8,7 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::os::fd::{AsFd, AsRawFd as _, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use bulkhead_control_api::config;
 use bulkhead_jail::starter::Starter;
@@ -23,6 +24,9 @@ use crate::opener;
 
 /// Connections that may wait: at most one peer at a time has business on such a socket.
 const BACKLOG: i32 = 4;
+/// How often the service manager is asked to keep something, and the pause before it is asked again.
+const KEEP_TRIES: u32 = 250;
+const KEEP_PAUSE: Duration = Duration::from_millis(20);
 /// Where the unit has the FIFO that asks for a loader.
 const BOOT: &str = "/run/bulkhead/boot";
 
@@ -69,10 +73,16 @@ fn admit_as(config: &mut config::Broker, new: &config::Broker) {
     }
 }
 
-/// Keeps a descriptor in the store, in place of a former one.
+/// Keeps a descriptor in the store, in place of a former one. Waits for a service manager that has much to read.
 pub fn keep(starter: &Starter, name: &str, fd: BorrowedFd<'_>) -> Result<(), String> {
-    let kept = starter.forget(name).and_then(|()| starter.keep(name, fd));
-    kept.map_err(|e| format!("cannot keep {name} in the descriptor store: {e}"))
+    let mut tries = 0;
+    loop {
+        match starter.forget(name).and_then(|()| starter.keep(name, fd)) {
+            Err(Errno::EAGAIN) if tries < KEEP_TRIES => std::thread::sleep(KEEP_PAUSE),
+            result => return result.map_err(|e| format!("cannot keep {name} in the descriptor store: {e}")),
+        }
+        tries += 1;
+    }
 }
 
 impl Life {
