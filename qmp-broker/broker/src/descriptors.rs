@@ -7,11 +7,11 @@ use bulkhead_qapi::Error;
 use bulkhead_qapi::types::misc::{
     AddFdArg, AddfdInfo, ClosefdArg, FdsetFdInfo, FdsetInfo, GetfdArg, RemoveFdArg,
 };
-use serde::{Deserialize, Serialize};
 use serde_json::json;
 
 use crate::commands::{Reply, reply};
 use crate::held::Held;
+use crate::index::{Index, IndexedMember, Member};
 
 /// Descriptors that may be kept, over all names and sets. With one more for each client, 253 of a
 /// message that is being received and the clients themselves, this process stays below its limit.
@@ -50,33 +50,6 @@ impl Op {
     }
 }
 
-/// A member of a set.
-#[derive(Debug)]
-pub struct Member {
-    /// What clients call it.
-    pub number: i64,
-    /// What its client wants to remember.
-    pub opaque: Option<String>,
-    /// The descriptor.
-    pub fd: Held,
-}
-
-/// What [`Descriptors`] are beside the descriptors themselves, which it names by their keys.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Index {
-    /// Monitor, name and key.
-    names: Vec<(String, String, u64)>,
-    /// Sets by id, with number, `opaque` and key of their members.
-    sets: Vec<(i64, Vec<IndexedMember>)>,
-    /// Members there have been.
-    count: i64,
-    /// The next key.
-    next_key: u64,
-}
-
-/// Number, `opaque` and key of a member.
-type IndexedMember = (i64, Option<String>, u64);
-
 /// All of them. Dropping one closes it.
 #[derive(Debug, Default)]
 pub struct Descriptors {
@@ -90,18 +63,29 @@ pub struct Descriptors {
     count: i64,
     /// The key of the next descriptor that is none of those that are held.
     next_key: u64,
+    /// What the starter keeps, by key. What only this holds is leaving: until the starter has been told,
+    /// whoever passes that file description again gets it under its key.
+    kept: BTreeMap<u64, Held>,
 }
 
 impl Descriptors {
-    /// The sets of a command line.
+    /// Nothing but what the starter keeps from a former life, or has given back. Sets in `used` stay.
+    #[must_use]
+    pub fn new(kept: BTreeMap<u64, Held>, used: impl IntoIterator<Item = i64>) -> Self {
+        let next_key = kept.keys().next_back().map_or(0, |key| key.saturating_add(1));
+        Self { kept, next_key, used: used.into_iter().collect(), ..Self::default() }
+    }
+
+    /// The sets of a command line. `kept` is what the starter keeps from a former life.
     ///
     /// # Errors
     /// A limit is reached.
     pub fn of_command_line(
         members: impl IntoIterator<Item = (AddFdArg, OwnedFd)>,
+        kept: BTreeMap<u64, Held>,
         used: impl IntoIterator<Item = i64>,
     ) -> Result<Self, Error> {
-        let mut all = Self { used: used.into_iter().collect(), ..Self::default() };
+        let mut all = Self::new(kept, used);
         for (args, fd) in members {
             all.add(args, fd)?;
         }
@@ -139,50 +123,95 @@ impl Descriptors {
         Index { names: names.collect(), sets: sets.collect(), count: self.count, next_key: self.next_key }
     }
 
-    /// The descriptors by their keys.
-    #[must_use]
-    pub fn held(&self) -> BTreeMap<u64, Held> {
+    /// What clients have.
+    fn held(&self) -> impl Iterator<Item = &Held> {
         let named = self.names.values().flat_map(BTreeMap::values);
-        let members = self.sets.values().flatten().map(|member| &member.fd);
-        named.chain(members).map(|fd| (fd.key(), fd.clone())).collect()
+        named.chain(self.sets.values().flatten().map(|member| &member.fd))
     }
 
-    /// What an index says, of the descriptors that are there; returns how many are not. Sets in `used` stay.
+    /// What the starter does not keep yet, by key.
+    #[must_use]
+    pub fn unkept(&self) -> BTreeMap<u64, Held> {
+        let new = self.held().filter(|held| !self.kept.contains_key(&held.key()));
+        new.map(|held| (held.key(), held.clone())).collect()
+    }
+
+    /// The starter keeps it.
+    pub fn set_kept(&mut self, held: Held) {
+        self.kept.insert(held.key(), held);
+    }
+
+    /// What the starter keeps and no client has, by key.
+    #[must_use]
+    pub fn leaving(&self) -> Vec<u64> {
+        self.kept.iter().filter(|(_, held)| held.is_last()).map(|(key, _)| *key).collect()
+    }
+
+    /// Whether it still is.
+    #[must_use]
+    pub fn is_leaving(&self, key: u64) -> bool {
+        self.kept.get(&key).is_some_and(Held::is_last)
+    }
+
+    /// The starter keeps it no longer.
+    pub fn set_forgotten(&mut self, key: u64) {
+        self.kept.remove(&key);
+    }
+
+    /// What an index says, of the descriptors that have come back; returns how many entries are dropped, because
+    /// their descriptor has not, or they are more than clients may have. Sets in `used` stay.
     #[must_use]
     pub fn restored(
         index: Index,
-        held: &BTreeMap<u64, Held>,
+        kept: BTreeMap<u64, Held>,
         used: impl IntoIterator<Item = i64>,
     ) -> (Self, usize) {
-        let highest = held.keys().next_back().map_or(0, |key| key.saturating_add(1));
-        let (count, next_key) = (index.count.max(0), index.next_key.max(highest));
-        let mut all = Self { used: used.into_iter().collect(), count, next_key, ..Self::default() };
-        let mut missing = 0;
-        for (monitor, name, key) in index.names {
-            match held.get(&key) {
-                Some(fd) => drop(all.names.entry(monitor).or_default().insert(name, fd.clone())),
-                None => missing += 1,
-            }
+        let mut all = Self::new(kept, used);
+        all.next_key = all.next_key.max(index.next_key);
+        all.count = index.count;
+        let members: usize = index.sets.iter().map(|(_, members)| members.len()).sum();
+        let lost = index.names.len() + members;
+        for (monitor, name, key) in index.names.into_iter().take(MAX_KEPT) {
+            // What cannot be is counted below.
+            let _ = all.restore_name(&monitor, name, key);
         }
-        for (id, members) in index.sets.into_iter().filter(|(id, _)| *id >= 0) {
-            let before = members.len();
-            let member = |(number, opaque, key): IndexedMember| {
-                Some(Member { number, opaque, fd: held.get(&key)?.clone() })
-            };
-            let members: Vec<Member> = members.into_iter().filter_map(member).collect();
-            missing += before - members.len();
-            if !members.is_empty() || all.used.contains(&id) {
-                all.sets.insert(id, members);
-            }
+        for id in index.sets.iter().map(|(id, _)| *id).filter(|id| all.used.contains(id)) {
+            all.sets.entry(id).or_default();
         }
-        (all, missing)
+        let members =
+            index.sets.into_iter().flat_map(|(id, members)| members.into_iter().map(move |m| (id, m)));
+        for (id, member) in members.take(MAX_KEPT) {
+            let _ = all.restore_member(id, member);
+        }
+        let lost = lost.saturating_sub(all.held().count());
+        (all, lost)
+    }
+
+    fn restore_name(&mut self, monitor: &str, name: String, key: u64) -> Option<()> {
+        let fd = self.kept.get(&key)?.clone();
+        if monitor.len() > MAX_NAME || self.held().count() >= MAX_KEPT {
+            return None;
+        }
+        self.check_name(monitor, &name).ok()?;
+        self.names.entry(monitor.to_owned()).or_default().insert(name, fd);
+        Some(())
+    }
+
+    fn restore_member(&mut self, id: i64, (number, opaque, key): IndexedMember) -> Option<()> {
+        let fd = self.kept.get(&key)?.clone();
+        let given = FIRST_NUMBER..FIRST_NUMBER.saturating_add(self.count);
+        if !given.contains(&number) || self.held().count() >= MAX_KEPT {
+            return None;
+        }
+        self.check_member(id, opaque.as_deref()).ok()?;
+        self.sets.entry(id).or_default().push(Member { number, opaque, fd });
+        Some(())
     }
 
     /// Shares what is held already of that file description.
     fn hold(&mut self, fd: OwnedFd) -> Held {
-        let named = self.names.values().flat_map(BTreeMap::values);
-        let mut all = named.chain(self.sets.values().flatten().map(|member| &member.fd));
-        if let Some(same) = all.find(|held| held.is_same(&fd)) {
+        let leaving = self.kept.values().filter(|held| held.is_last());
+        if let Some(same) = self.held().chain(leaving).find(|held| held.is_same(&fd)) {
             return same.clone();
         }
         let key = self.next_key;
@@ -195,42 +224,47 @@ impl Descriptors {
         self.sets.retain(|id, _| self.used.contains(id));
     }
 
-    fn kept(&self) -> usize {
-        let named: usize = self.names.values().map(BTreeMap::len).sum();
-        named + self.sets.values().map(Vec::len).sum::<usize>()
+    /// How many there are, with those that the starter is still to be told of.
+    fn count(&self) -> usize {
+        self.held().count() + self.kept.values().filter(|held| held.is_last()).count()
     }
 
     fn check_room(&self) -> Result<(), Error> {
-        if self.kept() < MAX_KEPT {
+        if self.count() < MAX_KEPT {
             return Ok(());
         }
         Err(Error::generic(format!("Too many file descriptors: {MAX_KEPT} are kept")))
     }
 
     fn name(&mut self, monitor: &str, name: String, fd: OwnedFd) -> Reply {
+        self.check_name(monitor, &name)?;
+        let fd = self.hold(fd);
+        if !self.names.get(monitor).is_some_and(|names| names.contains_key(&name)) {
+            self.check_room()?;
+        }
+        self.names.entry(monitor.to_owned()).or_default().insert(name, fd);
+        Ok(json!({}))
+    }
+
+    /// Whether a monitor may have this name.
+    fn check_name(&self, monitor: &str, name: &str) -> Result<(), Error> {
         if name.starts_with(|first: char| first.is_ascii_digit()) {
             return Err(Error::generic("Parameter 'fdname' expects a name not starting with a digit"));
         }
         if name.len() > MAX_NAME {
             return Err(Error::generic(format!("Parameter 'fdname' expects at most {MAX_NAME} bytes")));
         }
-        let room = self.check_room();
-        let fd = self.hold(fd);
-        let names = self.names.entry(monitor.to_owned()).or_default();
-        if !names.contains_key(&name) {
-            room?;
-            if names.len() >= MAX_NAMES {
-                return Err(Error::generic(format!(
-                    "Too many file descriptors: the monitor has {MAX_NAMES} names"
-                )));
-            }
+        let is_full = |names: &BTreeMap<_, _>| !names.contains_key(name) && names.len() >= MAX_NAMES;
+        if self.names.get(monitor).is_some_and(is_full) {
+            return Err(Error::generic(format!(
+                "Too many file descriptors: the monitor has {MAX_NAMES} names"
+            )));
         }
-        names.insert(name, fd);
-        Ok(json!({}))
+        Ok(())
     }
 
     fn close_name(&mut self, monitor: &str, name: &str) -> Reply {
-        match self.take_named(monitor, name) {
+        match self.names.get_mut(monitor).and_then(|names| names.remove(name)) {
             Some(_) => Ok(json!({})),
             None => Err(not_found(name)),
         }
@@ -238,24 +272,30 @@ impl Descriptors {
 
     fn add(&mut self, args: AddFdArg, fd: OwnedFd) -> Reply {
         let id = args.fdset_id.unwrap_or_else(|| self.lowest_free_id());
-        if id < 0 {
-            return Err(Error::generic("Parameter 'fdset-id' expects a non-negative value"));
-        }
         self.check_room()?;
-        if self.sets.get(&id).is_some_and(|members| members.len() >= MAX_MEMBERS) {
-            return Err(Error::generic(format!("Too many file descriptors: fdset {id} has {MAX_MEMBERS}")));
-        }
-        let opaque: usize = self.sets.values().flatten().map(opaque_len).sum();
-        if opaque + args.opaque.as_ref().map_or(0, String::len) > MAX_OPAQUE {
-            return Err(Error::generic(format!(
-                "Parameter 'opaque' expects at most {MAX_OPAQUE} bytes over all fdsets"
-            )));
-        }
+        self.check_member(id, args.opaque.as_deref())?;
         let fd = self.hold(fd);
         let number = FIRST_NUMBER.saturating_add(self.count);
         self.count = self.count.saturating_add(1);
         self.sets.entry(id).or_default().push(Member { number, opaque: args.opaque, fd });
         reply(AddfdInfo { fdset_id: id, fd: number })
+    }
+
+    /// Whether a set may have one more member.
+    fn check_member(&self, id: i64, opaque: Option<&str>) -> Result<(), Error> {
+        if id < 0 {
+            return Err(Error::generic("Parameter 'fdset-id' expects a non-negative value"));
+        }
+        if self.sets.get(&id).is_some_and(|members| members.len() >= MAX_MEMBERS) {
+            return Err(Error::generic(format!("Too many file descriptors: fdset {id} has {MAX_MEMBERS}")));
+        }
+        let held: usize = self.sets.values().flatten().map(opaque_len).sum();
+        if held + opaque.map_or(0, str::len) > MAX_OPAQUE {
+            return Err(Error::generic(format!(
+                "Parameter 'opaque' expects at most {MAX_OPAQUE} bytes over all fdsets"
+            )));
+        }
+        Ok(())
     }
 
     fn lowest_free_id(&self) -> i64 {
@@ -346,7 +386,7 @@ mod tests {
         let other = all.execute(close(), "other", || None).unwrap_err();
         assert_eq!(other.desc, "File descriptor named 'a' not found");
         assert_eq!(run(&mut all, close()), json!({}));
-        assert_eq!(all.kept(), 0);
+        assert_eq!(all.count(), 0);
     }
 
     #[test]
@@ -374,12 +414,12 @@ mod tests {
         run_with(&mut all, add(Some(7), None), Some(again.into()));
         run(&mut all, add(None, None));
         run(&mut all, remove(0, None));
-        let (index, held) = (all.index(), all.held());
+        let (index, held) = (all.index(), all.unkept());
         assert_eq!(held.len(), 2, "one description, two uses");
         let listed = run(&mut all, Op::QueryFdsets);
         drop(all);
-        let (mut all, missing) = Descriptors::restored(index.clone(), &held, []);
-        drop(held);
+        let (mut all, missing) = Descriptors::restored(index.clone(), held, []);
+        assert!(all.unkept().is_empty());
         assert_eq!((missing, all.index()), (0, index.clone()));
         assert_eq!(run(&mut all, Op::QueryFdsets), listed);
         assert_eq!(run(&mut all, add(Some(7), None))["fd"], 6, "no number is given again");
@@ -388,10 +428,72 @@ mod tests {
         assert_eq!(run(&mut all, remove(7, None)), json!({}));
         assert!(end.read(&mut [0; 1]).is_err(), "the name has it");
         assert!(all.take_named("m", "a").is_some());
+        for key in all.leaving() {
+            all.set_forgotten(key);
+        }
         assert_eq!(end.read(&mut [0; 1]).unwrap(), 0);
 
-        let (mut all, missing) = Descriptors::restored(index, &BTreeMap::new(), []);
+        let (mut all, missing) = Descriptors::restored(index, BTreeMap::new(), []);
         assert_eq!((missing, run(&mut all, Op::QueryFdsets)), (3, json!([])));
+    }
+
+    /// systemd keeps a file description once: under another key it would be forgotten with the first one.
+    #[test]
+    fn what_leaves_comes_back_under_its_key() {
+        let mut all = Descriptors::default();
+        let (one, mut end) = UnixStream::pair().unwrap();
+        let again = one.try_clone().unwrap();
+        run_with(&mut all, getfd("a"), Some(one.into()));
+        all.unkept().into_values().for_each(|held| all.set_kept(held));
+        run(&mut all, Op::Closefd(ClosefdArg { fdname: "a".to_owned() }));
+        assert_eq!(all.leaving(), [0]);
+        run_with(&mut all, getfd("b"), Some(again.into()));
+        assert_eq!((all.leaving(), all.unkept().len()), (vec![], 0));
+        run(&mut all, Op::Closefd(ClosefdArg { fdname: "b".to_owned() }));
+        assert!(all.is_leaving(0));
+        all.set_forgotten(0);
+        assert_eq!(end.read(&mut [0; 1]).unwrap(), 0, "closed");
+    }
+
+    /// What the starter is still to be told to forget counts: it is held, too.
+    #[test]
+    fn what_leaves_takes_room() {
+        let mut all = Descriptors::default();
+        for _ in 0..MAX_KEPT {
+            run(&mut all, add(None, None));
+        }
+        all.unkept().into_values().for_each(|held| all.set_kept(held));
+        all.clear_sets();
+        assert_eq!(run(&mut all, add(None, None)), "Too many file descriptors: 1024 are kept");
+        all.set_forgotten(7);
+        assert!(run(&mut all, add(None, None)).is_object());
+    }
+
+    #[test]
+    fn an_index_restores_no_more_than_clients_may_have() {
+        let held = |key| (key, Held::new(key, null().unwrap()));
+        let kept = || (0..2000).map(held).collect::<BTreeMap<_, _>>();
+        let name = |monitor: &str, number: u64| (monitor.to_owned(), format!("n{number}"), number);
+        let names = (0..300).map(|number| name("m", number)).collect();
+        let (all, lost) = Descriptors::restored(Index { names, ..Index::default() }, kept(), []);
+        assert_eq!((all.held().count(), lost), (MAX_NAMES, 300 - MAX_NAMES));
+        let names = (0..2000).map(|number| name(&format!("m{}", number / 100), number)).collect();
+        let (all, lost) = Descriptors::restored(Index { names, ..Index::default() }, kept(), []);
+        assert_eq!((all.held().count(), lost), (MAX_KEPT, 2000 - MAX_KEPT));
+        let long = ("m".to_owned(), "x".repeat(MAX_NAME + 1), 0);
+        let digit = ("m".to_owned(), "7".to_owned(), 0);
+        let members = (0..400).map(|number| (number + FIRST_NUMBER, None, 0)).collect();
+        let opaque = Some("x".repeat(MAX_OPAQUE + 1));
+        let sets = vec![
+            (0, members),
+            (1, vec![(3, opaque, 0)]),
+            (-1, vec![(3, None, 0)]),
+            (2, vec![(500, None, 0)]),
+        ];
+        let index = Index { names: vec![long, digit], sets, count: 400, next_key: 0 };
+        let (all, lost) = Descriptors::restored(index, kept(), []);
+        assert_eq!((all.held().count(), lost), (MAX_MEMBERS, 400 - MAX_MEMBERS + 5));
+        assert_eq!(all.index().next_key, 2000);
     }
 
     #[test]
@@ -414,7 +516,8 @@ mod tests {
             let args = AddFdArg { fdset_id: Some(set), opaque: Some("x".to_owned()) };
             (args, File::open("/dev/null").unwrap().into())
         };
-        let mut all = Descriptors::of_command_line([member(1), member(1), member(2)], [1]).unwrap();
+        let mut all =
+            Descriptors::of_command_line([member(1), member(1), member(2)], BTreeMap::new(), [1]).unwrap();
         assert_eq!(run(&mut all, add(None, None))["fdset-id"], 0);
         assert_eq!(run(&mut all, remove(1, None)), json!({}));
         assert_eq!(run(&mut all, remove(1, None)), json!({}), "without members");
@@ -428,7 +531,7 @@ mod tests {
         assert_eq!(listed[0]["fds"].as_array().unwrap().len(), 1);
         assert_eq!(run(&mut all, add(None, None))["fdset-id"], 0);
         let many = (0..=MAX_MEMBERS).map(|_| member(1));
-        assert!(Descriptors::of_command_line(many, []).is_err());
+        assert!(Descriptors::of_command_line(many, BTreeMap::new(), []).is_err());
     }
 
     #[test]

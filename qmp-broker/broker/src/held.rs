@@ -27,6 +27,12 @@ impl Held {
         self.0.0
     }
 
+    /// Whether nobody else shares it.
+    #[must_use]
+    pub fn is_last(&self) -> bool {
+        Rc::strong_count(&self.0) == 1
+    }
+
     /// The descriptor itself: the own one, or a copy while others share it.
     ///
     /// # Errors

@@ -125,6 +125,11 @@ impl Hub {
         self.store.commit(&self.descriptors).await;
     }
 
+    /// Makes up for what could not be kept, for ever.
+    pub async fn catch_up(&self) {
+        self.store.catch_up(&self.descriptors).await;
+    }
+
     /// Number of clients.
     #[must_use]
     pub fn clients(&self) -> usize {

@@ -18,6 +18,7 @@ pub mod fd;
 pub mod held;
 pub mod hmp;
 pub mod hub;
+pub mod index;
 pub mod monitor;
 mod options;
 pub mod output;

@@ -1,11 +1,13 @@
 //! Terminates QMP: takes its descriptors, enters its jail, serves.
 
+use std::collections::BTreeMap;
 use std::os::fd::{AsFd as _, OwnedFd};
 use std::process::ExitCode;
 use std::rc::Rc;
 
 use bulkhead_broker::descriptors::Descriptors;
 use bulkhead_broker::fd::watch;
+use bulkhead_broker::held::Held;
 use bulkhead_broker::hub::Hub;
 use bulkhead_broker::monitor;
 use bulkhead_broker::run::{Sources, run};
@@ -45,13 +47,13 @@ fn begin() -> Result<(Runtime, Rc<Hub>, Sources), Box<dyn std::error::Error>> {
     let opener = opener.map(|fd| watch(fd).map_err(|(_, error)| error)).transpose()?;
     let open = |monitor| monitor::open(monitor, |name| start.take_optional(name));
     let monitors = config.monitors.iter().map(open).collect::<Result<_, _>>()?;
-    let (mut store, former) = store::restore(start.state()?, config.life, start.kept());
-    let descriptors = match former {
-        None => command_line_sets(&config, &mut start)?,
-        Some((state, held)) => {
-            let (all, missing) =
-                Descriptors::restored(state.index, &held, config.used_fdsets.iter().copied());
-            notice!("started anew with {} descriptors of clients, {missing} are lost", held.len());
+    let (mut store, index, kept) = store::restore(start.state()?, config.life, start.kept());
+    let descriptors = match index {
+        None => command_line_sets(&config, &mut start, kept)?,
+        Some(index) => {
+            let (came, used) = (kept.len(), config.used_fdsets.iter().copied());
+            let (all, lost) = Descriptors::restored(index, kept, used);
+            notice!("started anew with {came} descriptors of clients, {lost} are lost");
             all
         }
     };
@@ -66,12 +68,14 @@ fn begin() -> Result<(Runtime, Rc<Hub>, Sources), Box<dyn std::error::Error>> {
 fn command_line_sets(
     config: &config::Broker,
     start: &mut Start,
+    kept: BTreeMap<u64, Held>,
 ) -> Result<Descriptors, bulkhead_qapi::Error> {
     let member = |member: &config::FdsetMember| {
         let args = AddFdArg { fdset_id: Some(member.set), opaque: member.opaque.clone() };
         Some((args, start.take_optional(&member.fd)?))
     };
-    Descriptors::of_command_line(config.fdsets.iter().filter_map(member), config.used_fdsets.iter().copied())
+    let used = config.used_fdsets.iter().copied();
+    Descriptors::of_command_line(config.fdsets.iter().filter_map(member), kept, used)
 }
 
 /// A listener must not block when a connection is gone before it is accepted.

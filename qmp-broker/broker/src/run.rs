@@ -55,6 +55,7 @@ pub async fn run(hub: Rc<Hub>, sources: Sources) {
         () = hub.ended.notified() => {}
         _ = core => {}
         () = hub.store.watchdog() => {}
+        () = hub.catch_up() => {}
     }
     let flush = async {
         while !hub.is_flushed() {

@@ -15,17 +15,18 @@ use std::time::Duration;
 
 use bulkhead_control_api::decode;
 use bulkhead_jail::starter::Starter;
-use bulkhead_jail::warn;
+use bulkhead_jail::{notice, warn};
 use nix::errno::Errno;
 use nix::sys::uio::{pread, pwrite};
 use serde::{Deserialize, Serialize};
 use tokio::io::unix::AsyncFd;
-use tokio::sync::Mutex;
-use tokio::time::{sleep, timeout};
+use tokio::sync::{Mutex, Notify};
+use tokio::time::{Instant, sleep, timeout_at};
 
-use crate::descriptors::{Descriptors, Index};
+use crate::descriptors::Descriptors;
 use crate::fd::watch;
 use crate::held::Held;
+use crate::index::{Index, MAX_KEY};
 
 /// First bytes of each slot.
 const MAGIC: [u8; 8] = *b"BLKHBRKR";
@@ -37,6 +38,10 @@ const SLOT: usize = 4 << 20;
 const HEADER: usize = 64;
 /// How long the starter may take to read before the broker goes on without having kept something.
 const PATIENCE: Duration = Duration::from_secs(2);
+/// How often it is tried then to make up for that.
+const RETRY: Duration = Duration::from_secs(1);
+/// The highest generation that is believed.
+const MAX_GENERATION: u64 = u64::MAX / 2;
 
 /// The head of a slot.
 #[derive(Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -67,8 +72,16 @@ pub struct Store {
     configured: Cell<bool>,
     life: u64,
     generation: Cell<u64>,
-    /// Keys of what the starter keeps.
-    kept: RefCell<BTreeSet<u64>>,
+    /// Names of what the starter keeps that mean nothing here.
+    strangers: RefCell<BTreeSet<String>>,
+    /// Keys of what could not be kept for another reason than that the starter has much to read.
+    refused: RefCell<BTreeSet<u64>>,
+    /// The starter does not read: nobody waits for it.
+    is_late: Cell<bool>,
+    /// The log says so.
+    is_told: Cell<bool>,
+    /// There is something to make up for.
+    behind: Notify,
     /// One commit at a time.
     turn: Mutex<()>,
 }
@@ -89,8 +102,8 @@ pub fn read(memfd: &OwnedFd, life: u64) -> Option<(State, u64)> {
         }
         let (header, _) = postcard::take_from_bytes::<Header>(&header).ok()?;
         let len = usize::try_from(header.len).ok().filter(|len| *len <= SLOT - HEADER)?;
-        (header.magic == MAGIC && header.version == VERSION && header.life == life)
-            .then_some((header, at, len))
+        let ours = header.magic == MAGIC && header.version == VERSION && header.life == life;
+        (ours && header.generation <= MAX_GENERATION).then_some((header, at, len))
     };
     let (header, at, len) = (0..2).filter_map(slot).max_by_key(|(header, ..)| header.generation)?;
     let mut content = vec![0; len];
@@ -98,14 +111,14 @@ pub fn read(memfd: &OwnedFd, life: u64) -> Option<(State, u64)> {
     if read != Ok(len) {
         return None;
     }
-    Some((decode(&content).ok()?, header.generation))
+    let state: State = decode(&content).ok()?;
+    state.index.is_plausible().then_some((state, header.generation))
 }
 
 impl Store {
-    /// Goes on with a memfd. `kept` are the keys of what the starter has given back.
-    fn new(memfd: OwnedFd, life: u64, generation: u64, kept: BTreeSet<u64>) -> Self {
-        let (generation, kept) = (Cell::new(generation), RefCell::new(kept));
-        Self { memfd: Some(memfd), life, generation, kept, ..Self::default() }
+    /// Goes on with a memfd.
+    fn new(memfd: OwnedFd, life: u64, generation: u64) -> Self {
+        Self { memfd: Some(memfd), life, generation: Cell::new(generation), ..Self::default() }
     }
 
     /// Whether the machine has left `preconfig`.
@@ -143,52 +156,99 @@ impl Store {
     /// Brings what is kept up to date: new descriptors first, then the index, then those that are gone.
     pub async fn commit(&self, descriptors: &RefCell<Descriptors>) {
         let _turn = self.turn.lock().await;
-        let (index, wanted) = {
-            let descriptors = descriptors.borrow();
-            (descriptors.index(), descriptors.held())
-        };
-        for (key, held) in &wanted {
-            if !self.kept.borrow().contains(key) && self.keep(*key, held).await {
-                self.kept.borrow_mut().insert(*key);
+        let now = Instant::now();
+        self.bring(descriptors, if self.is_late.get() { now } else { now + PATIENCE }).await;
+    }
+
+    /// Makes up for what the starter could not be told, for ever.
+    pub async fn catch_up(&self, descriptors: &RefCell<Descriptors>) {
+        loop {
+            self.behind.notified().await;
+            while self.is_behind() {
+                sleep(RETRY).await;
+                let _turn = self.turn.lock().await;
+                self.is_late.set(false);
+                self.refused.borrow_mut().clear();
+                self.bring(descriptors, Instant::now()).await;
+            }
+            self.is_told.set(false);
+            notice!("what clients have passed is kept again");
+        }
+    }
+
+    fn is_behind(&self) -> bool {
+        self.is_late.get() || !self.refused.borrow().is_empty()
+    }
+
+    /// Waits for the starter until `end` at most, which may be now.
+    async fn bring(&self, descriptors: &RefCell<Descriptors>, end: Instant) {
+        let unkept = descriptors.borrow().unkept();
+        self.refused.borrow_mut().retain(|key| unkept.contains_key(key));
+        for (key, held) in unkept {
+            if self.is_late.get() || self.refused.borrow().contains(&key) {
+                continue;
+            }
+            match self.say(end, || self.starter.keep(&name(key), held.as_fd())).await {
+                Ok(()) => descriptors.borrow_mut().set_kept(held),
+                Err(error) => self.fall_behind(Some(key), error),
             }
         }
+        let index = descriptors.borrow().index();
         if let Err(error) = self.write(&State { index, configured: self.configured() }) {
             warn!("what clients passed would be lost with this process: {error}");
         }
-        let gone: Vec<u64> =
-            self.kept.borrow().iter().copied().filter(|key| !wanted.contains_key(key)).collect();
-        for key in gone {
-            self.when_there_is_room(|| self.starter.forget(&name(key))).await;
-            self.kept.borrow_mut().remove(&key);
+        let leaving = descriptors.borrow().leaving();
+        for key in leaving {
+            // Somebody may have passed it again while the starter was waited for.
+            let forget = || {
+                if descriptors.borrow().is_leaving(key) { self.starter.forget(&name(key)) } else { Ok(()) }
+            };
+            match self.say(end, forget).await {
+                Ok(()) if descriptors.borrow().is_leaving(key) => descriptors.borrow_mut().set_forgotten(key),
+                Ok(()) => {}
+                Err(error) => {
+                    self.fall_behind(None, error);
+                    break;
+                }
+            }
         }
+        self.forget_strangers();
     }
 
-    async fn keep(&self, key: u64, held: &Held) -> bool {
-        self.when_there_is_room(|| self.starter.keep(&name(key), held.as_fd())).await
+    /// Something could not be told: one line, until everything has been.
+    fn fall_behind(&self, key: Option<u64>, error: Errno) {
+        if !self.is_told.replace(true) {
+            warn!(
+                "the starter cannot keep what clients pass, which would be lost with this process: {error}"
+            );
+        }
+        match key {
+            Some(key) if error != Errno::EAGAIN => drop(self.refused.borrow_mut().insert(key)),
+            _ => self.is_late.set(true),
+        }
+        self.behind.notify_one();
+    }
+
+    fn forget_strangers(&self) {
+        let forget = |name: &String| self.starter.forget(name) == Err(Errno::EAGAIN);
+        self.strangers.borrow_mut().retain(forget);
     }
 
     /// Says something to the starter, which is waited for while it has much to read.
-    async fn when_there_is_room(&self, say: impl Fn() -> Result<(), Errno>) -> bool {
-        let said = async {
-            loop {
-                match (say(), &self.room) {
-                    (Err(Errno::EAGAIN), Some(room)) => {
-                        let mut guard = room.writable().await.map_err(|_| Errno::EIO)?;
-                        guard.clear_ready();
+    async fn say(&self, end: Instant, say: impl Fn() -> Result<(), Errno>) -> Result<(), Errno> {
+        loop {
+            match (say(), &self.room) {
+                (Err(Errno::EAGAIN), Some(room)) if !self.is_late.get() => {
+                    let mut guard = match timeout_at(end, room.writable()).await {
+                        Ok(guard) => guard.map_err(|_| Errno::EIO)?,
+                        Err(_) => return Err(Errno::EAGAIN),
+                    };
+                    guard.clear_ready();
+                    if Instant::now() >= end {
+                        return say();
                     }
-                    (result, _) => return result,
                 }
-            }
-        };
-        match timeout(PATIENCE, said).await {
-            Ok(Ok(())) => true,
-            Ok(Err(error)) => {
-                warn!("the starter cannot keep a descriptor: {error}");
-                false
-            }
-            Err(_) => {
-                warn!("the starter does not read: a descriptor would be lost with this process");
-                false
+                (result, _) => return result,
             }
         }
     }
@@ -199,7 +259,7 @@ impl Store {
         if content.len() > SLOT - HEADER {
             return Err(Errno::EFBIG);
         }
-        let generation = self.generation.get() + 1;
+        let generation = self.generation.get().saturating_add(1);
         let len = u32::try_from(content.len()).map_err(|_| Errno::EFBIG)?;
         let header = Header { magic: MAGIC, version: VERSION, life: self.life, generation, len };
         let mut head = [0; HEADER];
@@ -228,26 +288,33 @@ fn write_all(fd: &OwnedFd, mut bytes: &[u8], mut at: i64) -> Result<(), Errno> {
     Ok(())
 }
 
-/// The state that a predecessor has left, and the descriptors that came back, by their keys.
-pub type Former = (State, BTreeMap<u64, Held>);
-
-/// What a predecessor has left: the state, the keys of what came back, and the store to go on with.
+/// What a predecessor has left: the store to go on with, the index unless it is of another life, and what came back by
+/// its keys.
 ///
-/// Descriptors that the state does not name are closed and forgotten with the first commit.
+/// What the index does not name, or what means nothing, is forgotten with the first commit.
 #[must_use]
-pub fn restore(memfd: OwnedFd, life: u64, kept: BTreeMap<String, OwnedFd>) -> (Store, Option<Former>) {
-    let key = |name: &str| name.strip_prefix("kept.")?.parse::<u64>().ok();
-    let held: BTreeMap<u64, Held> =
-        kept.into_iter().filter_map(|(name, fd)| key(&name).map(|key| (key, Held::new(key, fd)))).collect();
-    let keys = held.keys().copied().collect();
-    match read(&memfd, life) {
-        Some((state, generation)) => {
-            let store = Store::new(memfd, life, generation, keys);
-            store.configured.set(state.configured);
-            (store, Some((state, held)))
+pub fn restore(
+    memfd: OwnedFd,
+    life: u64,
+    kept: BTreeMap<String, OwnedFd>,
+) -> (Store, Option<Index>, BTreeMap<u64, Held>) {
+    let mut held = BTreeMap::new();
+    let mut strangers = BTreeSet::new();
+    for (text, fd) in kept {
+        let key = text.strip_prefix("kept.").and_then(|key| key.parse::<u64>().ok());
+        match key.filter(|key| *key <= MAX_KEY && name(*key) == text) {
+            Some(key) => drop(held.insert(key, Held::new(key, fd))),
+            None => drop(strangers.insert(text)),
         }
-        None => (Store::new(memfd, life, 0, keys), None),
     }
+    let former = read(&memfd, life);
+    let generation = former.as_ref().map_or(0, |(_, generation)| *generation);
+    let store = Store { strangers: RefCell::new(strangers), ..Store::new(memfd, life, generation) };
+    let index = former.map(|(state, _)| {
+        store.configured.set(state.configured);
+        state.index
+    });
+    (store, index, held)
 }
 
 /// A copy of the starter's socket that the runtime watches. Needs the runtime's context.
@@ -263,12 +330,29 @@ pub fn watch_starter(starter: &Starter) -> std::io::Result<Option<AsyncFd<OwnedF
 mod tests {
     use std::fs::File;
 
+    use bulkhead_jail::link::recv_packet;
+    use bulkhead_qapi::types::misc::{ClosefdArg, GetfdArg};
     use nix::sys::memfd::{MFdFlags, memfd_create};
+    use nix::sys::socket::{AddressFamily, MsgFlags, SockFlag, SockType, socketpair};
 
     use super::*;
+    use crate::descriptors::Op;
 
     fn memfd() -> OwnedFd {
         memfd_create("test", MFdFlags::MFD_CLOEXEC).unwrap()
+    }
+
+    fn null() -> OwnedFd {
+        File::open("/dev/null").unwrap().into()
+    }
+
+    fn block_on<T>(work: impl Future<Output = T>) -> T {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        runtime.block_on(work)
+    }
+
+    fn commit(store: &Store, all: &RefCell<Descriptors>) {
+        block_on(store.commit(all));
     }
 
     fn state(configured: bool) -> State {
@@ -279,7 +363,7 @@ mod tests {
     fn the_newest_whole_slot_counts() {
         let fd = memfd();
         assert_eq!(read(&fd, 7), None, "empty");
-        let store = Store::new(fd.try_clone().unwrap(), 7, 0, BTreeSet::new());
+        let store = Store::new(fd.try_clone().unwrap(), 7, 0);
         store.write(&state(true)).unwrap();
         assert_eq!(read(&fd, 7), Some((state(true), 1)));
         store.write(&state(false)).unwrap();
@@ -295,7 +379,7 @@ mod tests {
     #[test]
     fn garbage_is_no_state() {
         let fd = memfd();
-        let store = Store::new(fd.try_clone().unwrap(), 7, 0, BTreeSet::new());
+        let store = Store::new(fd.try_clone().unwrap(), 7, 0);
         store.write(&state(true)).unwrap();
         let mut slot = [0; 2 * HEADER];
         pread(&fd, &mut slot, SLOT as i64).unwrap();
@@ -303,24 +387,173 @@ mod tests {
             let mut bad = slot;
             bad[at] ^= 0xff;
             pwrite(&fd, &bad, SLOT as i64).unwrap();
-            // Whatever it reads, it ends and allocates no more than a slot.
+            // Whatever it reads, it ends and allocates no more than a slot, and one can go on from there.
             let _ = read(&fd, 7);
+            let other = memfd();
+            pwrite(&other, &bad, SLOT as i64).unwrap();
+            let (store, index, held) = restore(other.try_clone().unwrap(), 7, BTreeMap::new());
+            let (all, _) = Descriptors::restored(index.unwrap_or_default(), held, []);
+            commit(&store, &RefCell::new(all));
+            assert!(read(&other, 7).is_some(), "{at}");
         }
         pwrite(&fd, &[0xff; 2 * HEADER], SLOT as i64).unwrap();
         assert_eq!(read(&fd, 7), None);
     }
 
     #[test]
-    fn what_came_back_is_found_by_its_number() {
-        let null = || OwnedFd::from(File::open("/dev/null").unwrap());
+    fn counters_that_nobody_reaches_are_no_state() {
+        let indexes = [
+            Index { next_key: u64::MAX, ..Index::default() },
+            Index { count: i64::MAX, ..Index::default() },
+            Index { count: -1, ..Index::default() },
+        ];
+        for index in indexes {
+            let fd = memfd();
+            Store::new(fd.try_clone().unwrap(), 7, 0).write(&State { index, configured: true }).unwrap();
+            assert_eq!(read(&fd, 7), None);
+        }
         let fd = memfd();
-        Store::new(fd.try_clone().unwrap(), 7, 0, BTreeSet::new()).write(&state(true)).unwrap();
-        let kept = [("kept.3", null()), ("kept.x", null())].map(|(name, fd)| (name.to_owned(), fd));
-        let (store, restored) = restore(fd, 7, kept.into_iter().collect());
-        let (_, held) = restored.unwrap();
+        Store::new(fd.try_clone().unwrap(), 7, u64::MAX - 1).write(&state(true)).unwrap();
+        assert_eq!(read(&fd, 7), None);
+    }
+
+    /// A store whose starter is the other end, which keeps so little in its queue that it is soon full.
+    fn with_starter(runtime: &tokio::runtime::Runtime) -> (Store, OwnedFd) {
+        let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
+        let (ours, theirs) = socketpair(AddressFamily::Unix, SockType::SeqPacket, None, flags).unwrap();
+        let starter = Starter::new(Some(ours));
+        let _context = runtime.enter();
+        let room = watch_starter(&starter).unwrap();
+        let mut store = Store::new(memfd(), 7, 0);
+        store.set_starter(starter, room);
+        (store, theirs)
+    }
+
+    /// What the starter is told, in order.
+    fn heard(starter: &OwnedFd) -> Vec<String> {
+        let mut words = [0; 512];
+        let mut all = Vec::new();
+        while let Ok((len, _)) = recv_packet(starter.as_fd(), &mut words, MsgFlags::MSG_DONTWAIT) {
+            all.push(String::from_utf8(words[..len].to_vec()).unwrap());
+        }
+        all
+    }
+
+    fn getfd(all: &RefCell<Descriptors>, name: &str, fd: OwnedFd) {
+        let op = Op::Getfd(GetfdArg { fdname: name.to_owned() });
+        all.borrow_mut().execute(op, "m", || Some(fd)).unwrap();
+    }
+
+    fn closefd(all: &RefCell<Descriptors>, name: &str) {
+        let op = Op::Closefd(ClosefdArg { fdname: name.to_owned() });
+        all.borrow_mut().execute(op, "m", || None).unwrap();
+    }
+
+    #[test]
+    fn a_starter_that_does_not_read_is_told_later() {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        let (store, starter) = with_starter(&runtime);
+        while store.starter.alive().is_ok() {}
+        let all = RefCell::new(Descriptors::default());
+        runtime.block_on(async {
+            let began = Instant::now();
+            for name in ["a", "b", "c", "d"] {
+                getfd(&all, name, null());
+                store.commit(&all).await;
+            }
+            assert!(began.elapsed() < 2 * PATIENCE, "once: {:?}", began.elapsed());
+            closefd(&all, "b");
+            store.commit(&all).await;
+            assert_eq!(all.borrow().unkept().len(), 3);
+            heard(&starter);
+            let caught_up = async {
+                while !all.borrow().unkept().is_empty() {
+                    sleep(Duration::from_millis(10)).await;
+                }
+            };
+            tokio::select! {
+                () = store.catch_up(&all) => {}
+                () = caught_up => {}
+            }
+            assert_eq!(heard(&starter).len(), 3);
+            // It does not read again: what is forgotten is not lost from sight.
+            while store.starter.alive().is_ok() {}
+            closefd(&all, "a");
+            store.commit(&all).await;
+            assert_eq!(all.borrow().leaving(), [0]);
+            heard(&starter);
+            store.is_late.set(false);
+            store.commit(&all).await;
+            assert!(all.borrow().leaving().is_empty());
+            assert_eq!(heard(&starter), ["FDSTOREREMOVE=1\nFDNAME=kept.0"]);
+        });
+    }
+
+    /// What leaves, and is passed again before the starter was told, stays.
+    #[test]
+    fn what_is_passed_again_in_time_is_not_forgotten() {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        let (store, starter) = with_starter(&runtime);
+        let all = RefCell::new(Descriptors::default());
+        let fd = null();
+        runtime.block_on(async {
+            getfd(&all, "a", fd.try_clone().unwrap());
+            store.commit(&all).await;
+            assert_eq!(heard(&starter).len(), 1);
+            while store.starter.alive().is_ok() {}
+            closefd(&all, "a");
+            let again = async {
+                sleep(Duration::from_millis(50)).await;
+                getfd(&all, "b", fd);
+                heard(&starter);
+                store.commit(&all).await;
+            };
+            tokio::join!(store.commit(&all), again);
+        });
+        assert_eq!(heard(&starter), [""; 0]);
+        assert!(all.borrow().unkept().is_empty() && all.borrow().leaving().is_empty());
+    }
+
+    /// One that the kernel does not pass on delays nobody, and is tried again.
+    #[test]
+    fn what_cannot_be_kept_is_tried_later() {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        let (mut store, starter) = with_starter(&runtime);
+        let all = RefCell::new(Descriptors::default());
+        getfd(&all, "a", null());
+        let gone =
+            socketpair(AddressFamily::Unix, SockType::SeqPacket, None, SockFlag::SOCK_CLOEXEC).unwrap().0;
+        let good = std::mem::replace(&mut store.starter, Starter::new(Some(gone)));
+        runtime.block_on(store.commit(&all));
+        assert!(store.is_behind() && !store.is_late.get());
+        store.starter = good;
+        getfd(&all, "b", null());
+        runtime.block_on(store.commit(&all));
+        assert_eq!(all.borrow().unkept().keys().collect::<Vec<_>>(), [&0]);
+        assert_eq!(heard(&starter).len(), 1);
+        store.refused.borrow_mut().clear();
+        runtime.block_on(store.commit(&all));
+        assert!(all.borrow().unkept().is_empty() && !store.is_behind());
+    }
+
+    #[test]
+    fn what_came_back_is_found_by_its_number() {
+        let fd = memfd();
+        Store::new(fd.try_clone().unwrap(), 7, 0).write(&state(true)).unwrap();
+        let names = ["kept.3", "kept.x", "kept.007", "kept.18446744073709551615"];
+        let kept = || names.iter().map(|name| ((*name).to_owned(), null())).collect();
+        let (store, index, held) = restore(fd.try_clone().unwrap(), 7, kept());
         assert_eq!(held.keys().collect::<Vec<_>>(), [&3]);
-        assert!(store.is_restored() && store.configured() && store.kept.borrow().contains(&3));
-        let (store, restored) = restore(memfd(), 7, BTreeMap::new());
-        assert!(restored.is_none() && !store.is_restored());
+        assert!(store.is_restored() && store.configured() && index.is_some());
+        assert_eq!(store.strangers.borrow().len(), 3);
+        // Of another life: nothing is believed, everything leaves, and no key is used again.
+        let (store, index, held) = restore(fd, 8, kept());
+        assert!(index.is_none() && !store.is_restored() && !store.configured());
+        let all = RefCell::new(Descriptors::of_command_line([], held, []).unwrap());
+        assert_eq!((all.borrow().leaving(), all.borrow().index().next_key), (vec![3], 4));
+        commit(&store, &all);
+        assert!(all.borrow().leaving().is_empty() && store.strangers.borrow().is_empty());
+        let (store, index, _) = restore(memfd(), 7, BTreeMap::new());
+        assert!(index.is_none() && !store.is_restored());
     }
 }

@@ -229,7 +229,7 @@ fn socket_monitor(number: usize, fd: String, address: String, server: bool, wait
 fn former_store(runtime: &Runtime) -> std::result::Result<Store, String> {
     let memfd = memfd_create("state", MFdFlags::MFD_CLOEXEC).map_err(|error| error.to_string())?;
     let copy = memfd.try_clone().map_err(|error| error.to_string())?;
-    let (first, _) = restore(copy, 1, BTreeMap::new());
+    let (first, ..) = restore(copy, 1, BTreeMap::new());
     runtime.block_on(first.commit(&RefCell::new(Descriptors::default())));
     Ok(restore(memfd, 1, BTreeMap::new()).0)
 }
