@@ -16,7 +16,7 @@ step() {
 	began=$(date +%s)
 	"$@" >"$logs/$name.log" 2>&1
 	status=$?
-	# "test result: ok. 3 passed; 0 failed; ..." is cargo's, "lab result: 3 passed, 0 failed ..." the lab's.
+	# "test result: ok. 3 passed; 0 failed; ..." is cargo's, "lab result: 3 passed, 0 failed ..." the lab's and that of the units.
 	counts=$(sed -nE 's/^(test|lab) result: ([a-zA-Z]+\. )?([0-9]+) passed[;,] ([0-9]+) failed.*/\3 \4/p' "$logs/$name.log" |
 		awk '{ p += $1; f += $2 } END { print p + 0, f + 0 }')
 	good=${counts% *}
@@ -51,6 +51,7 @@ step unit cargo test --workspace $own --locked --no-fail-fast
 # shellcheck disable=SC2086 # a command
 step native $native
 step qmp cargo test -p bulkhead-qmp-tests --locked --no-fail-fast
+step units tests/units.sh
 step lab cargo run -q -p bulkhead-lab -- run
 
 echo "$passed passed, $failed failed"

@@ -31,6 +31,12 @@ need busybox-static installed busybox-static
 need linux-image-cloud-amd64 cloud_kernel
 need socat command -v socat
 need xz-utils command -v xz
+# The lab's system with systemd is made of Debian packages.
+need mmdebstrap command -v mmdebstrap
+need debian-archive-keyring test -e /usr/share/keyrings/debian-archive-keyring.gpg
+# Its systemd-analyze judges the units; nothing is started.
+need systemd command -v systemd-analyze
+need e2fsprogs test -x /sbin/mke2fs -o -x /usr/sbin/mke2fs
 need python3-venv python_venv
 
 if [ -n "$missing" ]; then

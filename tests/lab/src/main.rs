@@ -12,7 +12,7 @@ use std::process::ExitCode;
 
 use bulkhead_framework::{Failure, Result};
 
-const USAGE: &str = "usage: bulkhead-lab COMMAND [--jobs N] [--overlay DIR] [ARGUMENT...]
+const USAGE: &str = "usage: bulkhead-lab COMMAND [--jobs N] [--overlay DIR] [--systemd] [ARGUMENT...]
   list               the cases
   run [CASE...]      run the cases, or those whose name contains one of the words
   native [ARG...]    run the native tests and core's in L1; arguments go to the test programs
@@ -20,7 +20,8 @@ const USAGE: &str = "usage: bulkhead-lab COMMAND [--jobs N] [--overlay DIR] [ARG
   demo               show a VM on this host's KVM where it can run one, and a Debian guest in L1 where it cannot
   shell COMMAND      run a shell command in L1
   --jobs N           L1s side by side (default: one for each processor, at most 4)
-  --overlay DIR      lay a directory tree over L1's root, for example a static strace";
+  --overlay DIR      lay a directory tree over L1's root, for example a static strace
+  --systemd          run the shell command in the L1 with systemd";
 
 /// More L1s than this cost more memory than they save time.
 const MOST_JOBS: usize = 4;
@@ -52,6 +53,10 @@ fn command(args: &[String]) -> Result<bool> {
         ("build", []) => host::product().map(|_| true),
         ("demo", []) => demo::on_host(&options),
         ("shell", words) if !words.is_empty() => host::shell(&words.join(" "), &options),
+        ("probe", [name, pids @ ..]) => {
+            agent::probe::print(name, pids);
+            Ok(true)
+        }
         ("agent", []) => agent::serve().map(|()| true),
         _ => Err(USAGE.into()),
     }
@@ -60,8 +65,14 @@ fn command(args: &[String]) -> Result<bool> {
 /// Takes the options that stand before the arguments.
 fn options(mut args: &[String]) -> Result<(host::Options, &[String])> {
     let jobs = std::thread::available_parallelism().map_or(1, usize::from).min(MOST_JOBS);
-    let mut options = host::Options { jobs, overlay: None };
-    while let [option, value, rest @ ..] = args {
+    let mut options = host::Options { jobs, overlay: None, kind: host::Kind::Busybox };
+    while let [option, rest @ ..] = args {
+        if option == "--systemd" {
+            options.kind = host::Kind::Systemd;
+            args = rest;
+            continue;
+        }
+        let [value, rest @ ..] = rest else { break };
         match option.as_str() {
             "--jobs" => options.jobs = value.parse().map_err(|_| Failure::new("--jobs takes a number"))?,
             "--overlay" => options.overlay = Some(value.into()),

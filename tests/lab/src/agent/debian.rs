@@ -23,12 +23,12 @@ pub const APPEND: &str = "console=ttyS0 quiet";
 
 /// Reads the next event of every input device and powers off when it is KEY_POWER pressed: 24 bytes, at the end
 /// type 1, code 116 (hexadecimal 74), value 1.
-const WATCH_BUTTON: &str = "for e in /dev/input/event*; do \
+pub const WATCH_BUTTON: &str = "for e in /dev/input/event*; do \
     (dd if=$e bs=24 count=1 2>/dev/null | hexdump -v -e '12/2 \"%04x \"' | grep -q '0001 0074 0001 0000' && \
     echo KEY_POWER pressed && poweroff -f) & done";
 
 /// Says so when all input devices are being read.
-const SAY_WATCHED: &str = "until [ $(ls -l /proc/[0-9]*/fd 2>/dev/null | grep -c /dev/input/event) = \
+pub const SAY_WATCHED: &str = "until [ $(ls -l /proc/[0-9]*/fd 2>/dev/null | grep -c /dev/input/event) = \
     $(ls /dev/input/event* | wc -l) ]; do usleep 10000; done; echo waiting for the button";
 
 /// A Debian guest and a QMP session to it.

@@ -5,11 +5,16 @@
 
 pub mod cases;
 pub mod debian;
+pub mod probe;
+pub mod units;
 
 use std::io::{BufRead, BufReader, Write, stdin, stdout};
 use std::process::{Command, Stdio};
+use std::time::{SystemTime, UNIX_EPOCH};
 
 use bulkhead_framework::{Failure, Result, Transcript};
+
+use crate::host::Kind;
 
 /// Bytes of each log that go to the host: its end.
 const LOG_KEPT: usize = 256 << 10;
@@ -66,7 +71,12 @@ fn run(name: &str) -> Result<()> {
     let case = cases::ALL.iter().find(|case| case.name == name);
     let case = case.ok_or_else(|| Failure::new(format!("no case {name}")))?;
     let mut journal = Journal::default();
+    let began = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs());
     let result = (case.run)(&mut journal);
+    if case.kind == Kind::Systemd {
+        journal.keep(&[units::log_since(began)?]);
+        units::clean()?;
+    }
     for (index, log) in journal.logs.iter().enumerate() {
         let text = log.text();
         let mut start = text.len().saturating_sub(LOG_KEPT);

@@ -1,4 +1,5 @@
-//! What L1 boots from: an initramfs with busybox, the KVM modules, the programs under test and the Debian guest.
+//! What L1 boots from: the programs under test, the KVM modules and the Debian guest, with busybox in an initramfs or
+//! with systemd on a disk.
 
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
@@ -8,11 +9,12 @@ use std::process::Command;
 use bulkhead_framework::{Failure, Result};
 
 use super::kernel::Kernel;
+use super::systemd;
 use crate::cpio::Archive;
 use crate::paths;
 
 /// Modules that make /dev/kvm in L1.
-const L1_MODULES: [&str; 1] = ["kvm-amd"];
+pub const L1_MODULES: [&str; 1] = ["kvm-amd"];
 
 /// Modules through which the Debian guest reports its power button.
 const L2_MODULES: [&str; 2] = ["button", "evdev"];
@@ -30,56 +32,89 @@ pub struct Content {
     pub overlay: Option<PathBuf>,
 }
 
-/// The kernel and initramfs of L1. The file goes with the value.
-pub struct Image {
-    /// The bzImage.
-    pub kernel: PathBuf,
-    /// The initramfs.
-    pub initramfs: PathBuf,
-}
-
-impl Image {
-    /// Writes the initramfs below `dir`.
+impl Content {
+    /// Hands over each program with its path in L1, without the leading `/`.
     ///
     /// # Errors
-    /// Something that belongs into it is missing.
-    pub fn build(content: &Content, dir: &Path) -> Result<Self> {
-        let kernel = Kernel::find()?;
-        let busybox = Busybox::find()?;
-        let mut archive = Archive::default();
-        archive.console();
-        busybox.add_to(&mut archive);
-        archive.file("init", true, include_bytes!("init-l1"));
-        archive.file("etc/passwd", false, PASSWD.as_bytes());
-        archive.file("etc/group", false, GROUP.as_bytes());
-        archive.directory("new");
-        add_modules(&mut archive, &kernel, &L1_MODULES)?;
-        archive.file(paths::KERNEL.trim_start_matches('/'), false, &read(&kernel.image)?);
-        archive.file(paths::INITRD.trim_start_matches('/'), false, &guest_initrd(&kernel, &busybox)?);
-        archive.file("usr/bin/bulkhead-lab", true, &read(&std::env::current_exe()?)?);
-        for (dir, files) in
-            [("usr/bin", &content.programs), (paths::TESTS.trim_start_matches('/'), &content.tests)]
+    /// A program cannot be read, or what `add` returns.
+    pub fn each_program(&self, mut add: impl FnMut(&str, Vec<u8>) -> Result<()>) -> Result<()> {
+        add("usr/bin/bulkhead-lab", read(&std::env::current_exe()?)?)?;
+        for (dir, files) in [("usr/bin", &self.programs), (paths::TESTS.trim_start_matches('/'), &self.tests)]
         {
             for file in files {
                 let name = file.file_name().unwrap_or_default().to_string_lossy();
-                archive.file(&format!("{dir}/{name}"), true, &read(file)?);
+                add(&format!("{dir}/{name}"), read(file)?)?;
             }
         }
-        if let Some(overlay) = &content.overlay {
-            add_tree(&mut archive, overlay, "")?;
-        }
-        let initramfs = dir.join(format!("l1-{}.cpio", std::process::id()));
-        fs::write(&initramfs, archive.finish())
-            .map_err(|error| Failure::new(format!("{}: {error}", initramfs.display())))?;
-        Ok(Self { kernel: kernel.image, initramfs })
+        Ok(())
+    }
+}
+
+/// What the first program of an L1 is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Kind {
+    /// A shell script of busybox, in an initramfs.
+    Busybox,
+    /// systemd, on a disk.
+    Systemd,
+}
+
+/// The kernel of an L1 and its initramfs or disk. The file goes with the value.
+pub struct Image {
+    /// What boots from it.
+    pub kind: Kind,
+    /// The bzImage.
+    pub kernel: PathBuf,
+    /// The initramfs or disk.
+    pub file: PathBuf,
+}
+
+impl Image {
+    /// Writes the image below `dir`.
+    ///
+    /// # Errors
+    /// Something that belongs into it is missing.
+    pub fn build(kind: Kind, content: &Content, dir: &Path) -> Result<Self> {
+        let kernel = Kernel::find()?;
+        let file = match kind {
+            Kind::Busybox => initramfs(&kernel, content, dir)?,
+            Kind::Systemd => systemd::disk(&kernel, content, dir)?,
+        };
+        Ok(Self { kind, kernel: kernel.image, file })
     }
 }
 
 impl Drop for Image {
     fn drop(&mut self) {
         // A file that stays behind costs disk space only.
-        let _ = fs::remove_file(&self.initramfs);
+        let _ = fs::remove_file(&self.file);
     }
+}
+
+/// Writes the initramfs with busybox.
+fn initramfs(kernel: &Kernel, content: &Content, dir: &Path) -> Result<PathBuf> {
+    let busybox = Busybox::find()?;
+    let mut archive = Archive::default();
+    archive.console();
+    busybox.add_to(&mut archive);
+    archive.file("init", true, include_bytes!("init-l1"));
+    archive.file("etc/passwd", false, PASSWD.as_bytes());
+    archive.file("etc/group", false, GROUP.as_bytes());
+    archive.directory("new");
+    add_modules(&mut archive, kernel, &L1_MODULES)?;
+    archive.file(paths::KERNEL.trim_start_matches('/'), false, &read(&kernel.image)?);
+    archive.file(paths::INITRD.trim_start_matches('/'), false, &guest_initrd(kernel)?);
+    content.each_program(|path, bytes| {
+        archive.file(path, true, &bytes);
+        Ok(())
+    })?;
+    if let Some(overlay) = &content.overlay {
+        add_tree(&mut archive, overlay, "")?;
+    }
+    let initramfs = dir.join(format!("l1-{}.cpio", std::process::id()));
+    fs::write(&initramfs, archive.finish())
+        .map_err(|error| Failure::new(format!("{}: {error}", initramfs.display())))?;
+    Ok(initramfs)
 }
 
 /// Debian's kernel and, written below `dir`, the initrd of the Debian guest, for a host that can run it.
@@ -89,15 +124,18 @@ impl Drop for Image {
 pub fn debian(dir: &Path) -> Result<(PathBuf, PathBuf)> {
     let kernel = Kernel::find()?;
     let initrd = dir.join("initrd");
-    fs::write(&initrd, guest_initrd(&kernel, &Busybox::find()?)?)?;
+    fs::write(&initrd, guest_initrd(&kernel)?)?;
     Ok((kernel.image, initrd))
 }
 
 /// The initrd of the Debian guest.
-fn guest_initrd(kernel: &Kernel, busybox: &Busybox) -> Result<Vec<u8>> {
+///
+/// # Errors
+/// busybox or a module is missing.
+pub fn guest_initrd(kernel: &Kernel) -> Result<Vec<u8>> {
     let mut archive = Archive::default();
     archive.console();
-    busybox.add_to(&mut archive);
+    Busybox::find()?.add_to(&mut archive);
     archive.file("init", true, include_bytes!("init-l2"));
     for directory in ["proc", "sys"] {
         archive.directory(directory);
@@ -130,7 +168,11 @@ fn add_tree(archive: &mut Archive, dir: &Path, below: &str) -> Result<()> {
     Ok(())
 }
 
-fn read(path: &Path) -> Result<Vec<u8>> {
+/// The content of a file.
+///
+/// # Errors
+/// It cannot be read; the failure names it.
+pub fn read(path: &Path) -> Result<Vec<u8>> {
     fs::read(path).map_err(|error| Failure::new(format!("{}: {error}", path.display())))
 }
 

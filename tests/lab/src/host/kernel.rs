@@ -46,6 +46,25 @@ impl Kernel {
     /// # Errors
     /// A module is neither there nor built in.
     pub fn modules(&self, names: &[&str]) -> Result<Vec<(String, Vec<u8>)>> {
+        self.paths(names)?
+            .into_iter()
+            .map(|path| Ok((module_name(&path), uncompressed(&self.modules.join(path))?)))
+            .collect()
+    }
+
+    /// The files that modprobe needs to load the named modules.
+    ///
+    /// # Errors
+    /// As [`Kernel::modules`].
+    pub fn files(&self, names: &[&str]) -> Result<Vec<PathBuf>> {
+        let indexes = fs::read_dir(&self.modules)?
+            .filter_map(|entry| entry.ok()?.file_name().into_string().ok())
+            .filter(|name| name.starts_with("modules."));
+        Ok(indexes.chain(self.paths(names)?).map(|path| self.modules.join(path)).collect())
+    }
+
+    /// The named modules and what they need, in loading order, as paths below the modules' directory.
+    fn paths(&self, names: &[&str]) -> Result<Vec<String>> {
         let builtin = fs::read_to_string(self.modules.join("modules.builtin"))?;
         let mut paths: Vec<String> = Vec::new();
         for name in names {
@@ -62,10 +81,7 @@ impl Kernel {
                 None => return Err(Failure::new(format!("{} has no module {name}", self.modules.display()))),
             }
         }
-        paths
-            .into_iter()
-            .map(|path| Ok((module_name(&path), uncompressed(&self.modules.join(path))?)))
-            .collect()
+        Ok(paths)
     }
 }
 

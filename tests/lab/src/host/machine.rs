@@ -9,9 +9,9 @@ use std::time::{Duration, Instant};
 
 use bulkhead_framework::{Child, Failure, Result};
 
-use super::image::Image;
+use super::image::{Image, Kind};
 
-/// How long L1 may take from start to its agent. It is 4 s on a free machine.
+/// How long L1 may take from start to its agent. It is 4 s on a free machine, 7 s with systemd.
 const BOOT: Duration = Duration::from_secs(120);
 
 /// No L1 outlives this, whatever happens to its owner.
@@ -19,6 +19,13 @@ const LIFETIME: &str = "1800";
 
 /// Guest memory that is never touched costs nothing, here as in L2.
 const MEMORY: &str = "3072";
+
+/// What every L1's kernel is told. Without no_timer_check it panics now and then on a loaded host: its timer seems not
+/// to tick.
+const KERNEL_LINE: &str = "console=ttyS0 quiet no_timer_check panic=-1 mitigations=off init_on_alloc=0 audit=0 rcupdate.rcu_expedited=1";
+
+/// What systemd's L1 adds. The kernel has NVMe and ext4 built in, so there is no initramfs.
+const SYSTEMD_LINE: &str = "root=/dev/nvme0n1 rootfstype=ext4 rw systemd.show_status=0";
 
 /// A running L1 whose agent waits for a request.
 pub struct Machine {
@@ -63,11 +70,18 @@ impl Machine {
         ]);
         command.arg("-serial").arg(format!("file:{}", console.display()));
         command.args(["-chardev", "stdio,id=agent,signal=off", "-serial", "chardev:agent"]);
-        // Without no_timer_check the kernel panics now and then on a loaded host: its timer seems not to tick.
-        command.arg("-kernel").arg(&image.kernel).arg("-initrd").arg(&image.initramfs).arg("-append");
-        command.arg(
-            "console=ttyS0 quiet no_timer_check panic=-1 mitigations=off init_on_alloc=0 audit=0 rcupdate.rcu_expedited=1",
-        );
+        command.arg("-kernel").arg(&image.kernel);
+        match image.kind {
+            Kind::Busybox => command.arg("-initrd").arg(&image.file).args(["-append", KERNEL_LINE]),
+            Kind::Systemd => {
+                let file = format!(
+                    "if=none,id=root,file={},format=raw,snapshot=on,cache=unsafe",
+                    image.file.display()
+                );
+                command.args(["-drive", &file, "-device", "nvme,drive=root,serial=lab"]);
+                command.args(["-append", &format!("{KERNEL_LINE} {SYSTEMD_LINE}")])
+            }
+        };
         let start = Instant::now();
         let qemu = Child::start(&mut command, "L1 agent", "QEMU")?;
         let mut machine = Self { qemu, console: console.to_owned(), boot: Duration::ZERO };

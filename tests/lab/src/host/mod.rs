@@ -5,7 +5,8 @@ mod image;
 mod kernel;
 mod machine;
 mod runner;
+mod systemd;
 
 pub use build::product;
-pub use image::debian;
+pub use image::{Kind, debian};
 pub use runner::{Options, demo, native, run, shell};

@@ -9,12 +9,12 @@ use std::time::{Duration, Instant};
 use bulkhead_framework::{Failure, Result, target_dir};
 
 use super::build;
-use super::image::{Content, Image};
+use super::image::{Content, Image, Kind};
 use super::machine::{Line, Machine};
 use crate::agent::cases::Case;
 
 /// How long a case may take; the waits inside it are shorter and explain more.
-const CASE: Duration = Duration::from_secs(120);
+const CASE: Duration = Duration::from_secs(240);
 
 /// How often one case may lose its L1. An L1 under QEMU's emulation stops for good now and then, its kernel and
 /// the agent with it; a case that fails says so by itself, through the agent.
@@ -29,6 +29,8 @@ pub struct Options {
     pub jobs: usize,
     /// A directory tree to lay over L1's root.
     pub overlay: Option<PathBuf>,
+    /// The L1 of a shell command.
+    pub kind: Kind,
 }
 
 /// Runs `cases` and prints a line for each. True if all passed.
@@ -37,7 +39,9 @@ pub struct Options {
 /// The lab itself cannot run.
 pub fn run(cases: &[&'static Case], options: &Options) -> Result<bool> {
     let start = Instant::now();
-    let lab = Lab::prepare(options, Vec::new())?;
+    let needed = |kind: &Kind| cases.iter().any(|case| case.kind == *kind);
+    let kinds: Vec<Kind> = [Kind::Systemd, Kind::Busybox].into_iter().filter(needed).collect();
+    let lab = Lab::prepare(options, &kinds, Vec::new())?;
     println!("lab: prepared in {:.1} s, {} cases", start.elapsed().as_secs_f32(), cases.len());
     let queue = Mutex::new(cases.iter().map(|case| (*case, 0)).collect::<Queue>());
     let failed = Mutex::new(0);
@@ -70,8 +74,8 @@ pub fn native(args: &[String], options: &Options) -> Result<bool> {
         .iter()
         .map(|path| path.file_name().unwrap_or_default().to_string_lossy().into_owned())
         .collect();
-    let lab = Lab::prepare(options, tests)?;
-    let mut machine = lab.boot("native")?;
+    let lab = Lab::prepare(options, &[Kind::Busybox], tests)?;
+    let mut machine = lab.boot(Kind::Busybox, "native")?;
     let mut passed = true;
     for name in names {
         passed &=
@@ -85,8 +89,8 @@ pub fn native(args: &[String], options: &Options) -> Result<bool> {
 /// # Errors
 /// As [`run`].
 pub fn shell(command: &str, options: &Options) -> Result<bool> {
-    let lab = Lab::prepare(options, Vec::new())?;
-    lab.program(&mut lab.boot("shell")?, &format!("exec {command}"))
+    let lab = Lab::prepare(options, &[options.kind], Vec::new())?;
+    lab.program(&mut lab.boot(options.kind, "shell")?, &format!("exec {command}"))
 }
 
 /// Shows the Debian guest in L1. True if all went well.
@@ -94,8 +98,8 @@ pub fn shell(command: &str, options: &Options) -> Result<bool> {
 /// # Errors
 /// As [`run`].
 pub fn demo(options: &Options) -> Result<bool> {
-    let lab = Lab::prepare(options, Vec::new())?;
-    lab.program(&mut lab.boot("demo")?, "demo")
+    let lab = Lab::prepare(options, &[Kind::Busybox], Vec::new())?;
+    lab.program(&mut lab.boot(Kind::Busybox, "demo")?, "demo")
 }
 
 /// Cases to run, each with the number of L1s that it has lost.
@@ -103,44 +107,55 @@ type Queue = VecDeque<(&'static Case, u32)>;
 
 /// What all L1s of one invocation share.
 struct Lab {
-    image: Image,
+    images: Vec<Image>,
     logs: PathBuf,
 }
 
 impl Lab {
-    fn prepare(options: &Options, tests: Vec<PathBuf>) -> Result<Self> {
+    fn prepare(options: &Options, kinds: &[Kind], tests: Vec<PathBuf>) -> Result<Self> {
         let programs = build::product()?;
         let dir = target_dir().join("lab");
         let logs = dir.join("logs");
         fs::create_dir_all(&logs).map_err(|error| Failure::new(format!("{}: {error}", logs.display())))?;
-        let image = Image::build(&Content { programs, tests, overlay: options.overlay.clone() }, &dir)?;
-        Ok(Self { image, logs: fs::canonicalize(logs)? })
+        let content = Content { programs, tests, overlay: options.overlay.clone() };
+        let images = kinds.iter().map(|kind| Image::build(*kind, &content, &dir)).collect::<Result<_>>()?;
+        Ok(Self { images, logs: fs::canonicalize(logs)? })
     }
 
-    fn boot(&self, name: &str) -> Result<Machine> {
-        let machine = Machine::boot(&self.image, &self.logs.join(format!("l1-{name}.log")))?;
+    fn boot(&self, kind: Kind, name: &str) -> Result<Machine> {
+        let image = self.images.iter().find(|image| image.kind == kind).ok_or("no image of this kind")?;
+        let machine = Machine::boot(image, &self.logs.join(format!("l1-{name}.log")))?;
         println!("lab: L1 {name} is up after {:.1} s", machine.boot.as_secs_f32());
         Ok(machine)
     }
 
-    /// Takes cases from `queue` until it is empty. An L1 that ended or hung is replaced.
+    /// Takes cases from `queue` until it is empty. An L1 that ended or hung is replaced, as is one of the other kind
+    /// when no case is left for it.
     fn work(&self, worker: usize, queue: &Mutex<Queue>, failed: &Mutex<usize>) -> Result<()> {
+        // The workers start from both ends, so that few L1s are booted.
+        let ends = [Kind::Systemd, Kind::Busybox];
+        let mut kind = ends.get(worker % ends.len()).copied().unwrap_or(Kind::Busybox);
         let mut machine = None;
         loop {
-            let next = queue.lock().unwrap_or_else(PoisonError::into_inner).pop_front();
+            let next = take(&mut queue.lock().unwrap_or_else(PoisonError::into_inner), kind);
             let Some((case, lost)) = next else { return Ok(()) };
+            if case.kind != kind {
+                machine = None;
+                kind = case.kind;
+            }
             let mut l1 = match machine.take() {
                 Some(l1) => l1,
-                None => self.boot(&worker.to_string())?,
+                None => self.boot(kind, &worker.to_string())?,
             };
             let start = Instant::now();
             let mut logs = BTreeMap::<String, String>::new();
-            let result = l1.request(&format!("run {}", case.name), CASE, |line| {
-                if let Line::Log(name, text) = line {
+            let result = l1.request(&format!("run {}", case.name), CASE, |line| match line {
+                Line::Log(name, text) => {
                     let log = logs.entry(name).or_default();
                     log.push_str(&text);
                     log.push('\n');
                 }
+                Line::Out(text) => println!("     {:<28} {text}", case.name),
             });
             let seconds = start.elapsed().as_secs_f32();
             let reason = match result {
@@ -192,6 +207,12 @@ impl Lab {
         }
         Ok(outcome.is_ok())
     }
+}
+
+/// The next case for an L1 of this kind, or for one of the other.
+fn take(queue: &mut Queue, kind: Kind) -> Option<(&'static Case, u32)> {
+    let fits = queue.iter().position(|(case, _)| case.kind == kind);
+    queue.remove(fits.unwrap_or(0))
 }
 
 fn write(path: &Path, text: &str) -> Result<()> {

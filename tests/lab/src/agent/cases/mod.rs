@@ -4,10 +4,12 @@ mod boot;
 mod power;
 mod restarts;
 mod run_state;
+mod units;
 
 use bulkhead_framework::{Failure, Result};
 
 use super::Journal;
+use crate::host::Kind;
 
 /// One test case.
 pub struct Case {
@@ -15,57 +17,105 @@ pub struct Case {
     pub name: &'static str,
     /// What it shows, in a line.
     pub about: &'static str,
+    /// The L1 that it needs.
+    pub kind: Kind,
     /// What it does. All its waits have limits.
     pub run: fn(&mut Journal) -> Result<()>,
 }
 
 /// All cases, the longest first: that keeps several L1s busy to the end.
 pub const ALL: &[Case] = &[
-    Case { name: "reset", about: "system_reset and the guest's own reboot boot again", run: power::reset },
+    Case {
+        name: "units-tenants",
+        about: "two tenants' VMs in units: users, roles, nothing within each other's reach, a clean stop",
+        kind: Kind::Systemd,
+        run: units::tenants,
+    },
+    Case {
+        name: "units-restarts",
+        about: "broker and console die under load, the guest resets: it runs on, fd sets stay",
+        kind: Kind::Systemd,
+        run: units::restarts,
+    },
+    Case {
+        name: "units-host",
+        about: "systemd 252 as PID 1, and bulkhead run as a transient service",
+        kind: Kind::Systemd,
+        run: units::host,
+    },
+    Case {
+        name: "reset",
+        about: "system_reset and the guest's own reboot boot again",
+        kind: Kind::Busybox,
+        run: power::reset,
+    },
     Case {
         name: "panic",
         about: "a guest panic: reset with panic=-1, hung and reset by QMP with panic=0",
+        kind: Kind::Busybox,
         run: power::panic,
     },
     Case {
         name: "boot-4-cpus-4g",
         about: "4 vCPUs and 4 GiB: all come up, memory above 4 GiB",
+        kind: Kind::Busybox,
         run: boot::four_cpus,
     },
     Case {
         name: "boot-1-cpu-256m",
         about: "1 vCPU and 256 MiB: command line, memory, clock, full boot log",
+        kind: Kind::Busybox,
         run: boot::one_cpu,
     },
     Case {
         name: "console-restarts",
         about: "a console that is killed while Debian boots, writes and is switched off",
+        kind: Kind::Busybox,
         run: restarts::console,
     },
-    Case { name: "console", about: "long input and output pass the console intact", run: boot::console },
-    Case { name: "ordinary-user", about: "a user in group kvm boots a guest", run: boot::ordinary_user },
+    Case {
+        name: "console",
+        about: "long input and output pass the console intact",
+        kind: Kind::Busybox,
+        run: boot::console,
+    },
+    Case {
+        name: "ordinary-user",
+        about: "a user in group kvm boots a guest",
+        kind: Kind::Busybox,
+        run: boot::ordinary_user,
+    },
     Case {
         name: "stop-cont",
         about: "stop freezes the guest and its clock, cont resumes it",
+        kind: Kind::Busybox,
         run: run_state::stop_cont,
     },
     Case {
         name: "start-paused",
         about: "-S waits for cont before the first instruction",
+        kind: Kind::Busybox,
         run: run_state::start_paused,
     },
     Case {
         name: "power-button",
         about: "system_powerdown presses KEY_POWER, the guest powers off",
+        kind: Kind::Busybox,
         run: power::button,
     },
-    Case { name: "power-off", about: "the guest powers off by itself", run: power::off },
+    Case { name: "power-off", about: "the guest powers off by itself", kind: Kind::Busybox, run: power::off },
     Case {
         name: "no-reboot",
         about: "-no-reboot turns the guest's reboot into the end",
+        kind: Kind::Busybox,
         run: power::no_reboot,
     },
-    Case { name: "quit", about: "quit ends a running VM and leaves nothing behind", run: run_state::quit },
+    Case {
+        name: "quit",
+        about: "quit ends a running VM and leaves nothing behind",
+        kind: Kind::Busybox,
+        run: run_state::quit,
+    },
 ];
 
 /// The cases whose name contains one of `words`; all for no words.
