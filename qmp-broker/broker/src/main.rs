@@ -24,10 +24,13 @@ use tokio::task::LocalSet;
 
 fn main() -> ExitCode {
     match begin() {
-        Ok((runtime, hub, sources)) => {
-            LocalSet::new().block_on(&runtime, run(hub, sources));
-            ExitCode::SUCCESS
-        }
+        Ok((runtime, hub, sources)) => match LocalSet::new().block_on(&runtime, run(hub, sources)) {
+            Ok(()) => ExitCode::SUCCESS,
+            Err(error) => {
+                error!("link to core: {error}");
+                ExitCode::FAILURE
+            }
+        },
         Err(error) => {
             error!("{error}");
             ExitCode::FAILURE

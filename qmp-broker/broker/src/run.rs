@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use bulkhead_control_api::{console, core};
 use bulkhead_jail::link::LinkError;
-use bulkhead_jail::{error, info, warn};
+use bulkhead_jail::{info, warn};
 use nix::errno::Errno;
 use tokio::io::unix::AsyncFd;
 use tokio::task::{JoinHandle, spawn_local};
@@ -38,10 +38,14 @@ pub struct Sources {
     pub monitors: Vec<Source>,
 }
 
-/// Serves until the VM ends. Needs a `LocalSet`.
-pub async fn run(hub: Rc<Hub>, sources: Sources) {
+/// Serves until the VM ends, or core's link does. A link that is closed is most often the VM's end, too: starters find out.
+/// Needs a `LocalSet`.
+///
+/// # Errors
+/// The link failed in another way, while core may live.
+pub async fn run(hub: Rc<Hub>, sources: Sources) -> Result<(), LinkError> {
     spawn_local(console_loop(Rc::clone(&hub), sources.console));
-    let core: JoinHandle<()> = spawn_local(core_loop(Rc::clone(&hub), sources.core));
+    let core: JoinHandle<LinkError> = spawn_local(core_loop(Rc::clone(&hub), sources.core));
     // The next one is to know that it is not the first.
     hub.commit().await;
     if let Some(opener) = sources.opener {
@@ -51,37 +55,44 @@ pub async fn run(hub: Rc<Hub>, sources: Sources) {
     for (monitor, source) in monitors.iter().zip(sources.monitors) {
         monitor::start(&hub, monitor, source);
     }
-    tokio::select! {
-        () = hub.ended.notified() => {}
-        _ = core => {}
-        () = hub.store.watchdog() => {}
-        () = hub.catch_up() => {}
-    }
+    let ended = tokio::select! {
+        biased;
+        // Core has said so, whatever becomes of its link then.
+        () = hub.ended.notified() => Ok(()),
+        error = core => match error {
+            Ok(LinkError::Closed) => Ok(()),
+            Ok(error) => Err(error),
+            Err(_) => Err(LinkError::Io(Errno::ECANCELED)),
+        },
+        () = hub.store.watchdog() => Ok(()),
+        () = hub.catch_up() => Ok(()),
+    };
     let flush = async {
         while !hub.is_flushed() {
             sleep(GLANCE).await;
         }
     };
     let _ = timeout(FLUSH, flush).await;
+    ended
 }
 
 /// Follows core until its link ends.
-async fn core_loop(hub: Rc<Hub>, fd: OwnedFd) {
-    match Link::begin(fd).await {
+async fn core_loop(hub: Rc<Hub>, fd: OwnedFd) -> LinkError {
+    let error = match Link::begin(fd).await {
         Ok(link) => {
             let link = Rc::new(link);
             hub.core.attach(Rc::clone(&link));
             spawn_local(begin_machine(Rc::clone(&hub)));
-            match follow_core(&hub, &link).await {
-                LinkError::Closed => info!("core is gone"),
-                other => error!("link to core: {other}"),
-            }
+            follow_core(&hub, &link).await
         }
-        // Core has said why it ends, or the starter will.
-        Err(LinkError::Closed) => info!("core is gone"),
-        Err(error) => error!("link to core: {error}"),
+        Err(error) => error,
+    };
+    // Core has said why it ends, or the starter will.
+    if matches!(error, LinkError::Closed) {
+        info!("core is gone");
     }
     hub.core.detach();
+    error
 }
 
 /// Learns the run state, waits for clients that must be there, then starts the machine.

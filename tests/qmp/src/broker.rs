@@ -263,6 +263,5 @@ fn serve(
             replaced.set_policy(policy);
         }
     });
-    local.block_on(&runtime, run(hub, sources));
-    Ok(())
+    local.block_on(&runtime, run(hub, sources)).map_err(|error| error.to_string())
 }

@@ -115,6 +115,14 @@ impl Core {
         self.started.load(Ordering::SeqCst)
     }
 
+    /// Sends what is no message.
+    pub fn send_garbage(&self) {
+        let (slot, _) = &*self.out;
+        if let Some(out) = &*slot.lock().unwrap_or_else(PoisonError::into_inner) {
+            let _ = send_packet(out.as_fd(), &[0xff; 7], &[], MsgFlags::empty());
+        }
+    }
+
     /// The machine runs, and each request takes so long.
     pub fn set_running(&self, slow: Duration) {
         *self.state.lock().unwrap_or_else(PoisonError::into_inner) = RunState::Running;

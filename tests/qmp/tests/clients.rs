@@ -152,6 +152,18 @@ fn the_run_state_is_told_once_it_is_known() -> Result<()> {
     Ok(())
 }
 
+/// A broker that loses core to a fault of the link fails, so that another one is started.
+#[test]
+fn a_link_that_breaks_is_a_failure() -> Result<()> {
+    let broker = Broker::start(&[Kind::Server], false)?;
+    let mut wire = negotiated(&broker)?;
+    assert!(wire.ask("{'execute': 'query-cpus-fast'}")?.get("return").is_some());
+    broker.core.send_garbage();
+    assert_eq!(wire.line().unwrap_err().message(), "the connection is closed");
+    assert!(broker.join().is_err());
+    Ok(())
+}
+
 /// Commands that wait for a console that is away are not in the way of those for core.
 #[test]
 fn an_absent_console_delays_no_command_of_core() -> Result<()> {
