@@ -38,6 +38,12 @@ pub const ALL: &[Case] = &[
         run: units::restarts,
     },
     Case {
+        name: "units-names",
+        about: "bad names, units started in the wrong order, no journal",
+        kind: Kind::Systemd,
+        run: units::names,
+    },
+    Case {
         name: "units-host",
         about: "systemd 252 as PID 1, and bulkhead run as a transient service",
         kind: Kind::Systemd,

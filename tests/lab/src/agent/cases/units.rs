@@ -11,7 +11,7 @@ use serde_json::json;
 use super::super::Journal;
 use super::super::debian::{APPEND, BOOT, SAY_WATCHED, SOON, UP, WATCH_BUTTON};
 use super::super::probe;
-use super::super::units::{PARTS, UnitVm, check, tool, wait_for};
+use super::super::units::{PARTS, UnitVm, check, output, tool, wait_for};
 use crate::paths;
 
 /// How long a VM may take to end when its target stops: the guest's power-off, and the kill after it.
@@ -153,6 +153,46 @@ fn roles(vms: &[UnitVm; 2], journal: &mut Journal) -> Result<()> {
         }
     }
     Ok(())
+}
+
+pub fn names(journal: &mut Journal) -> Result<()> {
+    // Without a machine file, and under a name that units cannot carry, nothing starts and nothing stays.
+    for bad in ["none", "Vm1", "abcdefghijklmnopq"] {
+        if bad != "none" {
+            fs::create_dir_all("/etc/bulkhead")?;
+            fs::write(format!("/etc/bulkhead/{bad}.toml"), "")?;
+        }
+        let started = output(&["systemctl", "start", &format!("bulkhead@{bad}.target")])?;
+        check(!started.status.success(), || format!("{bad} starts"))?;
+    }
+    // From the wrong end: a part alone brings what it needs, and the target makes a VM of them.
+    let mut vm = UnitVm::install("vm1", "")?;
+    for part in ["console", "broker", "core"] {
+        tool(&["systemctl", "start", &vm.service(part)])?;
+    }
+    tool(&["systemctl", "start", &vm.target()])?;
+    vm.attach(journal)?;
+    vm.wait_for_user_space()?;
+    // A second VM of the name is the same one.
+    let before = vm.process("core")?.pid;
+    tool(&["systemctl", "start", &vm.target()])?;
+    check(vm.process("core")?.pid == before, || "a second start starts a second core".to_owned())?;
+    // Nobody reads what the processes log.
+    let silent = ["systemd-journald.socket", "systemd-journald-dev-log.socket", "systemd-journald.service"];
+    tool(&[&["systemctl", "stop"][..], &silent].concat())?;
+    let served = without_a_log(&mut vm, journal);
+    tool(&["systemctl", "start", "systemd-journald.socket", "systemd-journald.service"])?;
+    served
+}
+
+fn without_a_log(vm: &mut UnitVm, journal: &mut Journal) -> Result<()> {
+    tool(&["systemctl", "restart", &vm.service("broker")])?;
+    let mut qmp = vm.qmp("operator", journal)?;
+    qmp.execute("system_reset", json!({}))?;
+    vm.wait_for_user_space()?;
+    qmp.execute("quit", json!({}))?;
+    let gone = || vm.left().ok().filter(Vec::is_empty);
+    wait_for("the end of a VM without a log", STOP, gone).map(drop)
 }
 
 /// Says a figure that the host prints.
