@@ -67,8 +67,11 @@ fn two(journal: &mut Journal, more: &str) -> Result<[UnitVm; 2]> {
     let mut vms = [vm(one)?, vm(other)?];
     let [first, second] = vms.each_ref().map(UnitVm::target);
     tool(&["systemctl", "start", &first, &second])?;
+    // Nobody keeps what a guest says before its port has a client.
     for vm in &mut vms {
         vm.attach(journal)?;
+    }
+    for vm in &mut vms {
         vm.wait_for_user_space()?;
     }
     Ok(vms)
