@@ -21,8 +21,6 @@ use nix::unistd::{self, Gid, Uid};
 
 /// Number of the first inherited descriptor (`sd_listen_fds(3)`).
 const FIRST_FD: RawFd = 3;
-/// Above every number that an inherited descriptor gets.
-pub const PARKED: RawFd = 300;
 
 /// A step that failed, by name.
 pub type Failed = (&'static str, Errno);
@@ -84,6 +82,11 @@ impl Child<'_> {
         }
     }
 
+    /// Above every number that an inherited descriptor gets: those by name and `proc`.
+    pub fn parking(&self) -> RawFd {
+        RawFd::try_from(self.fds.len() + 1).map_or(RawFd::MAX, |count| count.saturating_add(FIRST_FD))
+    }
+
     fn has(&self, namespace: Namespace) -> bool {
         self.namespaces.contains(&namespace)
     }
@@ -137,16 +140,17 @@ impl Child<'_> {
     fn place_descriptors(&self, tasks: Option<File>) -> Result<OwnedFd, Failed> {
         let null = open(c"/dev/null", OFlag::O_RDWR | OFlag::O_CLOEXEC, Mode::empty())
             .map_err(|e| ("/dev/null", e))?;
-        let binary = park(self.binary)?;
-        let mut parked = vec![park(null.as_fd())?, park(null.as_fd())?, park(self.log)?];
+        let parking = self.parking();
+        let binary = park(self.binary, parking)?;
+        let mut parked = Vec::new();
+        for fd in [null.as_fd(), null.as_fd(), self.log] {
+            parked.push(park(fd, parking)?);
+        }
         for (_, fd) in &self.fds {
-            parked.push(park(*fd)?);
+            parked.push(park(*fd, parking)?);
         }
         if let Some(tasks) = &tasks {
-            parked.push(park(tasks.as_fd())?);
-        }
-        if parked.len() > usize::try_from(PARKED).unwrap_or(0) {
-            return Err(("too many descriptors", Errno::EMFILE));
+            parked.push(park(tasks.as_fd(), parking)?);
         }
         // From here on low numbers are others' than their owners think: close none of them.
         std::mem::forget((null, tasks));
@@ -207,9 +211,9 @@ impl Child<'_> {
     }
 }
 
-/// A copy of a descriptor above [`PARKED`].
-pub fn park(fd: BorrowedFd<'_>) -> Result<OwnedFd, Failed> {
-    let number = fcntl(fd, FcntlArg::F_DUPFD_CLOEXEC(PARKED)).map_err(|e| ("dup", e))?;
+/// A copy of a descriptor with a number of at least `parking`.
+pub fn park(fd: BorrowedFd<'_>, parking: RawFd) -> Result<OwnedFd, Failed> {
+    let number = fcntl(fd, FcntlArg::F_DUPFD_CLOEXEC(parking)).map_err(|e| ("dup", e))?;
     // SAFETY: fcntl has just made this descriptor for us.
     Ok(unsafe { OwnedFd::from_raw_fd(number) })
 }

@@ -15,8 +15,11 @@ use nix::sys::signal::{SigHandler, Signal, signal};
 use nix::sys::wait::{Id, WaitPidFlag, WaitStatus, waitid};
 use nix::unistd::{self, Gid, Pid, Uid};
 
-use crate::jailed::{Child, Identity, PARKED, park};
+use crate::jailed::{Child, Identity, park};
 
+/// Descriptors that the launcher and a child have open beside those that are kept: of links, logs and binaries,
+/// what the command line names, and a copy of a compartment's own in its child.
+const OTHERS: usize = 600;
 /// User and group id of a compartment inside its user namespace.
 const INNER_ID: u32 = 1000;
 /// First host id of the compartments when root starts them. It lies above what distributions and
@@ -176,7 +179,7 @@ impl Host {
 /// The child's life; it returns only into `_exit`.
 fn fail_in_child(child: Child<'_>, failure_in: &OwnedFd) -> ! {
     // Its own number may be given to another descriptor before it is needed.
-    let report = park(failure_in.as_fd());
+    let report = park(failure_in.as_fd(), child.parking());
     let (step, errno) = child.run();
     if let Ok(report) = report {
         let _ = File::from(report).write_all(format!("{step}: {errno}{}", remedy(errno)).as_bytes());
@@ -195,14 +198,21 @@ fn remedy(errno: Errno) -> &'static str {
     }
 }
 
-/// Raises the limit of descriptors to what the host allows; the start itself needs some hundred.
+/// Descriptors that a launcher with everything kept has open: what is kept for all, and in the child that is to
+/// be one of them a copy of what that one has.
+fn most_descriptors() -> usize {
+    let stores = || PROCESSES.iter().map(|process| process.store);
+    stores().sum::<usize>() + stores().max().unwrap_or(0) + OTHERS
+}
+
+/// Raises the limit of descriptors to what the host allows.
 fn enough_descriptors() -> Result<(), String> {
-    let least = u64::try_from(PARKED).unwrap_or(0) * 2;
+    let least = u64::try_from(most_descriptors()).unwrap_or(u64::MAX);
     let fail = |e: Errno| format!("RLIMIT_NOFILE: {e}");
     let (_, hard) = getrlimit(Resource::RLIMIT_NOFILE).map_err(fail)?;
     if hard < least {
         return Err(format!(
-            "only {hard} open files are allowed, {least} are needed: raise `ulimit -Hn` to 2048"
+            "only {hard} open files are allowed, {least} are needed: raise `ulimit -Hn` to that"
         ));
     }
     setrlimit(Resource::RLIMIT_NOFILE, hard, hard).map_err(fail)

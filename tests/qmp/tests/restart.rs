@@ -97,6 +97,30 @@ fn survive(vm: &Vm) -> Result<()> {
     Ok(())
 }
 
+/// So many that they do not fit below the numbers that a start needs for itself.
+#[test]
+fn a_broker_full_of_descriptors_is_started_again() -> Result<()> {
+    let Some(vm) = vm()? else { return Ok(()) };
+    fill(&vm).map_err(|failure| failure.with_logs(&[vm.stderr().clone()]))
+}
+
+fn fill(vm: &Vm) -> Result<()> {
+    let path = vm.dir().join("q.sock");
+    let mut wire = Wire::connect(&path)?;
+    wire.negotiate(false)?;
+    for _ in 0..1000 {
+        let null = File::open("/dev/null")?;
+        pass(&mut wire, "{'execute':'add-fd'}", null.as_fd())?;
+    }
+    let before = wire.ask("{'execute':'query-fdsets'}")?;
+    assert_eq!(before["return"].as_array().map(Vec::len), Some(1000));
+    for _ in 0..2 {
+        wire = again(vm, &path)?;
+        assert_eq!(wire.ask("{'execute':'query-fdsets'}")?, before);
+    }
+    Ok(())
+}
+
 /// A machine that has left `preconfig` does not go back there.
 #[test]
 fn preconfig_is_left_for_good() -> Result<()> {
