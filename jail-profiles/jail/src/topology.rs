@@ -2,6 +2,9 @@
 
 use seccompiler::sock_filter;
 
+/// Digits of the number in `kept.N`: those of a `u64`.
+const MAX_DIGITS: usize = 20;
+
 /// A kind of Linux namespace.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Namespace {
@@ -111,10 +114,14 @@ impl Process {
         })
     }
 
-    /// Whether its starter keeps a descriptor of that name beyond its death.
+    /// Whether its starter keeps a descriptor of that name beyond its death: `state`, or `kept.` and a number. A name
+    /// of any other form could split the list of names in which it comes back.
     #[must_use]
     pub fn may_keep(&self, fd: &str) -> bool {
-        self.may_have(fd) && (fd == "state" || fd.starts_with("kept."))
+        let is_number = |text: &str| {
+            (1..=MAX_DIGITS).contains(&text.len()) && text.bytes().all(|byte| byte.is_ascii_digit())
+        };
+        self.may_have(fd) && (fd == "state" || fd.strip_prefix("kept.").is_some_and(is_number))
     }
 
     /// The namespaces that `starter` gives this process.

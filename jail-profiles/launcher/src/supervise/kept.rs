@@ -102,12 +102,13 @@ mod tests {
         let (ours, starter) = pair();
         let mut kept = Kept::default();
         let null = std::fs::File::open("/dev/null").unwrap();
-        for name in ["state", "kept.7", "kept.", "config", "core", "kept.7"] {
+        let refused = ["kept.", "kept.a", "kept.1:2", "kept.-1", "kept.000000000000000000001", "config", "core"];
+        for name in ["state", "kept.7"].into_iter().chain(refused).chain(["kept.7"]) {
             starter.keep(name, null.as_fd()).unwrap();
         }
         starter.ready().unwrap();
         let heard = kept.listen(&topology::BROKER, ours.as_fd());
-        assert_eq!(heard, Heard { ready: true, refused: 4, closed: false });
+        assert_eq!(heard, Heard { ready: true, refused: 8, closed: false });
         assert_eq!(names(&kept), ["kept.7", "state"]);
         starter.forget("kept.7").unwrap();
         starter.forget("kept.8").unwrap();
