@@ -24,8 +24,37 @@ pub struct Rendezvous {
     inode: OwnedFd,
 }
 
-fn seqpacket(flags: SockFlag) -> Result<OwnedFd, Errno> {
-    socket::socket(AddressFamily::Unix, SockType::SeqPacket, SockFlag::SOCK_CLOEXEC | flags, None)
+/// A `SOCK_SEQPACKET` socket that never makes whoever accepts, or connects, wait.
+fn seqpacket() -> Result<OwnedFd, Errno> {
+    let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
+    socket::socket(AddressFamily::Unix, SockType::SeqPacket, flags, None)
+}
+
+/// Listens at `path`.
+///
+/// # Errors
+/// The kernel's.
+pub fn listen(path: &Path) -> Result<OwnedFd, Errno> {
+    let listener = seqpacket()?;
+    socket::bind(listener.as_raw_fd(), &UnixAddr::new(path)?)?;
+    socket::listen(&listener, Backlog::new(BACKLOG)?)?;
+    Ok(listener)
+}
+
+/// A new connection, the only one that waits: others in the queue are of a former life of the peer, or are replaced by
+/// this one. They leave the queue, which a listener that is frozen would let fill up.
+///
+/// # Errors
+/// The kernel's.
+pub fn connect(listener: BorrowedFd<'_>, path: &Path) -> Result<OwnedFd, Errno> {
+    for _ in 0..=BACKLOG {
+        let Ok(former) = socket::accept4(listener.as_raw_fd(), SockFlag::SOCK_CLOEXEC) else { break };
+        let _ = nix::unistd::close(former);
+    }
+    let socket = seqpacket()?;
+    socket::connect(socket.as_raw_fd(), &UnixAddr::new(path)?)?;
+    fcntl(&socket, FcntlArg::F_SETFL(OFlag::empty()))?;
+    Ok(socket)
 }
 
 /// Where to bind for a moment: a directory that only this user can change, or /tmp with its sticky bit.
@@ -57,9 +86,7 @@ impl Rendezvous {
         mkdir(&directory, Mode::S_IRWXU).map_err(fail)?;
         let made = (|| {
             let path = directory.join(SOCKET);
-            let listener = seqpacket(SockFlag::empty())?;
-            socket::bind(listener.as_raw_fd(), &UnixAddr::new(&path)?)?;
-            socket::listen(&listener, Backlog::new(BACKLOG)?)?;
+            let listener = listen(&path)?;
             let inode = open(&path, OFlag::O_PATH | OFlag::O_CLOEXEC, Mode::empty())?;
             Ok(Self { listener, inode })
         })();
@@ -73,19 +100,14 @@ impl Rendezvous {
         self.listener.as_fd()
     }
 
-    /// A new connection to it.
+    /// A new connection to it, see [`connect`].
     ///
     /// # Errors
-    /// The listener is gone or its queue is full.
+    /// The listener is gone.
     pub fn connect(&self) -> Result<OwnedFd, String> {
         let path = format!("/proc/self/fd/{}", self.inode.as_raw_fd());
-        // A full queue is an error here, not a wait.
-        let connected = seqpacket(SockFlag::SOCK_NONBLOCK).and_then(|socket| {
-            socket::connect(socket.as_raw_fd(), &UnixAddr::new(path.as_str())?)?;
-            fcntl(&socket, FcntlArg::F_SETFL(OFlag::empty()))?;
-            Ok(socket)
-        });
-        connected.map_err(|e| format!("cannot connect two compartments: {e} (is /proc mounted?)"))
+        connect(self.listener(), path.as_ref())
+            .map_err(|e| format!("cannot connect two compartments: {e} (is /proc mounted?)"))
     }
 }
 
@@ -109,10 +131,18 @@ mod tests {
     }
 
     #[test]
-    fn a_full_queue_is_an_error() {
+    fn a_listener_that_does_not_accept_has_one_connection() {
         let rendezvous = Rendezvous::new(|_| Ok(())).unwrap();
-        let ends: Vec<_> = (0..=BACKLOG).map(|_| rendezvous.connect().unwrap()).collect();
-        assert!(rendezvous.connect().is_err());
-        drop(ends);
+        let former: Vec<_> = (0..100).map(|_| rendezvous.connect().unwrap()).collect();
+        let accept = || socket::accept(rendezvous.listener().as_raw_fd());
+        let last = rendezvous.connect().unwrap();
+        socket::send(last.as_raw_fd(), b"last", socket::MsgFlags::empty()).unwrap();
+        let mut word = [0; 8];
+        let length = socket::recv(accept().unwrap(), &mut word, socket::MsgFlags::empty()).unwrap();
+        assert_eq!(&word[..length], b"last");
+        assert_eq!(accept(), Err(Errno::EAGAIN));
+        for end in former {
+            assert_eq!(socket::recv(end.as_raw_fd(), &mut word, socket::MsgFlags::empty()), Ok(0));
+        }
     }
 }

@@ -5,6 +5,7 @@ use std::time::{Duration, Instant};
 
 use bulkhead_jail::link::{Link, LinkError};
 use bulkhead_jail::warn;
+use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::socket::{SockFlag, accept4};
 
@@ -100,6 +101,8 @@ impl Door {
         match std::mem::replace(&mut self.peer, Peer::Nobody) {
             Peer::Nobody => match accept4(self.listener.as_raw_fd(), flags) {
                 Ok(fd) => self.peer = Peer::Greeting(sys::own(fd), Instant::now()),
+                // The starter has taken the connection back: its owner has died.
+                Err(Errno::EAGAIN) => {}
                 Err(errno) => warn!("{}: accept: {errno}", self.name),
             },
             Peer::Greeting(fd, _) => match Link::accept(fd, self.version) {

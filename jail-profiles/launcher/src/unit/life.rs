@@ -6,7 +6,7 @@
 
 use std::collections::BTreeMap;
 use std::fs;
-use std::os::fd::{AsFd, AsRawFd as _, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -14,16 +14,14 @@ use bulkhead_control_api::config;
 use bulkhead_jail::starter::Starter;
 use bulkhead_jail::topology::{LINKS, Link, PROCESSES, Process};
 use nix::errno::Errno;
-use nix::fcntl::{FcntlArg, OFlag, fcntl, open};
-use nix::sys::socket::{AddressFamily, Backlog, SockFlag, SockType, UnixAddr, bind, connect, listen, socket};
+use nix::fcntl::{OFlag, open};
 use nix::sys::stat::Mode;
 
 use crate::config_blob;
 use crate::machine::{Plan, What};
 use crate::opener;
+use crate::rendezvous;
 
-/// Connections that may wait: at most one peer at a time has business on such a socket.
-const BACKLOG: i32 = 4;
 /// How often the service manager is asked to keep something, and the pause before it is asked again.
 const KEEP_TRIES: u32 = 250;
 const KEEP_PAUSE: Duration = Duration::from_millis(20);
@@ -153,7 +151,7 @@ impl Life {
             all.push(((*name).to_owned(), copy(fd)?));
         }
         for link in LINKS.iter().filter(|link| link.connector == process.name) {
-            all.push((link.as_name.to_owned(), connection(&places.links.join(link.name))?));
+            all.push((link.as_name.to_owned(), self.connection(link, places)?));
         }
         for (name, fd) in self.fds.iter().filter(|(name, _)| process.may_have(name)) {
             // A character device has one owner.
@@ -181,9 +179,13 @@ impl Life {
     /// A new connection for `link`.
     ///
     /// # Errors
-    /// Nobody listens, or the queue is full.
+    /// Nobody listens.
     pub fn connection(&self, link: &Link, places: &Places) -> Result<OwnedFd, String> {
-        connection(&places.links.join(link.name))
+        let path = places.links.join(link.name);
+        let listener =
+            self.listeners.get(link.name).ok_or_else(|| format!("{} has no listener", link.name))?;
+        rendezvous::connect(listener.as_fd(), &path)
+            .map_err(|e| format!("cannot connect to {}: {e}", path.display()))
     }
 }
 
@@ -201,27 +203,10 @@ fn configs(plan: &Plan) -> Result<BTreeMap<&'static str, OwnedFd>, String> {
     ]))
 }
 
-fn seqpacket(flags: SockFlag) -> Result<OwnedFd, Errno> {
-    socket(AddressFamily::Unix, SockType::SeqPacket, SockFlag::SOCK_CLOEXEC | flags, None)
-}
-
 fn listener(path: &Path) -> Result<OwnedFd, Errno> {
     // Of a former life: nobody listens there any more, or nobody who could still be meant.
     let _ = fs::remove_file(path);
-    let fd = seqpacket(SockFlag::empty())?;
-    bind(fd.as_raw_fd(), &UnixAddr::new(path)?)?;
-    listen(&fd, Backlog::new(BACKLOG)?)?;
-    Ok(fd)
-}
-
-fn connection(path: &Path) -> Result<OwnedFd, String> {
-    // A full queue is an error here, not a wait.
-    let connected = seqpacket(SockFlag::SOCK_NONBLOCK).and_then(|socket| {
-        connect(socket.as_raw_fd(), &UnixAddr::new(path)?)?;
-        fcntl(&socket, FcntlArg::F_SETFL(OFlag::empty()))?;
-        Ok(socket)
-    });
-    connected.map_err(|e| format!("cannot connect to {}: {e}", path.display()))
+    rendezvous::listen(path)
 }
 
 #[cfg(test)]
