@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::env;
 use std::ffi::CString;
-use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::time::Duration;
 
 use bulkhead_control_api::opener::FromOpener;
@@ -11,6 +11,7 @@ use bulkhead_control_api::{MAX_CONFIG, VERSION, decode};
 use nix::errno::Errno;
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::sys::socket::{AddressFamily, MsgFlags, SockFlag, SockType, UnixAddr, connect, socket};
+use nix::sys::uio::pread;
 use serde::de::DeserializeOwned;
 
 use crate::link::{Link, LinkError};
@@ -62,11 +63,19 @@ pub struct Start {
     opener: Option<Link>,
 }
 
-/// The inherited descriptors by number and name.
+/// The inherited descriptors by number and name; none if a service manager started the process and has none.
 fn inherited(starter: &str) -> Result<Vec<(RawFd, String)>, StartError> {
     if starter == SYSTEMD && env::var_os("LISTEN_FDS").is_none() {
         return Ok(Vec::new());
     }
+    listen_fds()
+}
+
+/// Numbers and names of the descriptors that the starter gave (`sd_listen_fds(3)`).
+///
+/// # Errors
+/// [`StartError::Environment`]: there are none, or they are not for this process, or not named one by one.
+pub fn listen_fds() -> Result<Vec<(RawFd, String)>, StartError> {
     let var = |name: &'static str| env::var(name).map_err(|_| StartError::Environment(name));
     let pid: i32 = var("LISTEN_PID")?.parse().map_err(|_| StartError::Environment("LISTEN_PID"))?;
     if pid != nix::unistd::getpid().as_raw() {
@@ -186,22 +195,7 @@ impl Start {
     /// # Errors
     /// [`StartError::Config`].
     pub fn config<T: DeserializeOwned>(&mut self) -> Result<T, StartError> {
-        let fd = self.take("config")?;
-        let size = nix::sys::stat::fstat(&fd).map_err(|_| StartError::Config("no size"))?.st_size;
-        let size = usize::try_from(size).unwrap_or(usize::MAX);
-        if size > MAX_CONFIG {
-            return Err(StartError::Config("too large"));
-        }
-        let mut blob = vec![0; size];
-        let mut at = 0;
-        while let Some(rest) = blob.get_mut(at..).filter(|rest| !rest.is_empty()) {
-            let offset = i64::try_from(at).map_err(|_| StartError::Config("too large"))?;
-            match nix::sys::uio::pread(&fd, rest, offset) {
-                Ok(0) | Err(_) => return Err(StartError::Config("cannot be read")),
-                Ok(n) => at += n,
-            }
-        }
-        decode(&blob).map_err(|_| StartError::Config("of another version: install matching binaries"))
+        read_config(self.take("config")?.as_fd())
     }
 
     /// The link on which the opener replaces connections later, if this process keeps it.
@@ -248,6 +242,27 @@ impl Start {
         let _ = self.starter.ready();
         Ok(self.starter)
     }
+}
+
+/// Reads a configuration blob, also inside the jail.
+///
+/// # Errors
+/// [`StartError::Config`].
+pub fn read_config<T: DeserializeOwned>(fd: BorrowedFd<'_>) -> Result<T, StartError> {
+    let mut blob = vec![0; MAX_CONFIG + 1];
+    let mut length = 0;
+    while let Some(rest) = blob.get_mut(length..).filter(|rest| !rest.is_empty()) {
+        let offset = i64::try_from(length).map_err(|_| StartError::Config("too large"))?;
+        match pread(fd, rest, offset) {
+            Ok(0) => {
+                return decode(blob.get(..length).unwrap_or_default())
+                    .map_err(|_| StartError::Config("of another version: install matching binaries"));
+            }
+            Ok(count) => length += count,
+            Err(_) => return Err(StartError::Config("cannot be read")),
+        }
+    }
+    Err(StartError::Config("too large"))
 }
 
 fn connect_to_opener() -> Result<OwnedFd, StartError> {

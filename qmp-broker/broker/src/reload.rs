@@ -4,11 +4,11 @@ use std::os::fd::{AsFd as _, OwnedFd};
 use std::rc::Rc;
 
 use bulkhead_control_api::opener::FromOpener;
-use bulkhead_control_api::{MAX_CONFIG, MAX_MESSAGE, config, decode};
+use bulkhead_control_api::{MAX_MESSAGE, config, decode};
 use bulkhead_jail::link::{LinkError, recv_packet};
+use bulkhead_jail::start::read_config;
 use bulkhead_jail::{info, notice, warn};
 use nix::sys::socket::MsgFlags;
-use nix::sys::uio::pread;
 use tokio::io::unix::AsyncFd;
 
 use crate::hub::Hub;
@@ -34,27 +34,16 @@ pub async fn follow(hub: Rc<Hub>, opener: AsyncFd<OwnedFd>) {
         };
         let message = decode::<FromOpener>(buffer.get(..length).unwrap_or_default());
         match (message, fds.into_iter().next()) {
-            (Ok(FromOpener::Given { name }), Some(fd)) if name == "config" => match read(&fd) {
-                Some(config) => {
-                    hub.set_policy(Policy::new(&config.monitors));
-                    notice!("the policy is that of the new configuration");
+            (Ok(FromOpener::Given { name }), Some(fd)) if name == "config" => {
+                match read_config::<config::Broker>(fd.as_fd()) {
+                    Ok(config) => {
+                        hub.set_policy(Policy::new(&config.monitors));
+                        notice!("the policy is that of the new configuration");
+                    }
+                    Err(error) => warn!("new {error}; the policy stays as it is"),
                 }
-                None => warn!("the new configuration cannot be read; the policy stays as it is"),
-            },
+            }
             _ => warn!("opener: a message that is not for this process"),
         }
     }
-}
-
-fn read(fd: &OwnedFd) -> Option<config::Broker> {
-    let mut blob = vec![0; MAX_CONFIG + 1];
-    let mut length = 0;
-    while let Some(rest) = blob.get_mut(length..).filter(|rest| !rest.is_empty()) {
-        match pread(fd, rest, i64::try_from(length).ok()?) {
-            Ok(0) => return decode(blob.get(..length)?).ok(),
-            Ok(count) => length += count,
-            Err(_) => return None,
-        }
-    }
-    None
 }

@@ -6,6 +6,7 @@ use std::fs;
 use std::io;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
 
+use bulkhead_jail::start::listen_fds;
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, FdFlag, fcntl};
 use nix::sys::socket::{
@@ -29,22 +30,13 @@ pub struct Inherited {
 /// # Errors
 /// One line: there are none, or they are not for this process.
 pub fn from_service_manager() -> Result<Vec<(String, OwnedFd)>, String> {
-    let var =
-        |name: &str| std::env::var(name).map_err(|_| format!("{name} is not set: this command is for units"));
-    if var("LISTEN_PID")? != std::process::id().to_string() {
-        return Err("LISTEN_PID is another process".to_owned());
-    }
-    let (count, names) = (var("LISTEN_FDS")?, var("LISTEN_FDNAMES")?);
-    let names: Vec<&str> = names.split(':').collect();
-    if count != names.len().to_string() {
-        return Err("LISTEN_FDNAMES does not name LISTEN_FDS descriptors".to_owned());
-    }
-    let adopt = |(number, name): (RawFd, &str)| {
+    let given = listen_fds().map_err(|e| e.to_string())?;
+    let adopt = |(number, name): (RawFd, String)| {
         // SAFETY: the service manager has opened this number for us, and nothing in this program has taken
         // it: it is called once, before anything is opened.
-        (name.to_owned(), unsafe { OwnedFd::from_raw_fd(number) })
+        (name, unsafe { OwnedFd::from_raw_fd(number) })
     };
-    let fds: Vec<(String, OwnedFd)> = (3..).zip(names).map(adopt).collect();
+    let fds: Vec<(String, OwnedFd)> = given.into_iter().map(adopt).collect();
     for (_, fd) in &fds {
         fcntl(fd, FcntlArg::F_SETFD(FdFlag::FD_CLOEXEC)).map_err(|e| e.to_string())?;
     }
