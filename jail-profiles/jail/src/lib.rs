@@ -6,6 +6,7 @@
 
 pub mod link;
 pub mod log;
+pub mod pace;
 mod sandbox;
 pub mod start;
 pub mod starter;

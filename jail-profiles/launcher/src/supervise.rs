@@ -4,7 +4,6 @@
 //! compartment, what a compartment says to its starter, core's request for a loader, and log lines.
 
 mod kept;
-mod pace;
 
 use std::collections::BTreeMap;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
@@ -14,6 +13,7 @@ use bulkhead_control_api::config;
 use bulkhead_control_api::config::ChardevKind;
 use bulkhead_control_api::opener::FromOpener;
 use bulkhead_jail::link::Link;
+use bulkhead_jail::pace::Pace;
 use bulkhead_jail::topology::{self, Boots, Process, Restart};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::signal::{SigSet, Signal};
@@ -28,7 +28,6 @@ use crate::rendezvous::Rendezvous;
 use crate::spawn::{self, Host, Order, Started};
 use crate::terminal::Terminal;
 use kept::Kept;
-use pace::Pace;
 
 /// Processes that are started with the VM.
 fn residents() -> impl Iterator<Item = &'static Process> {

@@ -1,12 +1,12 @@
 //! Loader runs: a word asks the starter for a loader, the loader connects, gets the RAM and
 //! answers where to start.
 
-use std::collections::VecDeque;
 use std::os::fd::{AsFd, OwnedFd};
 use std::time::{Duration, Instant};
 
 use bulkhead_control_api::loader::{Job, MAX_FAILURE, Mode, Outcome, Start};
 use bulkhead_jail::link::LinkError;
+use bulkhead_jail::pace::Pace;
 use nix::sys::socket::MsgFlags;
 
 use crate::door::{Arrival, Door};
@@ -14,10 +14,6 @@ use crate::memory::Ram;
 
 /// A loader run takes no longer; then the boot has failed.
 const PATIENCE: Duration = Duration::from_secs(60);
-/// A guest that resets itself in a loop boots at most so often without a pause ...
-const BURST: usize = 10;
-/// ... within this.
-const SPAN: Duration = Duration::from_secs(1);
 
 /// How far the boot is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -40,8 +36,8 @@ pub struct Boot {
     /// How far the boot is.
     pub phase: Phase,
     trigger: OwnedFd,
-    /// When loaders were asked for, the oldest first.
-    asked: VecDeque<Instant>,
+    /// How often loaders are asked for: a guest may reset itself in a loop.
+    pace: Pace,
     /// A loader is to be asked for as soon as the pace allows.
     due: bool,
 }
@@ -49,7 +45,7 @@ pub struct Boot {
 impl Boot {
     /// Asks for the first loader run.
     pub fn new(door: Door, trigger: OwnedFd) -> Result<Self, String> {
-        let mut boot = Self { door, phase: Phase::Started, trigger, asked: VecDeque::new(), due: false };
+        let mut boot = Self { door, phase: Phase::Started, trigger, pace: Pace::default(), due: false };
         boot.begin()?;
         Ok(boot)
     }
@@ -66,15 +62,11 @@ impl Boot {
 
     /// Asks for the loader that is due, if the pace allows it.
     fn ask(&mut self) -> Result<(), String> {
-        let full = self.asked.len() >= BURST;
-        if !self.due || (full && self.asked.front().is_some_and(|at| at.elapsed() < SPAN)) {
+        if !self.due || !self.pace.allows() {
             return Ok(());
         }
         self.due = false;
-        self.asked.push_back(Instant::now());
-        if full {
-            self.asked.pop_front();
-        }
+        self.pace.take();
         // A socket under the launcher, a FIFO under systemd.
         nix::unistd::write(&self.trigger, b"boot")
             .map(drop)
