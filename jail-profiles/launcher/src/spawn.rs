@@ -165,14 +165,18 @@ impl Host {
                 }
             };
         drop(child);
-        register(pidfd.as_fd())?;
-        if matches!(self.identity(process, &namespaces), Identity::Mapped { .. }) {
-            map_ids(pid, Self::host_id(process))
-                .map_err(|e| format!("cannot start {}: {e}", process.binary))?;
+        let started =
+            Started { process, pid, pidfd, log: File::from(log), failure: File::from(failure), since };
+        let mapped = matches!(self.identity(process, &namespaces), Identity::Mapped { .. });
+        let prepared = register(started.pidfd.as_fd())
+            .and_then(|()| if mapped { map_ids(pid, Self::host_id(process)) } else { Ok(()) });
+        if let Err(error) = prepared {
+            started.undo();
+            return Err(format!("cannot start {}: {error}", process.binary));
         }
         // A child that died meanwhile says why through its failure pipe.
         let _ = File::from(go).write_all(&[1]);
-        Ok(Started { process, pid, pidfd, log: File::from(log), failure: File::from(failure), since })
+        Ok(started)
     }
 }
 
@@ -293,6 +297,12 @@ impl Started {
                 0,
             )
         };
+    }
+
+    /// Ends a child that waits for its launcher, and leaves nothing of it.
+    fn undo(&self) {
+        self.signal(Signal::SIGKILL);
+        let _ = waitid(Id::PIDFd(self.pidfd.as_fd()), WaitPidFlag::WEXITED);
     }
 
     /// Its exit, once its pidfd is readable; `None` while it runs.

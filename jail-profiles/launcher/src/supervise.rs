@@ -36,14 +36,17 @@ fn residents() -> impl Iterator<Item = &'static Process> {
 
 /// Reads (of 4 KiB) of an ended compartment's log.
 const LAST_READS: u32 = 16;
+/// When a compartment that could not be started anew is tried again, and one that ended well, most often with core, is
+/// started again if core lives on.
+const RETRY_TIME: Duration = Duration::from_secs(1);
 /// What the launcher calls itself in messages.
 const NAME: &str = "bulkhead";
 /// How long core may take to shut down after a signal.
 const SHUTDOWN_TIME: Duration = Duration::from_secs(5);
 /// How long the others may take to flush once core has ended.
 const FLUSH_TIME: Duration = Duration::from_secs(3);
-/// A compartment that ends well has seen core's end; core's own exit, with the VM to be taken down by KVM,
-/// is visible within this, also on a loaded host and under nested virtualization.
+/// A compartment that ends well before it was ready has seen core's end; core's own exit, with the VM to be taken down by
+/// KVM, is visible within this, also on a loaded host and under nested virtualization.
 const CORE_EXIT_TIME: Duration = Duration::from_secs(5);
 
 /// A VM that is ready to be started: what each compartment is told, and everything it may touch.
@@ -82,7 +85,28 @@ struct Again {
     proven: bool,
     /// It is to be started.
     due: bool,
+    /// Not before this.
+    after: Option<Instant>,
     pace: Pace,
+}
+
+impl Again {
+    /// When it is to be started, if it is; not before `now`.
+    fn when(&self, now: Instant) -> Option<Instant> {
+        self.due.then(|| self.after.max(self.pace.next()).map_or(now, |at| at.max(now)))
+    }
+}
+
+/// The end of a compartment.
+struct End {
+    process: &'static Process,
+    status: WaitStatus,
+    /// How long it lived.
+    after: Duration,
+    /// The step of its start that failed.
+    failed: Option<String>,
+    /// It was ready.
+    ready: bool,
 }
 
 struct Supervisor {
@@ -142,8 +166,8 @@ impl Running {
         let process = self.started.process;
         let Some(notify) = &self.notify else { return };
         let heard = kept.entry(process.name).or_default().listen(process, notify.as_fd());
-        if heard.refused > 0 {
-            say("<4>", NAME, &format!("{}: {} descriptors are not kept", process.binary, heard.refused));
+        if heard.unkept > 0 {
+            say("<4>", NAME, &format!("{}: {} descriptors are not kept", process.binary, heard.unkept));
         }
         self.ready |= heard.ready;
         if heard.ready && process.restart == Restart::Always {
@@ -263,26 +287,42 @@ impl Supervisor {
         Ok(())
     }
 
-    /// Starts compartments anew that have died, and connects their peers to them again.
-    fn start_again(&mut self) -> Result<(), String> {
-        let due =
-            |(name, again): (&&'static str, &Again)| (again.due && again.pace.allows()).then_some(*name);
-        let names: Vec<&'static str> = self.again.iter().filter_map(due).collect();
+    /// Starts compartments anew that have died. Whatever hinders that is said, and it is tried again.
+    fn start_again(&mut self) {
+        let now = Instant::now();
+        let is_due = |again: &Again| again.when(now) == Some(now);
+        let names: Vec<&'static str> =
+            self.again.iter().filter(|(_, again)| is_due(again)).map(|(name, _)| *name).collect();
         for process in residents().filter(|p| names.contains(&p.name)) {
             if let Some(again) = self.again.get_mut(process.name) {
                 again.due = false;
                 again.pace.take();
+                if again.after.take().is_some() {
+                    say("<4>", NAME, &format!("{} is not there and is started again", process.binary));
+                }
             }
-            self.start(process)?;
-            for link in topology::LINKS.iter().filter(|l| l.listener == process.name) {
-                let Some(meeting) = self.meetings.get(link.name) else { continue };
-                let peer = self.running.iter().find(|r| r.started.process.name == link.connector);
-                let Some(opener) = peer.and_then(|peer| peer.opener.as_ref()) else { continue };
-                let connection = meeting.connect()?;
-                let given = FromOpener::Given { name: link.as_name.to_owned() };
-                // A peer that is dying gets its connection when it is started anew.
-                let _ = opener.send_with(&given, &[connection.as_fd()], MsgFlags::MSG_DONTWAIT);
+            if let Err(error) = self.start_and_connect(process) {
+                say("<4>", NAME, &format!("{error}: it is tried again in a second"));
+                self.may_start_again(process, Some(now + RETRY_TIME));
             }
+        }
+    }
+
+    /// Starts a compartment anew, and gives the peers that connect to it new connections.
+    fn start_and_connect(&mut self, process: &'static Process) -> Result<(), String> {
+        let mut connections = Vec::new();
+        for link in topology::LINKS.iter().filter(|l| l.listener == process.name) {
+            if let Some(meeting) = self.meetings.get(link.name) {
+                connections.push((link, meeting.connect()?));
+            }
+        }
+        self.start(process)?;
+        for (link, connection) in connections {
+            let peer = self.running.iter().find(|r| r.started.process.name == link.connector);
+            let Some(opener) = peer.and_then(|peer| peer.opener.as_ref()) else { continue };
+            let given = FromOpener::Given { name: link.as_name.to_owned() };
+            // A peer that is dying gets its connection when it is started anew.
+            let _ = opener.send_with(&given, &[connection.as_fd()], MsgFlags::MSG_DONTWAIT);
         }
         Ok(())
     }
@@ -335,7 +375,7 @@ impl Supervisor {
                     socket::recv(self.boot.0.as_raw_fd(), &mut word, MsgFlags::MSG_DONTWAIT).is_ok();
             }
             self.boot()?;
-            self.start_again()?;
+            self.start_again();
             self.check_deadlines();
         }
         Ok(())
@@ -353,8 +393,7 @@ impl Supervisor {
             fds.push(on(log));
             fds.extend(running.notify.as_ref().map(|notify| on(notify.as_fd())));
         }
-        let again = self.again.values().filter(|a| a.due).map(|a| a.pace.next().unwrap_or_else(Instant::now));
-        let again = again.min();
+        let again = self.again.values().filter_map(|again| again.when(Instant::now())).min();
         let boot = if self.boot_wanted { self.boots.next() } else { None };
         let next = [self.deadline, self.core_exit, boot, again].into_iter().flatten().min();
         let timeout = next.map_or(PollTimeout::NONE, |at| {
@@ -411,7 +450,14 @@ impl Supervisor {
         }
         self.boot_wanted = false;
         self.boots.take();
-        self.start(&topology::LOADER)
+        match self.start(&topology::LOADER) {
+            // Core misses the loader, and fails the boot.
+            Err(error) if self.ready => {
+                say("<3>", NAME, &error);
+                Ok(())
+            }
+            started => started,
+        }
     }
 
     /// The guard was killed: another one takes over.
@@ -445,73 +491,88 @@ impl Supervisor {
                 }
             }
             let failed = running.started.failed_step().ok().flatten();
-            ended.push((running.started.process, status, running.started.since.elapsed(), failed));
+            let after = running.started.since.elapsed();
+            let process = running.started.process;
+            ended.push(End { process, status, after, failed, ready: running.ready });
             false
         });
         // Core first: its end explains the others'.
-        ended.sort_by_key(|(process, ..)| process.name != "core");
-        for (process, status, after, failed) in ended {
-            if let Some(step) = failed {
-                say("<3>", NAME, &format!("cannot start {}: {step} (see `bulkhead doctor`)", process.binary));
-                // That says it all, unless core has to hear of it and decide.
-                if process.boots == Boots::Vm {
-                    self.status = 1;
-                    self.kill_all();
-                }
-            }
-            self.ended(process, status, after);
+        ended.sort_by_key(|end| end.process.name != "core");
+        for end in ended {
+            self.ended(&end);
         }
     }
 
-    fn ended(&mut self, process: &'static Process, status: WaitStatus, after: Duration) {
-        let how = match status {
-            WaitStatus::Exited(_, code) => format!("exited with status {code}"),
-            WaitStatus::Signaled(_, signal, _) => format!("was killed by {signal}"),
-            other => format!("ended: {other:?}"),
+    fn ended(&mut self, end: &End) {
+        let binary = end.process.binary;
+        let how = match (&end.failed, end.status) {
+            (Some(step), _) => format!("could not be started: {step}"),
+            (None, WaitStatus::Exited(_, code)) => format!("exited with status {code}"),
+            (None, WaitStatus::Signaled(_, signal, _)) => format!("was killed by {signal}"),
+            (None, other) => format!("ended: {other:?}"),
         };
-        let code = if let WaitStatus::Exited(_, code) = status { Some(code) } else { None };
-        say("<6>", NAME, &format!("{} {how} after {:.1} ms", process.binary, after.as_secs_f64() * 1e3));
+        let code = if let WaitStatus::Exited(_, code) = end.status { Some(code) } else { None };
+        say("<6>", NAME, &format!("{binary} {how} after {:.1} ms", end.after.as_secs_f64() * 1e3));
         if self.killed {
             return;
         }
-        match (process.name, code) {
-            ("core", _) => {
-                self.core_exit = None;
-                self.deadline = Some(Instant::now() + FLUSH_TIME);
-                // A peer that core had not let in yet sees the end now.
-                self.meetings.clear();
-                if code != Some(0) {
-                    self.status = 1;
-                }
-                // Status 1 comes with core's own words.
-                if !matches!(code, Some(0 | 1)) {
-                    say("<3>", NAME, &format!("{} {how}: the VM ends", process.binary));
-                }
+        // Core hears of a loader's failure through its link and decides.
+        if end.process.boots == Boots::Boot {
+            if let Some(step) = &end.failed {
+                say("<3>", NAME, &format!("cannot start {binary}: {step} (see `bulkhead doctor`)"));
             }
-            // Core hears of a loader's failure through its link and decides.
-            ("loader", _) => {}
-            (_, Some(0)) if self.find("core").is_some() => {
-                self.core_exit = Some(Instant::now() + CORE_EXIT_TIME);
+            return;
+        }
+        if end.process.name == "core" && end.failed.is_none() {
+            self.core_ended(&how, code);
+            return;
+        }
+        let well = end.failed.is_none() && code == Some(0);
+        let again = self.may_start_again(end.process, well.then(|| Instant::now() + RETRY_TIME));
+        match (again, self.find("core").is_some()) {
+            // Most often core's end comes next: nothing to say yet.
+            (true, _) if well => {}
+            (true, _) => {
+                let now = Instant::now();
+                let at = self.again.get(end.process.name).and_then(|again| again.when(now));
+                let pause = if at > Some(now) { " in a second" } else { "" };
+                say("<4>", NAME, &format!("{binary} {how}: it is started again{pause}"));
             }
-            (_, Some(0)) => {}
-            _ if self.may_start_again(process) => {
-                let pause = if self.again.get(process.name).is_some_and(|a| !a.pace.allows()) {
-                    " in a second"
-                } else {
-                    ""
-                };
-                say("<4>", NAME, &format!("{} {how}: it is started again{pause}", process.binary));
-            }
-            _ => self.lost(process, &how),
+            (false, true) if well => self.core_exit = Some(Instant::now() + CORE_EXIT_TIME),
+            (false, false) if well => {}
+            // It was started again while core ended.
+            (false, false) if !end.ready && self.has_been_ready(end.process) => {}
+            (false, _) => self.lost(end, &how),
         }
     }
 
+    fn core_ended(&mut self, how: &str, code: Option<i32>) {
+        self.core_exit = None;
+        self.deadline = Some(Instant::now() + FLUSH_TIME);
+        // A peer that core had not let in yet sees the end now.
+        self.meetings.clear();
+        for again in self.again.values_mut() {
+            again.due = false;
+        }
+        if code != Some(0) {
+            self.status = 1;
+        }
+        // Status 1 comes with core's own words.
+        if !matches!(code, Some(0 | 1)) {
+            say("<3>", NAME, &format!("bulkhead-core {how}: the VM ends"));
+        }
+    }
+
+    fn has_been_ready(&self, process: &Process) -> bool {
+        self.again.get(process.name).is_some_and(|again| again.proven)
+    }
+
     /// Whether a compartment that has died is to be started again, which is noted then.
-    fn may_start_again(&mut self, process: &Process) -> bool {
+    fn may_start_again(&mut self, process: &Process, after: Option<Instant>) -> bool {
         let lives = self.deadline.is_none() && self.find("core").is_some();
         match self.again.get_mut(process.name) {
             Some(again) if again.proven && lives => {
-                again.due = true;
+                (again.due, again.after) = (true, after);
                 true
             }
             _ => false,
@@ -519,9 +580,13 @@ impl Supervisor {
     }
 
     /// A compartment that is not restarted has died while the VM runs.
-    fn lost(&mut self, process: &Process, how: &str) {
+    fn lost(&mut self, end: &End, how: &str) {
         self.status = 1;
-        say("<3>", NAME, &format!("{} {how}: the VM ends", process.binary));
+        let line = match &end.failed {
+            Some(step) => format!("cannot start {}: {step} (see `bulkhead doctor`)", end.process.binary),
+            None => format!("{} {how}: the VM ends", end.process.binary),
+        };
+        say("<3>", NAME, &line);
         self.kill_all();
     }
 

@@ -1,9 +1,14 @@
 //! Compartments that are started again while the guest runs on.
 
+use std::process::Command;
 use std::time::{Duration, Instant};
 
-use bulkhead_framework::{Qmp, Result};
+use bulkhead_framework::{Failure, Qmp, Result};
 use bulkhead_native_tests::{Guest, SOON, eventually};
+use nix::sys::ptrace;
+use nix::sys::signal::{Signal, kill};
+use nix::sys::wait::waitpid;
+use nix::unistd::Pid;
 use serde_json::json;
 
 /// The broker is killed under a client's eyes, many times.
@@ -70,4 +75,105 @@ fn a_broker_killed_at_the_start_ends_the_vm_or_is_started_again() -> Result<()> 
         ended.map_err(|failure| failure.context(format!("round {round}, served: {served}")))?;
     }
     Ok(())
+}
+
+/// Waits for a console with another process id.
+fn next_console(guest: &Guest, former: i32) -> Result<i32> {
+    let found = eventually("the next console", SOON, || match guest.trace().find("bulkhead-consol") {
+        Some(process) if process.pid != former => Ok(process.pid),
+        _ => Err("none".to_owned()),
+    });
+    found.map_err(|failure| guest.explain(failure))
+}
+
+/// A broker that takes no connection hinders nobody from being started again.
+#[test]
+fn a_frozen_broker_does_not_stop_the_consoles_restart() -> Result<()> {
+    let guest = Guest::boot("test=counter ms=1", &[])?;
+    drop(guest.running()?);
+    let broker = Pid::from_raw(guest.process("broker")?.pid);
+    let signal = |signal| kill(broker, signal).map_err(|error| Failure::new(error.to_string()));
+    signal(Signal::SIGSTOP)?;
+    for _ in 0..20 {
+        let former = guest.process("console")?.pid;
+        guest.kill("console")?;
+        next_console(&guest, former)?;
+        guest.console().take_new();
+        guest.expect("count ")?;
+    }
+    signal(Signal::SIGCONT)?;
+    let mut qmp = guest.qmp()?;
+    eventually("the console", SOON, || {
+        qmp.execute("query-chardev", json!({})).map_err(|failure| failure.to_string())
+    })?;
+    drop(qmp);
+    guest.quit()
+}
+
+/// Makes a process that waits in a system call call exit_group(0).
+fn let_exit(pid: i32) -> Result<()> {
+    let pid = Pid::from_raw(pid);
+    let change = || {
+        ptrace::attach(pid)?;
+        waitpid(pid, None)?;
+        let mut registers = ptrace::getregs(pid)?;
+        // The instruction `syscall`, once more and with another number.
+        registers.rip -= 2;
+        (registers.rax, registers.rdi) = (231, 0);
+        registers.orig_rax = u64::MAX;
+        ptrace::setregs(pid, registers)?;
+        ptrace::detach(pid, None)
+    };
+    change().map_err(|error| Failure::new(format!("ptrace: {error}")))
+}
+
+/// An end without an error is an end all the same.
+#[test]
+fn a_console_that_exits_with_status_0_is_started_again() -> Result<()> {
+    let guest = Guest::boot("test=counter ms=1", &[])?;
+    drop(guest.running()?);
+    // A guest that is stopped asks nothing of the console, which waits.
+    let former = guest.process("console")?.pid;
+    guest.qmp()?.execute("stop", json!({}))?;
+    let_exit(former)?;
+    next_console(&guest, former)?;
+    guest.qmp()?.execute("cont", json!({}))?;
+    guest.console().take_new();
+    guest.expect("count ")?;
+    guest.check(guest.stderr().contains("bulkhead-console is not there and is started again"), "not told")?;
+    guest.quit()
+}
+
+/// What hinders a start may pass, be it in the launcher or in its child.
+#[test]
+fn a_start_that_fails_is_tried_again() -> Result<()> {
+    let guest = Guest::boot("test=counter ms=1", &[])?;
+    drop(guest.running()?);
+    let launcher = guest.process("core")?.parent;
+    let limit = |limit: usize| -> Result<()> {
+        let words = ["--pid".to_owned(), launcher.to_string(), format!("--nofile={limit}:8192")];
+        guest.check(Command::new("prlimit").args(words).status()?.success(), "prlimit")
+    };
+    let open = std::fs::read_dir(format!("/proc/{launcher}/fd"))?.count();
+    limit(open)?;
+    guest.kill("broker")?;
+    // More and more lets the launcher open what a start needs, but not the child copy its own.
+    let steps = ["it is tried again in a second", "bulkhead-broker could not be started: dup: "];
+    let (mut allowed, mut told) = (open, 0);
+    while let Some(said) = steps.get(told) {
+        guest.check(allowed < open + 40, &format!("{said:?} was not said"))?;
+        let heard = eventually("a failed start", Duration::from_millis(1500), || {
+            if guest.stderr().contains(said) { Ok(()) } else { Err("not yet".to_owned()) }
+        });
+        match heard {
+            Ok(()) => told += 1,
+            Err(_) => {
+                allowed += 3;
+                limit(allowed)?;
+            }
+        }
+    }
+    limit(8192)?;
+    guest.check(guest.qmp()?.status()? == "running", "not running")?;
+    guest.quit()
 }
