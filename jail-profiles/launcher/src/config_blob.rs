@@ -1,9 +1,8 @@
 //! A compartment's configuration as a sealed memfd.
 
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd as _, OwnedFd};
 
-use bulkhead_control_api::{MAX_CONFIG, decode};
-use nix::sys::uio::pread;
+use bulkhead_jail::start::read_config;
 use serde::{Serialize, de::DeserializeOwned};
 
 use crate::opener;
@@ -24,8 +23,5 @@ pub fn seal<T: Serialize>(config: &T) -> Result<OwnedFd, String> {
 /// # Errors
 /// One line: it is of another version.
 pub fn read<T: DeserializeOwned>(fd: &OwnedFd) -> Result<T, String> {
-    let mut blob = vec![0; MAX_CONFIG];
-    let length = pread(fd, &mut blob, 0).map_err(|e| format!("a kept configuration: {e}"))?;
-    decode(blob.get(..length).unwrap_or_default())
-        .map_err(|_| "a kept configuration is of another version".to_owned())
+    read_config(fd.as_fd()).map_err(|e| format!("kept {e}"))
 }
