@@ -54,3 +54,19 @@ impl Audit {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn refusals_are_bounded_and_counted() {
+        let audit = Audit::default();
+        for (pace, limit) in [(&audit.refusals, 10), (&audit.consoles, 50)] {
+            for _ in 0..limit {
+                assert_eq!(pace.borrow_mut().ask(), Some(0));
+            }
+            assert_eq!(pace.borrow_mut().ask(), None);
+        }
+    }
+}
