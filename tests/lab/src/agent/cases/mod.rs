@@ -44,6 +44,12 @@ pub const ALL: &[Case] = &[
         run: units::names,
     },
     Case {
+        name: "units-memory",
+        about: "one VM hits its memory limit, the other runs on",
+        kind: Kind::Systemd,
+        run: units::memory,
+    },
+    Case {
         name: "units-host",
         about: "systemd 252 as PID 1, and bulkhead run as a transient service",
         kind: Kind::Systemd,

@@ -158,6 +158,26 @@ fn roles(vms: &[UnitVm; 2], journal: &mut Journal) -> Result<()> {
     Ok(())
 }
 
+pub fn memory(journal: &mut Journal) -> Result<()> {
+    let mut vms = two(journal, "[limits]\nMemoryMax = \"150M\"\nMemorySwapMax = 0\n")?;
+    let core = vms.first().map(|vm| vm.service("core")).ok_or("no VM")?;
+    let [first, second] = &mut vms;
+    first.shell("mount -t tmpfs -o size=100% tmpfs /proc; dd if=/dev/zero of=/proc/full bs=64k")?;
+    let failed = || {
+        let result = tool(&["systemctl", "show", "--value", "--property=Result", &core]).ok()?;
+        (result != "success").then_some(result)
+    };
+    let result = wait_for("the limit", BOOT, failed)?;
+    check(result == "oom-kill", || format!("core ended with {result}"))?;
+    check(second.ask("echo still here", SOON)? == "still here", || "the other VM is gone".to_owned())?;
+    // The kernel's line names the VM and the compartment.
+    let kernel = tool(&["journalctl", "--no-pager", "--output=cat", "--dmesg", "--grep=oom_memcg="])?;
+    let line = kernel.lines().last().unwrap_or_default().to_owned();
+    let named = line.contains("oom_memcg=/bulkhead.slice/bulkhead-vm1.slice")
+        && line.contains("bulkhead-core@vm1.service");
+    check(named, || format!("the kernel says {line:?}"))
+}
+
 pub fn names(journal: &mut Journal) -> Result<()> {
     // Without a machine file, and under a name that units cannot carry, nothing starts and nothing stays.
     for bad in ["none", "Vm1", "abcdefghijklmnopq"] {
