@@ -30,6 +30,9 @@ use crate::queue::Queue;
 
 /// Bytes of output or input that are under way uncounted: no more than the port's FIFO holds.
 pub const PIECE: usize = FIFO;
+/// No counter of bytes comes this far in the life of a machine: what has one beyond is refused, so that none
+/// overflows afterwards.
+const MOST: u64 = u64::MAX / 2;
 /// The most character devices: their part of the record fits.
 pub const MAX_CHARDEVS: usize = 128;
 
@@ -199,12 +202,16 @@ impl State {
         if record.names.len() != self.record.names.len() {
             return None;
         }
+        let appended = count_at(&self.file, INPUT_COUNT)?;
+        // Of two that belong together the larger one says it all: `get` has the other one below it.
+        if record.output_appended > MOST || appended > MOST {
+            return None;
+        }
         let bytes = OUTPUT.get(&self.file, record.output_consumed, record.output_appended)?;
         // What went out since the record was made. It never goes out before it is in a record.
         let consumed = count_at(&self.file, OUTPUT_COUNT)?.max(record.output_consumed);
         let since = usize::try_from(consumed - record.output_consumed).ok().filter(|n| *n <= bytes.len())?;
         let output = Queue::restored(record.output_appended, bytes);
-        let appended = count_at(&self.file, INPUT_COUNT)?;
         let input = Queue::restored(appended, INPUT.get(&self.file, record.input_consumed, appended)?);
         self.input_appended = appended;
         let begun = record.begun;
@@ -324,6 +331,32 @@ mod tests {
 
     use super::*;
 
+    /// A machine that has sent so many bytes, the last of which wait.
+    fn with_output(appended: u64, waiting: &[u8]) -> Machine {
+        Machine::restored(Machine::new(true).save(), Queue::restored(appended, waiting.to_vec()), 0)
+    }
+
+    #[test]
+    fn counters_that_might_overflow_are_refused() {
+        let reopened = |machine: &Machine, input: Queue| {
+            let fd = memfd_create(c"state", MFdFlags::MFD_CLOEXEC).unwrap();
+            let (mut state, _) = State::open(fd, 1, 1, true).unwrap();
+            state.commit(machine, Some(&input)).unwrap();
+            state.count_input(&input).unwrap();
+            State::open(state.file.into(), 1, 1, true).unwrap().1
+        };
+        let none = || Queue::restored(0, Vec::new());
+        for (counter, is_used) in [(MOST, true), (MOST + 1, false), (u64::MAX - 1, false), (u64::MAX, false)]
+        {
+            for waiting in [&b""[..], b"text"] {
+                let left = reopened(&with_output(counter, waiting), none());
+                assert_eq!(left.is_some(), is_used, "output {counter}");
+                let left = reopened(&Machine::new(true), Queue::restored(counter, waiting.to_vec()));
+                assert_eq!(left.is_some(), is_used, "input {counter}");
+            }
+        }
+    }
+
     #[test]
     fn a_record_of_the_largest_machine_fits() {
         let fd = memfd_create(c"state", MFdFlags::MFD_CLOEXEC).unwrap();
@@ -335,8 +368,7 @@ mod tests {
         for chardev in 0..MAX_CHARDEVS {
             state.set_names(chardev, Names { peer: Some(u32::MAX), far: Some(u32::MAX) });
         }
-        state.record.output_appended = u64::MAX;
-        state.commit(&Machine::new(true), None).unwrap();
+        state.commit(&with_output(MOST, b""), None).unwrap();
         let read_back = State::open(state.file.into(), u64::MAX, MAX_CHARDEVS, true).unwrap().0;
         assert_eq!(read_back.names(MAX_CHARDEVS - 1).far, Some(u32::MAX));
     }

@@ -10,10 +10,11 @@ use std::os::unix::fs::FileExt as _;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::time::Duration;
 
-use bulkhead_bus_api::Op;
 use bulkhead_bus_api::main_link::Command;
+use bulkhead_bus_api::platform::CONSOLE_PORTS;
+use bulkhead_bus_api::{Access, Op, REPLY_LEN, Space};
 use bulkhead_console::chardev::Inherited;
-use bulkhead_console::state::State;
+use bulkhead_console::state::{Left, State};
 use bulkhead_control_api::config::ChardevKind;
 use bulkhead_control_api::console::{self, Answer};
 use common::{LIFE, LSR, Rig, THRE, Vcpu, chardev, collected, eventually, memfd, socket_server};
@@ -167,6 +168,31 @@ fn a_state_of_another_life_or_another_machine_is_dropped() {
     assert!(State::open(memfd(), LIFE, 1, true).unwrap().1.is_none());
 }
 
+/// Does what a server does: accesses to every port, input and output, with all that is committed for them.
+fn go_on(left: &mut Left, state: &mut State) {
+    let machine = &mut left.machine;
+    machine.pause();
+    machine.resume().unwrap();
+    machine.press_power_button().unwrap();
+    for port in CONSOLE_PORTS.iter().flat_map(|range| range.base..range.base + range.len) {
+        for op in [Op::Read, Op::Write(0x5a), Op::Write(0), Op::Read] {
+            let access = Access { space: Space::Pio, addr: port, size: 1, op };
+            machine.access(&[collected(0x3f8, b'o')], &access).unwrap();
+            state.set_reply(0, (1, [0; REPLY_LEN]));
+            state.commit(machine, Some(&left.input)).unwrap();
+        }
+        machine.with_serial(|serial| serial.consume(2)).unwrap();
+        state.count_output(machine).unwrap();
+        left.input.push(b'i');
+        state.count_input(&left.input).unwrap();
+        let room = machine.serial().unwrap().room();
+        machine.with_serial(|serial| serial.receive(left.input.take(room))).unwrap();
+        machine.update().unwrap();
+        machine.take_next_event();
+        state.commit(machine, Some(&left.input)).unwrap();
+    }
+}
+
 #[test]
 fn a_damaged_state_is_dropped_or_used_in_order() {
     let mut rig = Rig::null();
@@ -199,10 +225,11 @@ fn a_damaged_state_is_dropped_or_used_in_order() {
             // Whatever was read, the machine works.
             left.machine.update().unwrap();
             left.machine.take_next_event();
-            left.machine.reset();
             let mut state = state;
             state.begin(2);
-            state.commit(&left.machine, Some(&left.input)).unwrap();
+            go_on(&mut left, &mut state);
+            left.machine.reset();
+            go_on(&mut left, &mut state);
         }
     }
     assert!(used > 50, "{used}");

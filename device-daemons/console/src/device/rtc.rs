@@ -80,8 +80,8 @@ fn load_registers<'de, D: Deserializer<'de>>(from: D) -> Result<[u8; REGISTERS],
     bytes.try_into().map_err(|_| D::Error::custom("another number of registers"))
 }
 
-/// Guest's times are within this many nanoseconds of 1970: a century register of impossible digits counts 165.
-const FAR: i128 = 20_000 * 366 * 86_400 * SECOND;
+/// Guest's times are within this many nanoseconds of 1970: a binary century register counts up to 255.
+const FAR: i128 = 30_000 * 366 * 86_400 * SECOND;
 
 impl Rtc {
     /// A clock that shows the host's time `wall` (nanoseconds since 1970, UTC).
@@ -410,6 +410,19 @@ mod tests {
         assert_eq!(time(&mut rtc, almost + 1), [0x20, 0x00, 0x01, 0x01, 0x07, 0x00, 0x00, 0x00]);
         rtc.reset(almost);
         assert_eq!(get(&mut rtc, YEAR, almost), 0x99, "a reset keeps the time");
+    }
+
+    #[test]
+    fn every_time_that_a_guest_can_set_is_possible() {
+        for (mode, value) in [(B_BINARY, 0xff), (0, 0xff), (B_BINARY, 0), (0, 0)] {
+            let mut rtc = Rtc::new(MORNING);
+            set(&mut rtc, REG_B, B_24_HOURS | B_SET | mode, MORNING);
+            for index in [CENTURY, YEAR, MONTH, DAY, HOURS, MINUTES, SECONDS] {
+                set(&mut rtc, index, value, MORNING);
+            }
+            set(&mut rtc, REG_B, B_24_HOURS | mode, MORNING);
+            assert!(rtc.is_possible(), "{mode:#x} {value:#x}");
+        }
     }
 
     #[test]
