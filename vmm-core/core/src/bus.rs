@@ -237,6 +237,17 @@ impl Bus {
         }
     }
 
+    /// Console `number` broke the protocol. What a vCPU says late of a console that is over must not hide what
+    /// its successor has done: whoever met that waits until the successor is cut off.
+    fn note_breach(&self, number: u32, why: &'static str) {
+        let mut breach = lock(&self.breach);
+        if breach.is_none_or(|(latest, _)| latest <= number) {
+            *breach = Some((number, why));
+        }
+        drop(breach);
+        self.notices.post(Notice::Breach);
+    }
+
     /// Takes what the console that is there has done against the protocol.
     pub fn take_breach(&self) -> Option<&'static str> {
         let (number, why) = lock(&self.breach).take()?;
@@ -278,8 +289,7 @@ impl Bus {
                 Ok(reply) => return Outcome { data: reply.data, action: Some(reply.action) },
                 Err(Trouble::Gone) => {}
                 Err(Trouble::Broke(why)) => {
-                    *lock(&self.breach) = Some((last, why));
-                    self.notices.post(Notice::Breach);
+                    self.note_breach(last, why);
                 }
                 Err(Trouble::Failed(why)) => {
                     self.fail_console(why);
@@ -330,8 +340,7 @@ impl Bus {
             Ok(_) => return Flushed::Delivered,
             Err(Trouble::Gone) => {}
             Err(Trouble::Broke(why)) => {
-                *lock(&self.breach) = Some((number, why));
-                self.notices.post(Notice::Breach);
+                self.note_breach(number, why);
             }
             Err(Trouble::Failed(why)) => {
                 self.fail_console(why);
@@ -358,5 +367,25 @@ impl Bus {
             collected: self.collected.load(Ordering::Relaxed),
             resets: 0,
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_late_breach_does_not_hide_that_of_the_next_console() {
+        let bus = Bus::new(Arc::new(Notices::new().unwrap()), Coalescer::new(None));
+        bus.presence.arrive();
+        bus.note_breach(1, "first");
+        bus.console_left();
+        assert_eq!(bus.take_breach(), None, "it is over");
+        bus.presence.arrive();
+        for late in [[(1, "first"), (3, "second")], [(3, "second"), (1, "first")]] {
+            late.iter().for_each(|(number, why)| bus.note_breach(*number, why));
+            assert_eq!(bus.take_breach(), Some("second"));
+        }
+        assert_eq!(bus.take_breach(), None);
     }
 }
