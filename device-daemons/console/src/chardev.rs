@@ -14,7 +14,7 @@ use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::socket::{MsgFlags, recv, send};
 
-use crate::connection::Connection;
+use crate::connection::{self, Connection};
 use crate::pump;
 use crate::queue::Queue;
 use crate::state::PIECE;
@@ -63,6 +63,12 @@ pub const fn needs_pair(config: &Config) -> bool {
 
 fn path_of(address: &SocketAddr) -> String {
     address.as_pathname().map_or(String::new(), |path| path.display().to_string())
+}
+
+impl Drop for Chardev {
+    fn drop(&mut self) {
+        self.disconnect();
+    }
 }
 
 /// What became of a read.
@@ -238,8 +244,11 @@ impl Chardev {
     /// What a descriptor that was handed over is, if this device can talk to it now.
     #[must_use]
     pub fn judge(&self, fd: OwnedFd) -> Option<Connection> {
-        let free = self.is_socket && self.peer.is_none();
-        if free { Connection::judge(fd, self.is_server) } else { None }
+        if self.is_socket && self.peer.is_none() {
+            return Connection::judge(fd, self.is_server);
+        }
+        connection::close(fd);
+        None
     }
 
     /// Takes a client that was handed over. Its file status flags are left alone: nothing here relies on them.
@@ -251,7 +260,7 @@ impl Chardev {
 
     /// Forgets the peer. Input that it sent before stays.
     pub fn disconnect(&mut self) {
-        self.peer = None;
+        self.peer.take().into_iter().for_each(connection::close);
         self.adopted = None;
         self.blocked = false;
     }

@@ -23,6 +23,7 @@ use nix::sys::timerfd::{ClockId, Expiration, TimerFd, TimerFlags, TimerSetTimeFl
 
 use crate::bus::{self, AccessLink, BusError, Served};
 use crate::chardev::{Chardev, Input};
+use crate::connection;
 use crate::device::serial::Serial;
 use crate::kept::Keeper;
 use crate::machine::{Machine, monotonic};
@@ -420,6 +421,7 @@ impl Server {
         // Core alone knows the run state; this process sees as much of it as concerns its clock.
         let state = if self.machine.runs() { "running" } else { "paused" };
         if !LINK_CONTROL_CONSOLE.permits(name, state) || fds.len() > takes {
+            fds.into_iter().for_each(connection::close);
             return Ok(Err(LinkError::Malformed));
         }
         let answer = match request.op {
@@ -450,7 +452,10 @@ impl Server {
 
     fn add_client(&mut self, label: &str, fd: Option<OwnedFd>) -> Result<Client, ServerError> {
         let found = self.slots.iter().enumerate().find(|(_, slot)| slot.chardev.label() == label);
-        let Some((index, slot)) = found else { return Ok(Client::NoChardev) };
+        let Some((index, slot)) = found else {
+            fd.into_iter().for_each(connection::close);
+            return Ok(Client::NoChardev);
+        };
         let Some(connection) = fd.and_then(|fd| slot.chardev.judge(fd)) else { return Ok(Client::Refused) };
         if self.serial == Some(index) {
             // What was said before the client came is not for it.

@@ -4,9 +4,10 @@
 mod common;
 
 use std::io::{Read as _, Write as _};
-use std::net::{TcpListener, TcpStream};
-use std::os::fd::{AsRawFd as _, OwnedFd};
+use std::net::{Shutdown, TcpListener, TcpStream};
+use std::os::fd::{AsFd, AsRawFd as _, OwnedFd};
 use std::os::unix::net::{UnixDatagram, UnixListener, UnixStream};
+use std::time::{Duration, Instant};
 
 use bulkhead_control_api::config::ChardevKind;
 use bulkhead_control_api::console::{Answer, Client};
@@ -96,12 +97,46 @@ fn the_flags_of_the_description_are_left_alone_and_nothing_blocks() {
     assert!(eventually(|| rig.vcpu().inb(LSR) & THRE != 0));
 }
 
+fn linger(socket: &impl AsFd) {
+    let linger = nix::libc::linger { l_onoff: 1, l_linger: 3 };
+    nix::sys::socket::setsockopt(socket, nix::sys::socket::sockopt::Linger, &linger).unwrap();
+}
+
+#[test]
+fn a_connection_that_is_made_to_linger_when_it_was_taken_holds_nothing_up() {
+    let mut rig = free("lingers", false);
+    let (near, far) = tcp();
+    nix::sys::socket::setsockopt(&near, nix::sys::socket::sockopt::RcvBuf, &4096).unwrap();
+    nix::sys::socket::setsockopt(&far, nix::sys::socket::sockopt::SndBuf, &4096).unwrap();
+    let shared = far.try_clone().unwrap();
+    assert_eq!(rig.add_client("serial0", Some(far.into())), added());
+    // Until so much is under way that the client would have to read for all of it to be gone.
+    assert!(eventually(|| {
+        rig.vcpu().access(&[collected(0x3f8, b'x'); 170], 0, 1, bulkhead_bus_api::Op::Flush);
+        rig.vcpu().inb(LSR) & THRE == 0
+    }));
+    linger(&shared);
+    drop(shared);
+    let start = Instant::now();
+    near.shutdown(Shutdown::Write).unwrap();
+    assert!(eventually(|| rig.filename().starts_with("disconnected:")));
+    assert!(start.elapsed() < Duration::from_secs(2), "{:?}", start.elapsed());
+    // One that is not taken may have something under way, too.
+    let (_near, far) = tcp();
+    far.set_nonblocking(true).unwrap();
+    while (&far).write(&[0; 65536]).is_ok() {}
+    linger(&far);
+    let start = Instant::now();
+    assert_eq!(rig.add_client("serial0", Some(far.into())), refused());
+    rig.filename();
+    assert!(start.elapsed() < Duration::from_secs(2), "{:?}", start.elapsed());
+}
+
 #[test]
 fn what_is_no_connection_is_refused_and_closed() {
     let mut rig = free("refused", false);
     let (lingering, _far) = tcp();
-    let linger = nix::libc::linger { l_onoff: 1, l_linger: 3600 };
-    nix::sys::socket::setsockopt(&lingering, nix::sys::socket::sockopt::Linger, &linger).unwrap();
+    linger(&lingering);
     let fds: Vec<OwnedFd> = vec![
         TcpListener::bind("127.0.0.1:0").unwrap().into(),
         UnixDatagram::pair().unwrap().0.into(),
