@@ -112,6 +112,8 @@ struct Slot {
     chardev: Chardev,
     peer_armed: Option<EpollFlags>,
     listener_armed: bool,
+    /// The number under which the starter is to keep the peer when it has room.
+    unkept: Option<u32>,
 }
 
 /// The process.
@@ -176,7 +178,7 @@ impl Server {
             slots: parts
                 .chardevs
                 .into_iter()
-                .map(|chardev| Slot { chardev, peer_armed: None, listener_armed: false })
+                .map(|chardev| Slot { chardev, peer_armed: None, listener_armed: false, unkept: None })
                 .collect(),
             serial: parts.serial,
             flushed: 0,
@@ -216,7 +218,7 @@ impl Server {
                 return Ok(());
             }
             self.arm()?;
-            let timeout = self.timeout();
+            let timeout = self.timeout()?;
             let count = match self.epoll.wait(&mut events, timeout) {
                 Err(Errno::EINTR) => 0,
                 result => result?,
@@ -477,12 +479,31 @@ impl Server {
             slot.listener_armed = false;
             warn!("chardev {}: cannot accept: {error}; it takes no more clients", slot.chardev.label());
         }
-        if let Some(peer) = slot.chardev.peer() {
-            let peer = self.keeper.keep(&mut self.state, peer);
-            self.state.set_names(index, Names { peer, far: None });
-            self.commit()?;
+        if slot.chardev.peer().is_some() {
+            slot.unkept = Some(self.state.next_name());
+            self.keep_clients()?;
         }
         Ok(())
+    }
+
+    /// Has the starter keep the clients that it does not; false if it had no room for one.
+    fn keep_clients(&mut self) -> Result<bool, ServerError> {
+        let (mut all, mut changed) = (true, false);
+        for (index, slot) in self.slots.iter_mut().enumerate() {
+            let (Some(number), Some(peer)) = (slot.unkept, slot.chardev.peer()) else { continue };
+            let kept = self.keeper.keep(number, peer);
+            if kept == Err(Errno::EAGAIN) {
+                all = false;
+                continue;
+            }
+            slot.unkept = None;
+            self.state.set_names(index, Names { peer: kept.ok().map(|()| number), far: None });
+            changed = true;
+        }
+        if changed {
+            self.commit()?;
+        }
+        Ok(all)
     }
 
     fn drop_output(&mut self) -> Result<(), ServerError> {
@@ -513,6 +534,7 @@ impl Server {
                 self.epoll.delete(peer)?;
             }
             slot.chardev.disconnect();
+            slot.unkept = None;
             let names = self.state.names(index);
             self.state.set_names(index, Names::default());
             self.commit()?;
@@ -557,15 +579,15 @@ impl Server {
     }
 
     /// How long to sleep: output that was put off is due soon, and so is what the starter had no room for.
-    fn timeout(&mut self) -> EpollTimeout {
-        let told = self.keeper.retry();
+    fn timeout(&mut self) -> Result<EpollTimeout, ServerError> {
+        let told = self.keeper.retry() & self.keep_clients()?;
         let waiting = self.machine.serial().is_some_and(|serial| serial.output_len() > 0);
         let blocked = self.serial.and_then(|i| self.slots.get(i)).is_some_and(|s| s.chardev.is_blocked());
-        match (waiting && !blocked, told) {
+        Ok(match (waiting && !blocked, told) {
             (true, _) => EpollTimeout::from(1u8),
             (false, false) => EpollTimeout::from(10u8),
             (false, true) => EpollTimeout::NONE,
-        }
+        })
     }
 
     /// Brings epoll and the timer up to date with what is wanted.

@@ -5,9 +5,9 @@ mod common;
 
 use std::fs::File;
 use std::io::{Read as _, Write as _};
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd as _, OwnedFd};
 use std::os::unix::fs::FileExt as _;
-use std::os::unix::net::{UnixListener, UnixStream};
+use std::os::unix::net::{UnixDatagram, UnixListener, UnixStream};
 use std::time::Duration;
 
 use bulkhead_bus_api::main_link::Command;
@@ -17,6 +17,7 @@ use bulkhead_console::chardev::Inherited;
 use bulkhead_console::state::{Left, State};
 use bulkhead_control_api::config::ChardevKind;
 use bulkhead_control_api::console::{self, Answer};
+use bulkhead_jail::starter::Starter;
 use common::{LIFE, LSR, Rig, THRE, Vcpu, chardev, collected, eventually, memfd, socket_server};
 
 const SOON: Duration = Duration::from_secs(2);
@@ -157,6 +158,37 @@ fn clients_stay_and_what_waits_for_them_and_for_the_guest_comes() {
 }
 
 #[test]
+fn a_client_is_kept_as_soon_as_the_starter_has_room() {
+    let path = std::env::temp_dir().join(format!("bulkhead-unkept-{}", std::process::id()));
+    let listener = UnixListener::bind(&path).unwrap();
+    let (starter, words) = UnixDatagram::pair().unwrap();
+    starter.set_nonblocking(true).unwrap();
+    let mut full = 0;
+    while starter.send(b"READY=1").is_ok() {
+        full += 1;
+    }
+    let parts = (Inherited::default(), memfd(), Starter::new(Some(starter.into())));
+    let mut rig =
+        Rig::with_starter(&socket_server(true, &path), vec![("chardev.serial0", listener.into())], parts);
+    let mut client = UnixStream::connect(&path).unwrap();
+    rig.greet();
+    rig.welcome(1);
+    rig.vcpu().print(b"served");
+    client.read_exact(&mut [0; 6]).unwrap();
+    for _ in 0..full {
+        words.recv(&mut [0; 64]).unwrap();
+    }
+    assert!(common::readable(words.as_fd(), SOON));
+    let mut word = [0; 64];
+    let len = words.recv(&mut word).unwrap();
+    assert_eq!(&word[..len], b"FDSTORE=1\nFDPOLL=0\nFDNAME=kept.0");
+    let names = |memfd: &OwnedFd| State::open(copy(memfd), LIFE, 1, true).unwrap().0.names(0);
+    assert!(eventually(|| names(&rig.memfd).peer == Some(0)));
+    assert!(!common::readable(words.as_fd(), NEVER), "once");
+    let _ = std::fs::remove_file(&path);
+}
+
+#[test]
 fn a_state_of_another_life_or_another_machine_is_dropped() {
     let mut rig = Rig::null();
     rig.vcpu().outb(0x3ff, 0x5a);
@@ -175,7 +207,7 @@ fn go_on(left: &mut Left, state: &mut State) {
     machine.resume().unwrap();
     machine.press_power_button().unwrap();
     for port in CONSOLE_PORTS.iter().flat_map(|range| range.base..range.base + range.len) {
-        for op in [Op::Read, Op::Write(0x5a), Op::Write(0), Op::Read] {
+        for op in [Op::Read, Op::Write(0x5a)] {
             let access = Access { space: Space::Pio, addr: port, size: 1, op };
             machine.access(&[collected(0x3f8, b'o')], &access).unwrap();
             state.set_reply(0, (1, [0; REPLY_LEN]));
@@ -229,7 +261,7 @@ fn a_damaged_state_is_dropped_or_used_in_order() {
             state.begin(2);
             go_on(&mut left, &mut state);
             left.machine.reset();
-            go_on(&mut left, &mut state);
+            state.commit(&left.machine, Some(&left.input)).unwrap();
         }
     }
     assert!(used > 50, "{used}");

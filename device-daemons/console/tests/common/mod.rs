@@ -132,6 +132,15 @@ impl Rig {
         inherited: Inherited,
         memfd: OwnedFd,
     ) -> Self {
+        Self::with_starter(chardev, fds, (inherited, memfd, Starter::default()))
+    }
+
+    /// Starts one that tells this starter what to keep.
+    pub fn with_starter(
+        chardev: &config::Chardev,
+        fds: Vec<(&str, OwnedFd)>,
+        (inherited, memfd, starter): (Inherited, OwnedFd, Starter),
+    ) -> Self {
         let mut fds: BTreeMap<String, OwnedFd> = fds.into_iter().map(|(n, f)| (n.to_owned(), f)).collect();
         let take = |name: &str| fds.remove(name).ok_or_else(|| io::Error::other(name.to_owned()));
         let chardev = Chardev::new(chardev, inherited, take).unwrap();
@@ -141,9 +150,7 @@ impl Rig {
         let parts =
             Parts { opener: None, core, broker, chardevs: vec![chardev], serial: Some(0), state, left };
         let server = thread::spawn(move || {
-            Server::new(parts)
-                .and_then(|server| server.run(Starter::default()))
-                .map_err(|error| error.to_string())
+            Server::new(parts).and_then(|server| server.run(starter)).map_err(|error| error.to_string())
         });
         let broker = Link::accept(broker_end, bulkhead_control_api::VERSION).unwrap();
         Self {
