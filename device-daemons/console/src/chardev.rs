@@ -10,6 +10,7 @@ use std::os::unix::net::{SocketAddr, UnixListener, UnixStream};
 use std::time::{Duration, Instant};
 
 use bulkhead_control_api::config::{Chardev as Config, ChardevKind};
+use bulkhead_jail::warn;
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::socket::{MsgFlags, recv, send};
@@ -86,7 +87,7 @@ impl Chardev {
     /// Opens the back end over descriptors that `take` finds by name, or that a predecessor has left.
     ///
     /// # Errors
-    /// `take` failed, or the host has no thread or socket left.
+    /// `take` failed for anything but a listener, or the host has no thread or socket left.
     pub fn new<E: From<io::Error>>(
         config: &Config,
         mut inherited: Inherited,
@@ -119,7 +120,13 @@ impl Chardev {
             ChardevKind::Socket { fd, address, server, wait } => {
                 let peer = inherited.peer.take();
                 if *server {
-                    device.listen(take(fd)?, address)?;
+                    // systemd gives a service no socket of a unit that was restarted alone until the service
+                    // itself was. A machine goes on without one as after a failed `accept`.
+                    let listener = take(fd).ok();
+                    if listener.is_none() {
+                        warn!("chardev {}: descriptor {fd:?} is missing: nobody can connect", config.id);
+                    }
+                    device.listen(listener, address)?;
                     device.peer = peer.map(UnixStream::from);
                     device.awaited = *wait && device.peer.is_none();
                 } else {
@@ -147,17 +154,18 @@ impl Chardev {
     }
 
     /// Names are those of QEMU 5.1: by the local address once there is one, as it was given before.
-    fn listen(&mut self, fd: OwnedFd, address: &str) -> io::Result<()> {
-        let listener = UnixListener::from(fd);
+    fn listen(&mut self, fd: Option<OwnedFd>, address: &str) -> io::Result<()> {
+        let listener = fd.map(UnixListener::from);
         // Another holder of an inherited one may be faster: then `accept` must not wait.
-        listener.set_nonblocking(true)?;
-        let path = match listener.local_addr() {
-            Ok(bound) if address.starts_with("fd:") => path_of(&bound),
-            _ => address.to_owned(),
+        listener.iter().try_for_each(|listener| listener.set_nonblocking(true))?;
+        let bound = listener.as_ref().and_then(|listener| listener.local_addr().ok());
+        let path = match address.strip_prefix("fd:") {
+            Some(_) => bound.as_ref().map_or(String::new(), path_of),
+            None => address.to_owned(),
         };
         self.connected = format!("unix:{path},server");
         self.disconnected = format!("disconnected:{}", self.connected);
-        self.listener = Some(listener);
+        self.listener = listener;
         Ok(())
     }
 

@@ -16,7 +16,7 @@ use bulkhead_bus_api::{Access, Op, REPLY_LEN, Space};
 use bulkhead_console::chardev::Inherited;
 use bulkhead_console::state::{Left, State};
 use bulkhead_control_api::config::ChardevKind;
-use bulkhead_control_api::console::{self, Answer};
+use bulkhead_control_api::console::{self, Answer, Client};
 use bulkhead_jail::starter::Starter;
 use common::{LIFE, LSR, Rig, THRE, Vcpu, chardev, collected, eventually, memfd, socket_server};
 
@@ -155,6 +155,30 @@ fn clients_stay_and_what_waits_for_them_and_for_the_guest_comes() {
     rig.vcpu().print(b"done");
     client.read_exact(&mut [0; 4]).unwrap();
     let _ = std::fs::remove_file(&path);
+}
+
+#[test]
+fn a_machine_goes_on_without_its_listener() {
+    let path = std::env::temp_dir().join("bulkhead-no-listener");
+    let (mut client, far) = UnixStream::pair().unwrap();
+    let mut rig = Rig::null();
+    rig.vcpu().outb(0x3ff, 0x5a);
+    let (left, seq) = (copy(&rig.memfd), rig.vcpu().seq);
+    let inherited = Inherited { restarted: true, peer: Some(far.into()), far: None };
+    let mut rig = Rig::with_state(&socket_server(true, &path), vec![], inherited, left);
+    rig.greet();
+    rig.welcome_after(1, seq);
+    assert_eq!(rig.vcpu().inb(0x3ff), 0x5a);
+    rig.vcpu().print(b"to the client that was there");
+    client.read_exact(&mut [0; 28]).unwrap();
+    drop(client);
+    let name = format!("disconnected:unix:{},server", path.display());
+    assert!(eventually(|| rig.filename() == name));
+    let (mut client, far) = UnixStream::pair().unwrap();
+    assert_eq!(rig.add_client("serial0", Some(far.into())), Answer::Client(Client::Added));
+    rig.vcpu().print(b"x");
+    client.read_exact(&mut [0]).unwrap();
+    assert_eq!(rig.end().0, Ok(()));
 }
 
 #[test]
