@@ -188,7 +188,7 @@ pub enum Source {
     Listener(UnixListener),
     /// The one client is connected.
     Connected(Stream),
-    /// The one client's connection ended with a predecessor of this process.
+    /// The one client's connection ended with a predecessor of this process, or there is no listener.
     Gone,
 }
 
@@ -205,7 +205,11 @@ pub fn open(
     let io = |error| MonitorError::Io(id.clone(), error);
     match &monitor.chardev.kind {
         ChardevKind::Socket { fd, server: true, .. } => {
-            let fd = find(fd).ok_or_else(|| missing(fd))?;
+            let Some(fd) = find(fd) else {
+                // systemd gives a service no socket of a unit that was restarted alone until the service itself was.
+                warn!("monitor {id}: descriptor {fd:?} is missing: nobody can connect");
+                return Ok(Source::Gone);
+            };
             if !getsockopt(&fd, sockopt::AcceptConn).unwrap_or(false) {
                 return Err(MonitorError::NotListening(id.clone()));
             }
@@ -242,5 +246,26 @@ pub fn start(hub: &Rc<Hub>, monitor: &Rc<Monitor>, source: Source) {
             }
         }
         Source::Gone => {}
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_monitor_whose_listener_is_missing_begins_without() {
+        let kind = |server| ChardevKind::Socket {
+            fd: "chardev.qmp".to_owned(),
+            address: "/qmp".to_owned(),
+            server,
+            wait: false,
+        };
+        for server in [true, false] {
+            let chardev = config::Chardev { id: "qmp".to_owned(), kind: kind(server) };
+            let monitor =
+                config::Monitor { chardev, role: config::Role::Operator, uids: vec![], gids: vec![] };
+            assert!(matches!(open(&monitor, |_| None).unwrap(), Source::Gone));
+        }
     }
 }
