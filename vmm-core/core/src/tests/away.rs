@@ -171,7 +171,10 @@ fn a_guest_goes_on_over_hundreds_of_dead_consoles() {
     let (mut rig, lives) = started(1, counting(), &mortal, |life| 1 + life * 7 % 61);
     let count = rig.wait_result(0, |count| count > 20_000);
     assert_eq!(rig.status(), RunState::Running);
-    // Nothing is lost over a stop either.
+    // Nothing is lost over a stop either: it would be a gap.
+    assert_eq!(rig.ask(Op::Stop).1, [(Event::Stop, RunState::Paused)]);
+    assert_eq!(rig.ask(Op::Cont).1, [(Event::Resume, RunState::Running)]);
+    let count = rig.wait_result(0, |further| further > count + 1000);
     assert_eq!(rig.ask(Op::Stop).1, [(Event::Stop, RunState::Paused)]);
     let written = rig.result(0) as usize;
     let end = Instant::now() + Duration::from_secs(5);
@@ -181,7 +184,9 @@ fn a_guest_goes_on_over_hundreds_of_dead_consoles() {
     let lives = mortal.end(lives);
     let kept = mortal.kept.lock().unwrap();
     assert_counts(&kept.output);
-    assert!(kept.output.len() == written && written >= count as usize, "{} of {written}", kept.output.len());
+    // A stop may come between the count and its byte.
+    let got = kept.output.len();
+    assert!((got == written || got + 1 == written) && written >= count as usize, "{got} of {written}");
     assert!(lives > 200, "{lives}");
     drop(kept);
     rig.quit();
