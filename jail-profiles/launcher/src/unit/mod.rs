@@ -16,6 +16,7 @@ use nix::sys::signal::{Signal, kill};
 use nix::sys::stat::Mode;
 use nix::unistd::Pid;
 
+use crate::cli::help;
 use crate::machine;
 use crate::opener::from_service_manager;
 use crate::relay::say;
@@ -44,12 +45,13 @@ const GLANCE: Duration = Duration::from_millis(50);
 pub fn run(words: &[String]) -> Result<u8, String> {
     let words: Vec<&str> = words.iter().map(String::as_str).collect();
     match words.as_slice() {
+        [] | ["help" | "-h" | "-help" | "--help"] => help::print(USAGE),
         ["check", path] => check(path),
         ["limits", path] => limits(path),
         ["opener", name] => opener(name),
         ["power-off"] => Ok(0),
         ["power-off", pid] => power_off(pid),
-        _ => Err(format!("unit: wrong arguments\n{}", USAGE.trim_end())),
+        _ => Err("unit: wrong arguments: `bulkhead unit` lists the commands".to_owned()),
     }
 }
 

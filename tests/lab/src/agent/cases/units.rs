@@ -276,6 +276,8 @@ mod restarts {
         let answer = vm.ask("echo $((6 * 7))", SOON)?;
         check(answer == "42", || format!("with another console the guest says {answer:?}"))?;
         check(vm.process("console")?.pid != console, || "the console was not killed".to_owned())?;
+        opener_dies(&vm, journal)?;
+        access_changes(&vm)?;
         // The loader runs again for each boot.
         let mut qmp = vm.qmp("operator", journal)?;
         qmp.execute("system_reset", json!({}))?;
@@ -309,6 +311,41 @@ mod restarts {
             sessions.push(qmp);
         }
         Ok(())
+    }
+
+    /// The opener's death changes nothing: the next one gives the next broker and the console to each other.
+    fn opener_dies(vm: &UnitVm, journal: &mut Journal) -> Result<()> {
+        for part in ["opener", "broker"] {
+            let before = vm.process(part)?.pid;
+            kill(Pid::from_raw(before), Signal::SIGKILL).map_err(|error| error.to_string())?;
+            wait_for(part, SOON, || vm.process(part).ok().filter(|now| now.pid != before))?;
+        }
+        let mut qmp = vm.qmp("operator", journal)?;
+        let mut devices = || qmp.execute("query-chardev", json!({})).ok();
+        let found = wait_for("the console behind the next broker", SOON, &mut devices)?;
+        check(found.to_string().contains("serial"), || format!("character devices: {found}"))?;
+        check(qmp.status()? == "running", || "the VM does not run".to_owned())
+    }
+
+    /// A reload changes who may connect, and nothing else that the machine file says.
+    fn access_changes(vm: &UnitVm) -> Result<()> {
+        let path = format!("/etc/bulkhead/{}.toml", vm.name);
+        let file = fs::read_to_string(&path)?;
+        let served = || {
+            let stream = UnixStream::connect(format!("/run/bulkhead/{}/monitor", vm.name));
+            stream.is_ok_and(|stream| Qmp::negotiate(stream).is_ok())
+        };
+        check(served(), || "root is no monitor".to_owned())?;
+        for (more, expected) in [("\n[access.monitor]\nuid = 4711\n", false), ("", true)] {
+            fs::write(&path, format!("{file}{more}"))?;
+            tool(&["systemctl", "reload", &vm.service("limits")])?;
+            wait_for("another policy", SOON, || (served() == expected).then_some(()))?;
+        }
+        fs::write(&path, format!("no-such-option = 1\n{file}"))?;
+        let refused = output(&["systemctl", "reload", &vm.service("limits")])?;
+        check(!refused.status.success(), || "a wrong machine file is taken".to_owned())?;
+        fs::write(&path, file)?;
+        check(served(), || "a wrong machine file has changed the policy".to_owned())
     }
 
     /// Adds an fd set and returns what query-fdsets says, and the session.
