@@ -6,7 +6,7 @@ use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
 
 use bulkhead_framework::{Failure, Result, Transcript};
-use bulkhead_native_tests::{Guest, SOON, Setup, eventually};
+use bulkhead_native_tests::{Guest, SOON, Setup, eventually, slowness};
 use serde_json::{Value, json};
 
 /// What the port's FIFO holds: no more may be lost or come twice at a death.
@@ -22,7 +22,7 @@ fn kill_often(guest: &Guest, times: usize, pause: Duration) -> Result<()> {
             Some(process) if process.pid != former => Ok(process.pid),
             _ => Err("none".to_owned()),
         })?;
-        std::thread::sleep(pause);
+        std::thread::sleep(pause * slowness());
         bulkhead_native_tests::kill_pid(pid)?;
         former = pid;
     }
@@ -87,6 +87,11 @@ fn counted(length: usize) -> Vec<u8> {
     text
 }
 
+/// By how much less may come on an emulated processor.
+fn paced() -> usize {
+    if slowness() > 1 { 100 } else { 1 }
+}
+
 /// Compares what came from `test=counter` with what it says, within the bounds for so many deaths.
 fn check_count(guest: &Guest, text: &str, deaths: usize) -> Result<Damage> {
     let start = text.find("count 1\r\n").unwrap_or_default();
@@ -96,7 +101,7 @@ fn check_count(guest: &Guest, text: &str, deaths: usize) -> Result<Damage> {
         "{} bytes, {deaths} deaths: {:?} lost, {:?} doubled",
         damage.length, damage.lost, damage.doubled
     );
-    guest.check(damage.length > 1000, "too little came")?;
+    guest.check(damage.length > 1000 / paced(), "too little came")?;
     guest.check(damage.lost.len() + damage.doubled.len() <= deaths, "more damage than deaths")?;
     Ok(damage)
 }
@@ -180,7 +185,7 @@ fn a_flood_of_output_loses_no_more_than_a_fifo_at_a_death() -> Result<()> {
     let expected = line.repeat(got.len() / line.len() + 100);
     let damage = compare(&expected, got).map_err(|error| guest.explain(Failure::new(error)))?;
     println!("{} bytes: {:?} lost, {:?} doubled", damage.length, damage.lost, damage.doubled);
-    guest.check(damage.length > 100_000, "too little came")?;
+    guest.check(damage.length > 100_000 / paced(), "too little came")?;
     guest.check(damage.lost.len() + damage.doubled.len() <= 40, "more damage than deaths")?;
     guest.quit()
 }
@@ -214,7 +219,7 @@ fn input_goes_on() -> Result<()> {
     client.write_all(last.as_bytes())?;
     sent.extend(last.bytes());
     sent.extend([b' '; 2 * ENOUGH]);
-    heard.expect("comes after it.", SOON).map_err(|failure| guest.explain(failure))?;
+    heard.expect("comes after it.", SOON * slowness()).map_err(|failure| guest.explain(failure))?;
     let text = heard.text();
     let got = text.split_once("ready\r\n").map_or("", |(_, rest)| rest);
     let damage = compare(&sent, got.as_bytes()).map_err(|error| guest.explain(Failure::new(error)))?;

@@ -169,7 +169,7 @@ fn started(
 fn a_guest_goes_on_over_hundreds_of_dead_consoles() {
     let mortal = Arc::new(Mortal::new(0));
     let (mut rig, lives) = started(1, counting(), &mortal, |life| 1 + life * 7 % 61);
-    let count = rig.wait_result(0, |count| count > 20_000);
+    let count = rig.wait_result(0, |count| count > 12_000);
     assert_eq!(rig.status(), RunState::Running);
     // Nothing is lost over a stop either: it would be a gap.
     assert_eq!(rig.ask(Op::Stop).1, [(Event::Stop, RunState::Paused)]);
@@ -187,7 +187,7 @@ fn a_guest_goes_on_over_hundreds_of_dead_consoles() {
     // A stop may come between the count and its byte.
     let got = kept.output.len();
     assert!((got == written || got + 1 == written) && written >= count as usize, "{got} of {written}");
-    assert!(lives > 200, "{lives}");
+    assert!(lives > 100, "{lives}");
     drop(kept);
     rig.quit();
 }
