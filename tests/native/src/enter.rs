@@ -118,3 +118,34 @@ fn own_dev(kvm: Option<(u64, u64)>) -> nix::Result<()> {
         None => Ok(()),
     }
 }
+
+/// Runs `act` as another user. Credentials are a thread's to the kernel, so it has one of its own.
+///
+/// # Errors
+/// Not root.
+pub fn as_user<T: Send>(uid: u32, gid: u32, act: impl FnOnce() -> T + Send) -> io::Result<T> {
+    let change = move || -> io::Result<()> {
+        for (call, id) in [(nix::libc::SYS_setresgid, gid), (nix::libc::SYS_setresuid, uid)] {
+            // SAFETY: three numbers, no pointer; unlike the C library's function it changes this thread alone.
+            nix::errno::Errno::result(unsafe { nix::libc::syscall(call, id, id, id) })?;
+        }
+        Ok(())
+    };
+    std::thread::scope(|scope| {
+        let thread = scope.spawn(move || change().map(|()| act()));
+        thread.join().unwrap_or_else(|_| Err(io::Error::other("a panic")))
+    })
+}
+
+/// Limits the descriptors of another process: soft and hard limit.
+///
+/// # Errors
+/// There is no such process, or it may not be changed.
+pub fn limit_descriptors(pid: i32, soft: u64, hard: u64) -> io::Result<()> {
+    let limit = nix::libc::rlimit { rlim_cur: soft, rlim_max: hard };
+    // SAFETY: reads one rlimit, which lives over the call, and writes none.
+    let done =
+        unsafe { nix::libc::prlimit(pid, nix::libc::RLIMIT_NOFILE, &raw const limit, std::ptr::null_mut()) };
+    nix::errno::Errno::result(done)?;
+    Ok(())
+}

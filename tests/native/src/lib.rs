@@ -8,7 +8,7 @@ mod guest;
 mod pty;
 mod trace;
 
-pub use enter::{Enter, Step};
+pub use enter::{Enter, Step, as_user, limit_descriptors};
 pub use guest::{Guest, Setup, install, kill_pid};
 pub use pty::Pty;
 pub use trace::{Trace, eventually};

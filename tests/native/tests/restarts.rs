@@ -1,10 +1,9 @@
 //! Compartments that are started again while the guest runs on.
 
-use std::process::Command;
 use std::time::{Duration, Instant};
 
 use bulkhead_framework::{Failure, Qmp, Result};
-use bulkhead_native_tests::{Guest, SOON, eventually};
+use bulkhead_native_tests::{Guest, SOON, eventually, limit_descriptors};
 use nix::sys::ptrace;
 use nix::sys::signal::{Signal, kill};
 use nix::sys::wait::waitpid;
@@ -150,10 +149,7 @@ fn a_start_that_fails_is_tried_again() -> Result<()> {
     let guest = Guest::boot("test=counter ms=1", &[])?;
     drop(guest.running()?);
     let launcher = guest.process("core")?.parent;
-    let limit = |limit: usize| -> Result<()> {
-        let words = ["--pid".to_owned(), launcher.to_string(), format!("--nofile={limit}:8192")];
-        guest.check(Command::new("prlimit").args(words).status()?.success(), "prlimit")
-    };
+    let limit = |limit: usize| -> Result<()> { Ok(limit_descriptors(launcher, limit as u64, 8192)?) };
     let open = std::fs::read_dir(format!("/proc/{launcher}/fd"))?.count();
     limit(open)?;
     guest.kill("broker")?;

@@ -3,12 +3,11 @@
 use std::io::{BufRead as _, BufReader, Write as _};
 use std::os::fd::AsFd as _;
 use std::os::unix::net::UnixStream;
-use std::os::unix::process::CommandExt as _;
 use std::path::Path;
 use std::process::{Command, Stdio};
 
 use bulkhead_framework::{Qmp, QmpError, Result, VmBuilder};
-use bulkhead_native_tests::{Guest, SOON, Setup, eventually};
+use bulkhead_native_tests::{Guest, SOON, Setup, as_user, eventually};
 use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg};
 use nix::unistd::{geteuid, getpid};
 use serde_json::{Value, json};
@@ -129,16 +128,13 @@ fn a_console_attaches_itself() -> Result<()> {
 
 /// The first line that a process of another user gets.
 fn greeting_of(uid: u32, gid: u32, path: &Path) -> Result<Value> {
-    const SCRIPT: &str = "import socket, sys
-s = socket.socket(socket.AF_UNIX)
-s.connect(sys.argv[1])
-print(s.makefile().readline())";
-    let mut command = Command::new("/usr/bin/python3");
-    command.args(["-Ic", SCRIPT]).arg(path).current_dir("/").stdin(Stdio::null()).uid(uid).gid(gid);
-    let output = command.output()?;
-    let text = String::from_utf8_lossy(&output.stdout);
-    Ok(serde_json::from_str(&text)
-        .map_err(|error| format!("{error}: {text} {}", String::from_utf8_lossy(&output.stderr)))?)
+    let greeting = || -> std::io::Result<String> {
+        let mut line = String::new();
+        BufReader::new(UnixStream::connect(path)?).read_line(&mut line)?;
+        Ok(line)
+    };
+    let text = as_user(uid, gid, greeting)??;
+    Ok(serde_json::from_str(&text).map_err(|error| format!("{error}: {text}"))?)
 }
 
 /// Only root can be several users.
