@@ -26,7 +26,11 @@ impl Range {
 pub const LOW_RAM_END: u64 = 0xc000_0000;
 /// Start of the RAM above the 32-bit hole.
 pub const HIGH_RAM_START: u64 = 0x1_0000_0000;
-/// Left free for the PCI Express configuration window (ECAM) of 256 buses.
+/// The PCI windows below 4 GiB: memory that bridges and devices may decode, not prefetchable.
+pub const PCI_MEM32: Range = Range { base: 0xc000_0000, len: 0x2000_0000 };
+/// Length of the PCI window above RAM, see [`pci_mem64`].
+pub const PCI_MEM64_LEN: u64 = 32 << 30;
+/// The PCI Express configuration window (ECAM) of segment 0, buses 0 to 255: a page per function.
 pub const ECAM: Range = Range { base: 0xe000_0000, len: 0x1000_0000 };
 /// The I/O APIC (in the kernel).
 pub const IOAPIC_BASE: u64 = 0xfec0_0000;
@@ -36,6 +40,14 @@ pub const LAPIC_BASE: u64 = 0xfee0_0000;
 pub const KVM_IDENTITY_MAP: u64 = 0xfffb_c000;
 /// Three pages for KVM's real-mode TSS (Intel).
 pub const KVM_TSS: u64 = 0xfffb_d000;
+
+/// The PCI window above 4 GiB, for prefetchable 64-bit BARs, of a VM whose RAM ends at `ram_end`.
+#[must_use]
+pub const fn pci_mem64(ram_end: u64) -> Range {
+    let start = if ram_end < HIGH_RAM_START { HIGH_RAM_START } else { ram_end };
+    let gib = 1u64 << 30;
+    Range { base: start.saturating_add(gib - 1) / gib * gib, len: PCI_MEM64_LEN }
+}
 
 /// First serial port, a 16550A.
 pub const COM1: Range = Range { base: 0x3f8, len: 8 };
@@ -83,6 +95,14 @@ mod tests {
     fn a_range_holds_whole_accesses_only() {
         assert!(COM1.contains(0x3f8, 1) && COM1.contains(0x3fc, 4));
         assert!(!COM1.contains(0x3fd, 4) && !COM1.contains(0x3f7, 1) && !COM1.contains(u64::MAX, 8));
+    }
+
+    #[test]
+    fn the_pci_windows_lie_beside_ram() {
+        assert_eq!(PCI_MEM32.base, LOW_RAM_END);
+        assert_eq!(PCI_MEM32.base + PCI_MEM32.len, ECAM.base);
+        assert_eq!(pci_mem64(1 << 20).base, HIGH_RAM_START);
+        assert_eq!(pci_mem64(0x1_4000_0001).base, 0x1_8000_0000);
     }
 
     #[test]

@@ -232,6 +232,148 @@ pub struct Broker {
     pub options: Vec<OptionGroup>,
 }
 
+/// Configuration of the pci daemon.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Pci {
+    /// As in [`Console`].
+    pub life: u64,
+    /// Devices in the order of the command line; a bus is defined before what is on it.
+    pub devices: Vec<PciDevice>,
+}
+
+/// Where a device is put.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PciPlace {
+    /// `pcie.0` or the id of a root port.
+    pub bus: String,
+    /// Device and function number; none for the first free device.
+    pub addr: Option<(u8, u8)>,
+    /// Function 0 says that there are others.
+    pub multifunction: bool,
+}
+
+/// A device on the PCI bus.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PciDevice {
+    /// Its id, empty without.
+    pub id: String,
+    /// QEMU's name of the device model (`virtio-blk-pci`, `pcie-root-port`).
+    pub driver: String,
+    /// Where.
+    pub place: PciPlace,
+    /// What.
+    pub kind: PciKind,
+}
+
+/// What a device is.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum PciKind {
+    /// A PCI Express root port with a hot-plug slot.
+    RootPort {
+        /// Chassis number, unique among the ports with the same slot number.
+        chassis: u8,
+        /// Physical slot number.
+        slot: u16,
+    },
+    /// A virtio device behind a vhost-user back end.
+    Virtio(Virtio),
+}
+
+/// Which virtio device, and where its back end is.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Virtio {
+    /// Virtio device type (virtio 1.2, 5), 1 to 63.
+    pub device_type: u16,
+    /// Virtqueues, 1 to 64; fewer if the back end has fewer.
+    pub queues: u16,
+    /// Largest queue size, a power of two up to 1,024.
+    pub queue_size: u16,
+    /// Configuration space as the front end knows it; what the back end says comes over it, where it has
+    /// `VHOST_USER_PROTOCOL_F_CONFIG` and the device type is one whose back end owns it. At most 256 bytes.
+    pub config: Vec<u8>,
+    /// Feature bits that the device does not offer, whatever its back end has.
+    pub without: u64,
+    /// What to ask the opener for to reach the back end (`vhost.ID`), or to take at the start if `listens`.
+    pub socket: String,
+    /// Pci listens and the back end connects (`server=on`).
+    pub listens: bool,
+    /// What to ask the opener for to reach the side link (`side.ID`): our own daemons have one.
+    pub side: Option<String>,
+    /// The back end finishes requests in the order of the ring, or tracks those in flight, so that it goes on from the
+    /// used index after its death; else the device needs a reset then.
+    pub resumes: bool,
+}
+
+/// An I/O thread (`-object iothread`): a queue thread of a device daemon that polls before it sleeps.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct IoThread {
+    /// Its id, empty for the daemon's own thread.
+    pub id: String,
+    /// Longest busy polling, in nanoseconds; 0 for none.
+    pub poll_max_ns: u64,
+    /// Factor by which polling grows, 0 for 2.
+    pub poll_grow: u64,
+    /// Divisor by which it shrinks, 0 for none at all.
+    pub poll_shrink: u64,
+}
+
+/// Configuration of a block daemon.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Block {
+    /// As in [`Console`].
+    pub life: u64,
+    /// Id of the device, for messages.
+    pub id: String,
+    /// Name of the disk's fd: a regular file or a block device.
+    pub disk: String,
+    /// What to call it in messages.
+    pub path: String,
+    /// The guest may not write.
+    pub read_only: bool,
+    /// `serial=`, up to 20 bytes.
+    pub serial: String,
+    /// Request queues.
+    pub queues: u16,
+    /// Discard and write-zeroes are offered.
+    pub discard: bool,
+    /// The thread of its queues.
+    pub iothread: IoThread,
+}
+
+/// Configuration of a network daemon.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Net {
+    /// As in [`Console`].
+    pub life: u64,
+    /// Id of the device, for messages.
+    pub id: String,
+    /// Names of the TAP descriptors (`IFF_TAP | IFF_NO_PI | IFF_VNET_HDR`, one per queue pair).
+    pub taps: Vec<String>,
+    /// MAC address.
+    pub mac: [u8; 6],
+    /// The thread of its queues.
+    pub iothread: IoThread,
+}
+
+/// Configuration of the balloon daemon.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Balloon {
+    /// As in [`Console`].
+    pub life: u64,
+    /// Id of the device, for messages.
+    pub id: String,
+    /// `-m`, in bytes: the memory that the guest has without a balloon.
+    pub ram: u64,
+    /// `deflate-on-oom=on`.
+    pub deflate_on_oom: bool,
+    /// `free-page-reporting=on`.
+    pub free_page_reporting: bool,
+    /// `page-poison=on`.
+    pub page_poison: bool,
+    /// The thread of its queues.
+    pub iothread: IoThread,
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

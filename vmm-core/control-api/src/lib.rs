@@ -3,16 +3,19 @@
 //! A message is one `SOCK_SEQPACKET` packet of at most [`MAX_MESSAGE`] bytes in postcard encoding.
 //! Every link begins with a [`Hello`] each way; the connecting side speaks first.
 
+pub mod balloon;
 pub mod config;
 pub mod console;
 pub mod core;
 pub mod loader;
 pub mod opener;
+pub mod pci;
+pub mod side;
 
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 
 /// Version of everything in this crate; both ends of a link must have the same.
-pub const VERSION: u16 = 2;
+pub const VERSION: u16 = 3;
 /// The longest message, in bytes.
 pub const MAX_MESSAGE: usize = 16 * 1024;
 /// The largest configuration blob, in bytes.

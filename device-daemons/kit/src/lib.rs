@@ -1,0 +1,1 @@
+//! What the device daemons share: listener, queues, side link, start and end.

@@ -1,0 +1,103 @@
+//! What a function's device is to the bus.
+
+use std::os::fd::OwnedFd;
+use std::rc::Rc;
+
+/// Identification of a function (PCI 3.0, 6.2.1 and 6.2.4).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Identity {
+    /// Vendor id.
+    pub vendor: u16,
+    /// Device id.
+    pub device: u16,
+    /// Class code: base class, subclass, programming interface in 24 bits.
+    pub class: u32,
+    /// Revision id.
+    pub revision: u8,
+    /// Subsystem vendor id and subsystem id.
+    pub subsystem: (u16, u16),
+}
+
+/// A memory BAR.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Bar {
+    /// Its number, 0 to 5; a wide one takes the next number, too.
+    pub index: u8,
+    /// Size in bytes, a power of two of at least 4,096.
+    pub size: u64,
+    /// 64 bits wide.
+    pub wide: bool,
+    /// Prefetchable.
+    pub prefetch: bool,
+}
+
+/// Where the MSI-X structures are; the bus implements them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Msix {
+    /// Number of vectors.
+    pub vectors: u16,
+    /// BAR of table and pending bits; accesses to both never reach the device.
+    pub bar: u8,
+    /// Offset of the table, 8-byte aligned.
+    pub table: u32,
+    /// Offset of the pending bits, 8-byte aligned.
+    pub pba: u32,
+}
+
+/// A capability that the device adds to the bus's own (PCI Express, MSI-X).
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Capability {
+    /// Capability id.
+    pub id: u8,
+    /// What follows id and next pointer.
+    pub body: Vec<u8>,
+    /// Bits of the body that the guest may write; shorter than the body: the rest is read-only.
+    pub writable: Vec<u8>,
+}
+
+/// The eventfds of a device. They are the same as long as the device exists, whatever the guest does to masks and BARs.
+#[derive(Clone, Debug, Default)]
+pub struct Wires {
+    /// By vector of the device's MSI-X table: a write raises the interrupt, or makes it pending while it is masked.
+    pub vectors: Vec<Rc<OwnedFd>>,
+    /// By entry of [`Device::bells`].
+    pub bells: Vec<Rc<OwnedFd>>,
+}
+
+/// What a device does on the bus. Accesses come checked: inside the BAR, 1, 2, 4 or 8 bytes, naturally aligned.
+pub trait Device {
+    /// What it is.
+    fn identity(&self) -> Identity;
+    /// Its BARs in ascending order.
+    fn bars(&self) -> Vec<Bar>;
+    /// Its MSI-X structures.
+    fn msix(&self) -> Option<Msix>;
+    /// Its capabilities in order. Their offsets are told by [`Device::placed`].
+    fn capabilities(&self) -> Vec<Capability>;
+    /// Where in configuration space its capabilities are, in the order of [`Device::capabilities`].
+    fn placed(&mut self, offsets: &[u8]);
+    /// BAR and offset of each doorbell.
+    fn bells(&self) -> Vec<(u8, u64)>;
+    /// Hands over the eventfds, once.
+    fn wire(&mut self, wires: Wires);
+    /// A read of BAR `bar`.
+    fn read(&mut self, bar: u8, offset: u64, size: u8) -> u64;
+    /// A write to BAR `bar`.
+    fn write(&mut self, bar: u8, offset: u64, size: u8, value: u64);
+    /// The guest has written its configuration space at `offset`; `space` is what it reads now (4,096 bytes).
+    /// Returns whether reads of this function's configuration space must exit from now on.
+    fn config_written(&mut self, offset: u16, size: u8, space: &mut [u8]) -> bool;
+    /// A read of configuration space that exits: the device may answer it instead of memory.
+    fn config_read(&mut self, offset: u16, size: u8, space: &[u8]) -> Option<u64>;
+    /// Whether the guest lets it master the bus (command register bit 2): without, it touches no guest memory.
+    fn set_master(&mut self, enabled: bool);
+    /// Power-on state.
+    fn reset(&mut self);
+    /// Its state, for [`Device::restore`] in another process; at most [`MAX_SAVED`] bytes.
+    fn save(&self) -> Vec<u8>;
+    /// Takes over what a predecessor saved; false if it is no state of this device.
+    fn restore(&mut self, saved: &[u8]) -> bool;
+}
+
+/// The most that a device saves, in bytes.
+pub const MAX_SAVED: usize = 8192;
