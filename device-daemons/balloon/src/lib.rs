@@ -1,1 +1,4 @@
 //! virtio-balloon device daemon.
+
+pub mod device;
+pub mod pages;
