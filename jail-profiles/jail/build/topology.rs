@@ -23,6 +23,7 @@ struct Process {
     binary: String,
     about: String,
     boots: String,
+    per: Option<String>,
     restart: String,
     namespaces: Vec<String>,
     fds: Vec<String>,
@@ -126,6 +127,11 @@ fn process(out: &mut String, root: &Path, process: &Process, all: &[Gap]) -> Res
         "always" => "Restart::Always",
         other => return Err(format!("{}: restart {other}", process.name).into()),
     };
+    let per_device = match process.per.as_deref() {
+        None => false,
+        Some("device") => true,
+        Some(other) => return Err(format!("{}: per {other}", process.name).into()),
+    };
     let mut bpf = String::from("&[");
     for i in &profile.bpf {
         write!(bpf, "sock_filter {{ code: {}, jt: {}, jf: {}, k: {} }},", i.code, i.jt, i.jf, i.k)?;
@@ -134,7 +140,7 @@ fn process(out: &mut String, root: &Path, process: &Process, all: &[Gap]) -> Res
     writeln!(
         out,
         "/// {about}.\npub static {upper}: Process = Process {{ name: {name:?}, binary: {binary:?}, about: {about:?}, \
-         boots: {boots}, restart: {restart}, namespaces: {spaces}, gaps: {gaps}, fds: &{fds:?}, store: {store}, \
+         boots: {boots}, per_device: {per_device}, restart: {restart}, namespaces: {spaces}, gaps: {gaps}, fds: &{fds:?}, store: {store}, \
          limits: Limits {{ nofile: {nofile}, data: {data}, fsize: {fsize} }}, syscalls: &{syscalls:?}, filter: {bpf} }};",
         about = process.about,
         upper = process.name.to_uppercase(),

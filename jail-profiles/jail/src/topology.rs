@@ -86,6 +86,8 @@ pub struct Process {
     pub about: &'static str,
     /// When it is started.
     pub boots: Boots,
+    /// There is one for each device that needs one, none or several in a VM.
+    pub per_device: bool,
     /// What its death means.
     pub restart: Restart,
     /// Namespaces of its own.

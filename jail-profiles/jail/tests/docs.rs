@@ -11,6 +11,7 @@ fn process(out: &mut String, process: &Process) -> fmt::Result {
     let spaces: Vec<String> = process.namespaces.iter().map(|n| format!("{n:?}").to_lowercase()).collect();
     let fds: Vec<String> = process.fds.iter().map(|f| format!("`{f}`")).collect();
     let started = match process.boots {
+        Boots::Vm if process.per_device => "with the VM, one for each device that needs one",
         Boots::Vm => "with the VM",
         Boots::Boot => "anew for each boot and reset",
     };

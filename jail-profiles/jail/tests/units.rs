@@ -55,6 +55,11 @@ SystemCallFilter=@system-service seccomp landlock_create_ruleset landlock_add_ru
 SystemCallFilter=~@chown @clock @cpu-emulation @debug @module @mount @obsolete @privileged @raw-io @reboot @resources @swap @setuid
 ";
 
+/// The processes that have units: not yet pci and the device daemons.
+fn processes() -> impl Iterator<Item = &'static Process> {
+    PROCESSES.iter().copied().filter(|process| process.name != "pci" && !process.per_device)
+}
+
 fn user(out: &mut String, part: &str) {
     let _ = writeln!(out, "DynamicUser=yes\nUser=bh-{part}-%i\nSlice=bulkhead-%i.slice");
 }
@@ -228,7 +233,7 @@ fn last(service: &str) -> (&'static str, &'static str) {
 fn sockets() -> BTreeMap<String, String> {
     let mut all = BTreeMap::new();
     let mut lines = String::new();
-    for process in PROCESSES {
+    for process in processes() {
         let _ = writeln!(lines, "ListenSequentialPacket={INNER}/{}", process.name);
     }
     // Each unit has one of them in its own root directory; nobody else gets through the directory.
@@ -258,7 +263,7 @@ fn sockets() -> BTreeMap<String, String> {
 
 fn units() -> BTreeMap<String, String> {
     let mut all = sockets();
-    for process in PROCESSES {
+    for process in processes() {
         let mut text = service(process);
         // A service without these would be started without its sockets.
         let own: Vec<String> = sockets()

@@ -7,7 +7,7 @@ use std::io::{self, Read as _, Write as _};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::time::Instant;
 
-use bulkhead_jail::topology::{Namespace, PROCESSES, Process};
+use bulkhead_jail::topology::{LINKS, Link, Namespace, PROCESSES, Process};
 use nix::errno::Errno;
 use nix::fcntl::OFlag;
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
@@ -16,6 +16,17 @@ use nix::sys::wait::{Id, WaitPidFlag, WaitStatus, waitid};
 use nix::unistd::{self, Gid, Pid, Uid};
 
 use crate::jailed::{Child, Identity, park};
+
+/// The processes that are started: not yet pci and the device daemons.
+pub fn started() -> impl Iterator<Item = &'static Process> {
+    PROCESSES.iter().copied().filter(|process| process.name != "pci" && !process.per_device)
+}
+
+/// The links between processes that are started.
+pub fn links() -> impl Iterator<Item = &'static Link> {
+    let is_started = |name: &str| started().any(|process| process.name == name);
+    LINKS.iter().copied().filter(move |link| is_started(link.listener) && is_started(link.connector))
+}
 
 /// Descriptors that the launcher and a child have open beside those that are kept: of links, logs and binaries,
 /// what the command line names, and a copy of a compartment's own in its child.
@@ -89,7 +100,7 @@ impl Host {
         };
         // Opened once: after an upgrade of the package a reset still gets the loader that fits.
         let mut binaries = Vec::new();
-        for process in PROCESSES {
+        for process in started() {
             let path = place.join(process.binary);
             let file = File::open(&path).map_err(|e| format!("{}: {e}", path.display()))?;
             binaries.push((process.binary, file));
@@ -205,7 +216,7 @@ fn remedy(errno: Errno) -> &'static str {
 /// Descriptors that a launcher with everything kept has open: what is kept for all, and in the child that is to
 /// be one of them a copy of what that one has.
 fn most_descriptors() -> usize {
-    let stores = || PROCESSES.iter().map(|process| process.store);
+    let stores = || started().map(|process| process.store);
     stores().sum::<usize>() + stores().max().unwrap_or(0) + OTHERS
 }
 

@@ -31,7 +31,7 @@ use kept::Kept;
 
 /// Processes that are started with the VM.
 fn residents() -> impl Iterator<Item = &'static Process> {
-    topology::PROCESSES.iter().copied().filter(|p| p.boots == Boots::Vm)
+    spawn::started().filter(|p| p.boots == Boots::Vm)
 }
 
 /// Reads (of 4 KiB) of an ended compartment's log.
@@ -190,8 +190,8 @@ fn names_of(kind: &ChardevKind) -> Vec<String> {
 
 /// Whether a compartment connects to one that may be started anew, so that it will need another connection.
 fn outlives_a_listener(process: &Process) -> bool {
-    let restarts = |name| topology::PROCESSES.iter().any(|p| p.name == name && p.restart == Restart::Always);
-    topology::LINKS.iter().any(|link| link.connector == process.name && restarts(link.listener))
+    let restarts = |name| spawn::started().any(|p| p.name == name && p.restart == Restart::Always);
+    spawn::links().any(|link| link.connector == process.name && restarts(link.listener))
 }
 
 /// The opener's link to a compartment, begun and with nothing to give yet; the second end is the compartment's.
@@ -208,7 +208,7 @@ fn opener_link() -> Result<(Link, OwnedFd), String> {
 impl Supervisor {
     fn new(vm: Vm, guard: Guard) -> Result<Self, String> {
         let mut meetings = BTreeMap::new();
-        for link in topology::LINKS {
+        for link in spawn::links() {
             meetings.insert(link.name, Rendezvous::new(|path| guard.directory(path))?);
         }
         let mut configs = BTreeMap::new();
@@ -251,7 +251,7 @@ impl Supervisor {
     /// Starts one compartment with the descriptors that the topology and its configuration name.
     fn start(&mut self, process: &'static Process) -> Result<(), String> {
         let mut connections: Vec<(String, OwnedFd)> = Vec::new();
-        for link in topology::LINKS.iter().filter(|l| l.connector == process.name) {
+        for link in spawn::links().filter(|l| l.connector == process.name) {
             if let Some(meeting) = self.meetings.get(link.name) {
                 connections.push((link.as_name.to_owned(), meeting.connect()?));
             }
@@ -311,7 +311,7 @@ impl Supervisor {
     /// Starts a compartment anew, and gives the peers that connect to it new connections.
     fn start_and_connect(&mut self, process: &'static Process) -> Result<(), String> {
         let mut connections = Vec::new();
-        for link in topology::LINKS.iter().filter(|l| l.listener == process.name) {
+        for link in spawn::links().filter(|l| l.listener == process.name) {
             if let Some(meeting) = self.meetings.get(link.name) {
                 connections.push((link, meeting.connect()?));
             }

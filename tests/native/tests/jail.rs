@@ -24,9 +24,14 @@ const KINDS: [(&str, Namespace); 6] = [
     ("uts", Namespace::Uts),
 ];
 
-/// The processes that live as long as the VM.
+/// The processes that live as long as the VM; not yet pci and the device daemons, which no machine has.
 fn residents() -> impl Iterator<Item = &'static topology::Process> {
-    topology::PROCESSES.iter().copied().filter(|process| process.boots == topology::Boots::Vm)
+    let in_machine = |process: &&topology::Process| process.name != "pci" && !process.per_device;
+    topology::PROCESSES
+        .iter()
+        .copied()
+        .filter(|process| process.boots == topology::Boots::Vm)
+        .filter(in_machine)
 }
 
 /// A field of /proc/PID/status.

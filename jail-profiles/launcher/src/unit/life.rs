@@ -12,7 +12,7 @@ use std::time::Duration;
 
 use bulkhead_control_api::config;
 use bulkhead_jail::starter::Starter;
-use bulkhead_jail::topology::{LINKS, Link, PROCESSES, Process};
+use bulkhead_jail::topology::{Link, PROCESSES, Process};
 use nix::errno::Errno;
 use nix::fcntl::{OFlag, open};
 use nix::sys::stat::Mode;
@@ -21,6 +21,7 @@ use crate::config_blob;
 use crate::machine::{Plan, What};
 use crate::opener;
 use crate::rendezvous;
+use crate::spawn::{links, started};
 
 /// How often the service manager is asked to keep something, and the pause before it is asked again.
 const KEEP_TRIES: u32 = 250;
@@ -100,7 +101,7 @@ impl Life {
             fds.insert(request.name.clone(), fd);
         }
         let mut listeners = BTreeMap::new();
-        for link in LINKS {
+        for link in links() {
             let fd = listener(&places.links.join(link.name))
                 .map_err(|e| format!("cannot listen in {}: {e}", places.links.display()))?;
             keep(starter, &listening(link), fd.as_fd())?;
@@ -121,11 +122,11 @@ impl Life {
         let mut take =
             |name: String| store.remove(&name).ok_or_else(|| format!("{name} is not in the store"));
         let mut configs = BTreeMap::new();
-        for process in PROCESSES {
+        for process in started() {
             configs.insert(process.name, take(configured(process.name))?);
         }
         let mut listeners = BTreeMap::new();
-        for link in LINKS {
+        for link in links() {
             listeners.insert(link.name, take(listening(link))?);
         }
         if let (Some(plan), Some(broker)) = (plan, configs.get_mut("broker")) {
@@ -150,7 +151,7 @@ impl Life {
         for (name, fd) in self.listeners.iter().filter(|(name, _)| process.may_have(name)) {
             all.push(((*name).to_owned(), copy(fd)?));
         }
-        for link in LINKS.iter().filter(|link| link.connector == process.name) {
+        for link in links().filter(|link| link.connector == process.name) {
             all.push((link.as_name.to_owned(), self.connection(link, places)?));
         }
         for (name, fd) in self.fds.iter().filter(|(name, _)| process.may_have(name)) {
@@ -226,7 +227,7 @@ mod tests {
         for (process, config) in configs(&old).unwrap() {
             store.insert(configured(process), config);
         }
-        for link in LINKS {
+        for link in links() {
             store.insert(listening(link), OwnedFd::from(fs::File::open("/dev/null").unwrap()));
         }
         store.insert("given.kernel".to_owned(), OwnedFd::from(fs::File::open("/dev/null").unwrap()));

@@ -12,7 +12,7 @@ use bulkhead_control_api::VERSION;
 use bulkhead_control_api::opener::FromOpener;
 use bulkhead_jail::link::{Link, LinkError};
 use bulkhead_jail::starter::Starter;
-use bulkhead_jail::topology::{LINKS, Process, Restart};
+use bulkhead_jail::topology::{Process, Restart};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::socket::{MsgFlags, UnixAddr, getsockname, setsockopt, sockopt};
 use nix::sys::time::{TimeVal, TimeValLike as _};
@@ -20,6 +20,7 @@ use nix::sys::time::{TimeVal, TimeValLike as _};
 use super::life::{self, Life, Places};
 use crate::machine::Plan;
 use crate::relay::say;
+use crate::spawn::links;
 
 /// What the opener calls itself in messages.
 const NAME: &str = "bulkhead-opener";
@@ -155,7 +156,7 @@ impl Opener {
         if process.restart == Restart::Never {
             return;
         }
-        for link in LINKS.iter().filter(|link| link.listener == process.name) {
+        for link in links().filter(|link| link.listener == process.name) {
             let Some(peer) = self.links.get(link.connector) else { continue };
             let given = self.life.connection(link, &self.places).and_then(|connection| {
                 push(peer, link.as_name, &connection).map_err(|e| format!("{}: {e}", link.connector))
