@@ -2,6 +2,12 @@
 
 use std::os::fd::OwnedFd;
 use std::rc::Rc;
+use std::time::Instant;
+
+use bulkhead_control_api::config::PciDevice;
+use nix::poll::PollFd;
+
+use crate::memory::Memory;
 
 /// Identification of a function (PCI 3.0, 6.2.1 and 6.2.4).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -64,8 +70,40 @@ pub struct Wires {
     pub bells: Vec<Rc<OwnedFd>>,
 }
 
+/// What a device's back end is to the event loop. Nothing here waits, and each call does a bounded piece of work.
+pub trait Backed {
+    /// Names of the connections that it lacks now, as the opener knows them (`vhost.ID`, `side.ID`). The loop asks for
+    /// them at a pace of its own, without end; names that are no longer in here are not asked for any more.
+    fn missing(&self) -> Vec<String>;
+    /// A connection that it lacked; one that it does not lack is closed.
+    fn connected(&mut self, name: &str, fd: OwnedFd);
+    /// Adds the descriptors to watch and what for. Asked anew in every turn of the loop.
+    fn watch<'a>(&'a self, list: &mut Vec<PollFd<'a>>);
+    /// At least one of the descriptors that it watches is ready.
+    fn advance(&mut self);
+    /// When [`Backed::expire`] is due.
+    fn deadline(&self) -> Option<Instant>;
+    /// The deadline is over.
+    fn expire(&mut self);
+    /// Whether its back end, or one before that, has answered: features and configuration are known.
+    fn is_known(&self) -> bool;
+    /// Whether its back end is there and has answered.
+    fn is_connected(&self) -> bool;
+    /// Stop the back end; over when [`Backed::is_quiet`]. Accesses may come meanwhile.
+    fn pause(&mut self);
+    /// Undo [`Backed::pause`].
+    fn resume(&mut self);
+    /// Whether the back end touches no guest memory and raises no interrupt.
+    fn is_quiet(&self) -> bool;
+    /// It was not quiet in time: end the connection. What the guest sees of that is as if the back end had died.
+    fn abandon(&mut self);
+}
+
+/// Makes a device of the configuration; the text says why not.
+pub type Factory = Box<dyn Fn(&PciDevice, &Rc<Memory>) -> Result<Box<dyn Device>, String>>;
+
 /// What a device does on the bus. Accesses come checked: inside the BAR, 1, 2, 4 or 8 bytes, naturally aligned.
-pub trait Device {
+pub trait Device: Backed {
     /// What it is.
     fn identity(&self) -> Identity;
     /// Its BARs in ascending order.
@@ -91,7 +129,7 @@ pub trait Device {
     fn config_read(&mut self, offset: u16, size: u8, space: &[u8]) -> Option<u64>;
     /// Whether the guest lets it master the bus (command register bit 2): without, it touches no guest memory.
     fn set_master(&mut self, enabled: bool);
-    /// Power-on state.
+    /// Power-on state. The back end's memory accesses are over when [`Backed::is_quiet`]; a pause stays one.
     fn reset(&mut self);
     /// Its state, for [`Device::restore`] in another process; at most [`MAX_SAVED`] bytes.
     fn save(&self) -> Vec<u8>;

@@ -1,0 +1,56 @@
+//! Guest memory as core names it. It is never mapped here: back ends get it, and what a dead one has left in a used
+//! ring is read with `pread`.
+
+use std::os::fd::OwnedFd;
+
+use bulkhead_bus_api::pci;
+
+/// A piece of guest RAM.
+#[derive(Debug)]
+pub struct Region {
+    /// Where the guest has it.
+    pub place: pci::Memory,
+    /// The memfd with it, from offset 0.
+    pub fd: OwnedFd,
+}
+
+/// Guest RAM in ascending order.
+#[derive(Debug, Default)]
+pub struct Memory {
+    /// Its pieces.
+    pub regions: Vec<Region>,
+}
+
+impl Memory {
+    /// The piece that holds `len` bytes at a guest physical address, and the offset in it.
+    #[must_use]
+    pub fn find(&self, address: u64, len: u64) -> Option<(&Region, u64)> {
+        self.regions.iter().find_map(|region| {
+            let offset = address.checked_sub(region.place.base)?;
+            let end = offset.checked_add(len)?;
+            (end <= region.place.len).then_some((region, offset))
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use nix::sys::memfd::{MFdFlags, memfd_create};
+
+    use super::*;
+
+    #[test]
+    fn only_what_lies_in_one_piece_is_found() {
+        let region = |base, len| Region {
+            place: pci::Memory { base, len },
+            fd: memfd_create("ram", MFdFlags::MFD_CLOEXEC).unwrap(),
+        };
+        let memory = Memory { regions: vec![region(0, 0x3000), region(0x3000, 0x1000)] };
+        let at = |address, len| memory.find(address, len).map(|(region, offset)| (region.place.base, offset));
+        assert_eq!(at(0x2ff0, 16), Some((0, 0x2ff0)));
+        assert_eq!(at(0x3000, 0x1000), Some((0x3000, 0)));
+        for (address, len) in [(0x2ff0, 17), (0x4000, 1), (0x3000, 0x1001), (u64::MAX, 2), (8, u64::MAX)] {
+            assert_eq!(at(address, len), None, "{address:#x} {len:#x}");
+        }
+    }
+}
