@@ -2,16 +2,26 @@
 //! ring is read with `pread`.
 
 use std::os::fd::OwnedFd;
+use std::rc::Rc;
 
 use bulkhead_bus_api::pci;
+use nix::sys::uio::pread;
 
 /// A piece of guest RAM.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct Region {
     /// Where the guest has it.
     pub place: pci::Memory,
     /// The memfd with it, from offset 0.
-    pub fd: OwnedFd,
+    pub fd: Rc<OwnedFd>,
+}
+
+impl Region {
+    /// The same place and the same memfd.
+    #[must_use]
+    pub fn is(&self, other: &Self) -> bool {
+        self.place == other.place && Rc::ptr_eq(&self.fd, &other.fd)
+    }
 }
 
 /// Guest RAM in ascending order.
@@ -31,6 +41,15 @@ impl Memory {
             (end <= region.place.len).then_some((region, offset))
         })
     }
+
+    /// Reads a little-endian number of 16 bits, as the indices of rings are.
+    #[must_use]
+    pub fn read_u16(&self, address: u64) -> Option<u16> {
+        let (region, offset) = self.find(address, 2)?;
+        let mut bytes = [0; 2];
+        let read = pread(&region.fd, &mut bytes, i64::try_from(offset).ok()?);
+        (read == Ok(2)).then_some(u16::from_le_bytes(bytes))
+    }
 }
 
 #[cfg(test)]
@@ -43,7 +62,7 @@ mod tests {
     fn only_what_lies_in_one_piece_is_found() {
         let region = |base, len| Region {
             place: pci::Memory { base, len },
-            fd: memfd_create("ram", MFdFlags::MFD_CLOEXEC).unwrap(),
+            fd: Rc::new(memfd_create("ram", MFdFlags::MFD_CLOEXEC).unwrap()),
         };
         let memory = Memory { regions: vec![region(0, 0x3000), region(0x3000, 0x1000)] };
         let at = |address, len| memory.find(address, len).map(|(region, offset)| (region.place.base, offset));
@@ -52,5 +71,16 @@ mod tests {
         for (address, len) in [(0x2ff0, 17), (0x4000, 1), (0x3000, 0x1001), (u64::MAX, 2), (8, u64::MAX)] {
             assert_eq!(at(address, len), None, "{address:#x} {len:#x}");
         }
+    }
+
+    #[test]
+    fn a_number_is_read_where_the_guest_has_it() {
+        let fd = Rc::new(memfd_create("ram", MFdFlags::MFD_CLOEXEC).unwrap());
+        nix::unistd::ftruncate(&fd, 0x1000).unwrap();
+        nix::sys::uio::pwrite(&fd, &[0x34, 0x12], 0xffe).unwrap();
+        let memory =
+            Memory { regions: vec![Region { place: pci::Memory { base: 0x1000, len: 0x1000 }, fd }] };
+        assert_eq!(memory.read_u16(0x1ffe), Some(0x1234));
+        assert_eq!((memory.read_u16(0x1fff), memory.read_u16(0xffe)), (None, None));
     }
 }
