@@ -1,7 +1,9 @@
-//! ACPI tables: RSDP, XSDT, FADT, FACS, DSDT, MADT (ACPI specification 6.4).
+//! ACPI tables: RSDP, XSDT, FADT, FACS, DSDT, MADT, MCFG (ACPI specification 6.4).
 //!
 //! ACPI is always enabled (no SMI command port). The power button is a control-method device notified
-//! by a generic event device with an interrupt of its own. MCFG will follow behind the MADT.
+//! by a generic event device with an interrupt of its own.
+
+mod pci;
 
 use acpi_tables::Aml;
 use acpi_tables::aml::{
@@ -82,7 +84,8 @@ fn irq(gsi: u32) -> Interrupt {
     Interrupt::new(true, true, false, false, gsi)
 }
 
-fn dsdt() -> Sdt {
+/// Devices, and the PCI bus of a VM whose RAM ends at `ram_end`.
+fn dsdt(ram_end: u64) -> Sdt {
     let name = |name: &str, value: &dyn Aml| Name::new(Path::new(name), value);
     let s5 = name("_S5_", &Package::new(vec![&SLP_TYP_S5, &SLP_TYP_S5, &0u8, &0u8]));
 
@@ -115,6 +118,7 @@ fn dsdt() -> Sdt {
     Scope::new(Path::new("\\_SB_"), vec![&com1, &rtc, &button, &ged]).to_aml_bytes(&mut aml);
     s5.to_aml_bytes(&mut aml);
     table.append_slice(&aml);
+    table.append_slice(&pci::scope(ram_end));
     table
 }
 
@@ -202,11 +206,11 @@ fn madt(cpus: &CpuTopology) -> Sdt {
     table
 }
 
-/// All tables with their addresses; the RSDP is the first, at [`ACPI`].
+/// All tables with their addresses, for a VM whose RAM ends at `ram_end`; the RSDP is the first, at [`ACPI`].
 ///
 /// # Errors
 /// [`Error::AcpiTooLarge`].
-pub fn tables(cpus: &CpuTopology) -> Result<Vec<(u64, Vec<u8>)>, Error> {
+pub fn tables(cpus: &CpuTopology, ram_end: u64) -> Result<Vec<(u64, Vec<u8>)>, Error> {
     if cpus.cpus > CpuTopology::MAX_CPUS {
         return Err(Error::Unsupported("more vCPUs than a VM can have"));
     }
@@ -216,12 +220,14 @@ pub fn tables(cpus: &CpuTopology) -> Result<Vec<(u64, Vec<u8>)>, Error> {
         next = (at + bytes.len() as u64).next_multiple_of(ALIGN);
         (at, bytes)
     };
-    let dsdt = place(dsdt().as_slice().to_vec());
+    let dsdt = place(dsdt(ram_end).as_slice().to_vec());
     let fadt = place(fadt(dsdt.0).as_slice().to_vec());
     let madt = place(madt(cpus).as_slice().to_vec());
+    let mcfg = place(pci::mcfg());
     let mut root = XSDT::new(OEM, OEM_TABLE, OEM_REVISION);
     root.add_entry(fadt.0);
     root.add_entry(madt.0);
+    root.add_entry(mcfg.0);
     let mut bytes = Vec::new();
     root.to_aml_bytes(&mut bytes);
     let xsdt = place(bytes);
@@ -230,7 +236,7 @@ pub fn tables(cpus: &CpuTopology) -> Result<Vec<(u64, Vec<u8>)>, Error> {
     if next > ACPI_END {
         return Err(Error::AcpiTooLarge(usize::try_from(next - ACPI).unwrap_or(usize::MAX)));
     }
-    Ok(vec![(ACPI, rsdp), dsdt, fadt, madt, xsdt, (FACS, facs().to_vec())])
+    Ok(vec![(ACPI, rsdp), dsdt, fadt, madt, mcfg, xsdt, (FACS, facs().to_vec())])
 }
 
 #[cfg(test)]
@@ -243,7 +249,7 @@ mod tests {
     }
 
     fn of(cpus: u32) -> Vec<(u64, Vec<u8>)> {
-        tables(&CpuTopology { cpus, sockets: cpus, cores: 1, threads: 1 }).unwrap()
+        tables(&CpuTopology { cpus, sockets: cpus, cores: 1, threads: 1 }, 128 << 20).unwrap()
     }
 
     fn get<'a>(tables: &'a [(u64, Vec<u8>)], signature: &[u8; 4]) -> &'a [u8] {
@@ -273,6 +279,7 @@ mod tests {
         let xsdt = at(u64_at(&all[0].1, 24));
         assert!(xsdt.starts_with(b"XSDT"));
         assert!(at(u64_at(xsdt, 36)).starts_with(b"FACP") && at(u64_at(xsdt, 44)).starts_with(b"APIC"));
+        assert!(at(u64_at(xsdt, 52)).starts_with(b"MCFG"));
         let fadt = get(&all, b"FACP");
         assert!(
             at(u64_at(fadt, 140)).starts_with(b"DSDT") && at(u32_at(fadt, 36).into()).starts_with(b"FACS")
@@ -295,14 +302,39 @@ mod tests {
     #[test]
     fn the_madt_has_one_entry_per_vcpu() {
         let topology = CpuTopology { cpus: 12, sockets: 2, cores: 3, threads: 2 };
-        let all = tables(&topology).unwrap();
+        let all = tables(&topology, 128 << 20).unwrap();
         let cpus: Vec<&[u8]> = get(&all, b"APIC")[44..].chunks(8).take(12).collect();
         let ids: Vec<u8> = cpus.iter().map(|entry| entry[3]).collect();
         assert!(cpus.iter().all(|entry| entry[..2] == [0, 8] && entry[4] == 1));
         assert_eq!(ids, [0, 1, 2, 3, 4, 5, 8, 9, 10, 11, 12, 13]);
         assert_eq!(cpu(3, 254)[..4], [0, 8, 3, 254]);
         assert_eq!(cpu(3, 255), [9, 16, 0, 0, 255, 0, 0, 0, 1, 0, 0, 0, 3, 0, 0, 0]);
-        assert!(tables(&CpuTopology { cpus: 65, ..topology }).is_err());
+        assert!(tables(&CpuTopology { cpus: 65, ..topology }, 128 << 20).is_err());
+    }
+
+    #[test]
+    fn the_mcfg_has_one_segment_with_all_buses() {
+        let all = of(1);
+        let mcfg = get(&all, b"MCFG");
+        assert_eq!((mcfg.len(), u64_at(mcfg, 44)), (60, 0xe000_0000));
+        assert_eq!(mcfg[52..], [0, 0, 0, 255, 0, 0, 0, 0]);
+    }
+
+    #[test]
+    fn the_dsdt_names_the_windows_of_the_bus() {
+        for (ram_end, base) in [(128 << 20, 4u64 << 30), ((5 << 30) + 4096, 6 << 30)] {
+            let all = tables(&CpuTopology { cpus: 1, sockets: 1, cores: 1, threads: 1 }, ram_end).unwrap();
+            let dsdt = get(&all, b"DSDT");
+            let has = |wanted: &[u8]| dsdt.windows(wanted.len()).any(|window| window == wanted);
+            // Granularity, first and last address, translation, length.
+            let high = [0, base, base + (32 << 30) - 1, 0, 32 << 30].map(u64::to_le_bytes).concat();
+            let low = [0, 0xc000_0000, 0xdfff_ffff, 0, 0x2000_0000].map(u32::to_le_bytes).concat();
+            assert!(has(&[&[0x8a, 43, 0, 0, 0x0c, 7][..], &high].concat()));
+            assert!(has(&[&[0x87, 23, 0, 0, 0x0c, 1][..], &low].concat()));
+            assert!(has(&[0x88, 13, 0, 2, 0x0c, 0, 0, 0, 0, 0, 255, 0, 0, 0, 0, 1]));
+            // A fixed range of 32 bits: the configuration space.
+            assert!(has(&[0x86, 9, 0, 1, 0, 0, 0, 0xe0, 0, 0, 0, 0x10]));
+        }
     }
 
     #[test]

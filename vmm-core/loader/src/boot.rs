@@ -66,7 +66,7 @@ pub fn load<S: Source + ?Sized>(
         }
         None => None,
     };
-    let tables = acpi::tables(&config.cpus).map_err(of_boot)?;
+    let tables = acpi::tables(&config.cpus, ram.end()).map_err(of_boot)?;
 
     for segment in &plan.segments {
         ram.copy(kernel, segment.offset, segment.file_len, segment.gpa).map_err(of_kernel)?;

@@ -1,5 +1,7 @@
 //! The memory map that the guest is told, in the types of e820 (ACPI specification, table 15.4).
 
+use bulkhead_bus_api::platform::ECAM;
+
 use crate::layout::{ACPI, ACPI_END, FACS, FACS_END, IMAGE_START, LOW_END, VGA_HOLE};
 use crate::ram::Ram;
 
@@ -34,6 +36,8 @@ pub fn map(ram: &Ram) -> Vec<Entry> {
         range(FACS_END, IMAGE_START, RESERVED),
         range(IMAGE_START, ram.low_end(), RAM),
     ];
+    // An operating system that finds it here uses it from early on.
+    entries.push(Entry { start: ECAM.base, len: ECAM.len, kind: RESERVED });
     let others = ram.regions().iter().skip(1);
     entries.extend(others.map(|region| Entry { start: region.gpa, len: region.len, kind: RAM }));
     entries

@@ -96,6 +96,12 @@ impl Ram {
         self.regions.first().map_or(0, |region| region.len)
     }
 
+    /// End of all RAM.
+    #[must_use]
+    pub fn end(&self) -> u64 {
+        self.regions.last().map_or(0, |region| region.gpa + region.len)
+    }
+
     /// Writes bytes.
     ///
     /// # Errors
