@@ -18,7 +18,7 @@ use serde::de::DeserializeOwned;
 use serde_json::{Map, Value, json};
 
 use crate::descriptors::Op;
-use crate::{absent, options};
+use crate::{absent, devices, options};
 
 /// A reply: the value of `return`, or an error.
 pub type Reply = Result<Value, Error>;
@@ -36,6 +36,8 @@ pub enum Step {
     Chardevs,
     /// The descriptors that clients passed.
     Descriptors(Op),
+    /// Pci, the balloon, and what the broker keeps of devices.
+    Devices(devices::Op),
     /// A named descriptor for a character device.
     AddClient(AddClientArg),
     /// The end of run state `preconfig`.
@@ -96,6 +98,9 @@ pub fn begin(call: Call, known: &Known<'_>, mode: &mut Mode) -> Step {
         Handler::RemoveFd => with(call.args, |args| Step::Descriptors(Op::RemoveFd(args))),
         Handler::QueryFdsets => Step::Descriptors(Op::QueryFdsets),
         Handler::AddClient => with(call.args, Step::AddClient),
+        Handler::QueryPci => Step::Devices(devices::Op::Pci),
+        Handler::QueryBalloon => Step::Devices(devices::Op::QueryBalloon),
+        Handler::Balloon => with(call.args, |args| Step::Devices(devices::Op::Balloon(args))),
         Handler::XExitPreconfig => Step::ExitPreconfig,
         Handler::HumanMonitorCommand => with(call.args, Step::Human),
         Handler::QueryCommandLineOptions => with(call.args, |args: QueryCommandLineOptionsArg| {
@@ -155,6 +160,9 @@ fn answer(query: Handler, known: &Known<'_>) -> Reply {
         | Handler::RemoveFd
         | Handler::QueryFdsets
         | Handler::AddClient
+        | Handler::QueryPci
+        | Handler::QueryBalloon
+        | Handler::Balloon
         | Handler::XExitPreconfig
         | Handler::HumanMonitorCommand
         | Handler::QueryCommandLineOptions

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use std::rc::Rc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use bulkhead_control_api::{config, console, core};
+use bulkhead_control_api::{balloon, config, console, core, pci};
 use bulkhead_jail::topology;
 use bulkhead_jail::warn;
 use bulkhead_qapi::request::{self, Call, Mode, Refusal};
@@ -27,12 +27,17 @@ use crate::monitor::Monitor;
 use crate::peer::{NoAnswer, Peer};
 use crate::policy::{Credentials, Denied, Policy, Subject};
 use crate::store::Store;
+use crate::throttle::Throttle;
 
 /// How long a client waits for core: a stop or reset may take two waits for vCPUs (6 s and 10 s) and
 /// three for a console (5 s each), of which no case has all.
 const CORE: Duration = Duration::from_secs(30);
 /// How long a client waits for the console.
 const CONSOLE: Duration = Duration::from_secs(5);
+/// How long a client waits for pci, which may have to wait for a back end.
+const PCI: Duration = Duration::from_secs(10);
+/// How long a client waits for the balloon.
+const BALLOON: Duration = Duration::from_secs(5);
 /// How long a client waits for the machine's start.
 const START: Duration = Duration::from_secs(5);
 /// How long core may take to end the VM after `quit`.
@@ -51,6 +56,12 @@ pub struct Hub {
     pub core: Peer<Result<core::Answer, core::Refusal>>,
     /// Link to the console.
     pub console: Peer<console::Answer>,
+    /// Link to pci.
+    pub pci: Peer<Result<pci::Answer, pci::Refusal>>,
+    /// Link to the balloon.
+    pub balloon: Peer<balloon::Answer>,
+    /// `BALLOON_CHANGE` is not sent more often than QEMU does.
+    pub(crate) balloon_change: Throttle,
     /// Bytes held by all clients' requests.
     pub held: Rc<Cell<usize>>,
     /// Descriptors that clients passed.
@@ -91,6 +102,9 @@ impl Hub {
             monitors,
             core: Peer::new(CORE),
             console: Peer::new(CONSOLE),
+            pci: Peer::new(PCI),
+            balloon: Peer::new(BALLOON),
+            balloon_change: Throttle::default(),
             held: Rc::default(),
             descriptors: RefCell::new(descriptors),
             store,
@@ -310,6 +324,7 @@ impl Hub {
             }
             Step::AddClient(args) => self.add_client(args, &client.monitor.label).await,
             Step::ExitPreconfig => self.exit_preconfig().await,
+            Step::Devices(op) => self.device_command(op).await,
             step => self.through_peer(step).await,
         }
     }
@@ -332,9 +347,12 @@ impl Hub {
                 Ok(json!({}))
             }
             Step::Reply(reply) => reply,
-            Step::Descriptors(_) | Step::AddClient(_) | Step::ExitPreconfig | Step::Human(_) | Step::Quit => {
-                Ok(json!({}))
-            }
+            Step::Descriptors(_)
+            | Step::Devices(_)
+            | Step::AddClient(_)
+            | Step::ExitPreconfig
+            | Step::Human(_)
+            | Step::Quit => Ok(json!({})),
         }
     }
 

@@ -1,7 +1,7 @@
 //! Terminates QMP: sessions, commands, events.
 //!
 //! ```text
-//! client -> stream -> client::serve -> session (reader, queue) -> commands -> peer (core, console)
+//! client -> stream -> client::serve -> session (reader, queue) -> commands -> peer (core, console, pci, balloon)
 //!                        ^------------- output <- replies <-------'              |
 //!                        '------------- output <- hub <- events <----------------'
 //! ```
@@ -11,9 +11,11 @@
 mod absent;
 mod add_client;
 pub mod audit;
+mod balloon;
 pub mod client;
 pub mod commands;
 pub mod descriptors;
+pub mod devices;
 pub mod fd;
 pub mod held;
 pub mod hmp;
@@ -23,6 +25,7 @@ pub mod monitor;
 mod options;
 pub mod output;
 pub mod passed;
+mod pci;
 pub mod peer;
 pub mod policy;
 pub mod reload;
@@ -30,3 +33,4 @@ pub mod run;
 pub mod session;
 pub mod store;
 pub mod stream;
+mod throttle;

@@ -10,7 +10,7 @@ use bulkhead_broker::fd::watch;
 use bulkhead_broker::held::Held;
 use bulkhead_broker::hub::Hub;
 use bulkhead_broker::monitor;
-use bulkhead_broker::run::{Sources, run};
+use bulkhead_broker::run::{Callers, Sources, run};
 use bulkhead_broker::store;
 use bulkhead_control_api::config;
 use bulkhead_jail::start::Start;
@@ -45,7 +45,11 @@ fn begin() -> Result<(Runtime, Rc<Hub>, Sources), Box<dyn std::error::Error>> {
     let runtime = Builder::new_current_thread().enable_io().enable_time().build()?;
     let context = runtime.enter();
     let core = start.take("core")?;
-    let console = nonblocking(start.take("control-console")?)?;
+    let callers = Callers {
+        console: nonblocking(start.take("control-console")?)?,
+        pci: start.take_optional("control-pci").map(nonblocking).transpose()?,
+        balloon: start.take_optional("control-balloon").map(nonblocking).transpose()?,
+    };
     let opener = start.opener().map(|link| link.as_fd().try_clone_to_owned()).transpose()?;
     let opener = opener.map(|fd| watch(fd).map_err(|(_, error)| error)).transpose()?;
     let open = |monitor| monitor::open(monitor, |name| start.take_optional(name));
@@ -62,7 +66,7 @@ fn begin() -> Result<(Runtime, Rc<Hub>, Sources), Box<dyn std::error::Error>> {
     };
     let room = store::watch_starter(start.starter())?;
     store.set_starter(start.enter()?, room);
-    let sources = Sources { core, console, opener, monitors };
+    let sources = Sources { core, callers, opener, monitors };
     drop(context);
     Ok((runtime, Rc::new(Hub::new(config, descriptors, store)), sources))
 }

@@ -1,4 +1,4 @@
-//! Control links to core and console.
+//! Control links to core, console, pci and balloon.
 
 use std::cell::{Cell, RefCell};
 use std::collections::BTreeMap;
@@ -103,6 +103,8 @@ pub enum NoAnswer {
 #[derive(Debug)]
 pub struct Peer<A> {
     link: RefCell<Option<Rc<Link>>>,
+    /// There is such a process in this machine.
+    exists: Cell<bool>,
     attached: Notify,
     waiting: RefCell<BTreeMap<u32, oneshot::Sender<A>>>,
     next: Cell<u32>,
@@ -118,12 +120,24 @@ impl<A> Peer<A> {
     pub fn new(patience: Duration) -> Self {
         Self {
             link: RefCell::default(),
+            exists: Cell::default(),
             attached: Notify::new(),
             waiting: RefCell::default(),
             next: Cell::default(),
             turn: Mutex::default(),
             patience,
         }
+    }
+
+    /// There is such a peer, sooner or later.
+    pub fn set_exists(&self) {
+        self.exists.set(true);
+    }
+
+    /// Whether the machine has such a peer at all.
+    #[must_use]
+    pub fn exists(&self) -> bool {
+        self.exists.get()
     }
 
     /// The peer is there.

@@ -8,6 +8,7 @@ use bulkhead_control_api::{console, core};
 use bulkhead_jail::link::LinkError;
 use bulkhead_jail::{info, warn};
 use nix::errno::Errno;
+use serde::de::DeserializeOwned;
 use tokio::io::unix::AsyncFd;
 use tokio::task::{JoinHandle, spawn_local};
 use tokio::time::{sleep, timeout};
@@ -16,22 +17,33 @@ use crate::client::FLUSH;
 use crate::fd::accept;
 use crate::hub::Hub;
 use crate::monitor::{self, Source};
-use crate::peer::Link;
+use crate::peer::{Link, Peer};
 use crate::reload;
 
 /// How often the end looks whether all clients have read everything.
 const GLANCE: Duration = Duration::from_millis(5);
-/// How long the console may take to say its hello: the starter connects before it starts the process,
+/// How long a peer may take to say its hello: the starter connects before it starts the process,
 /// which on a loaded host takes seconds to get there.
 const HELLO: Duration = Duration::from_secs(10);
+
+/// Listeners that peers connect to.
+#[derive(Debug)]
+pub struct Callers {
+    /// For the console.
+    pub console: AsyncFd<OwnedFd>,
+    /// For pci, in a machine with a bus.
+    pub pci: Option<AsyncFd<OwnedFd>>,
+    /// For the balloon.
+    pub balloon: Option<AsyncFd<OwnedFd>>,
+}
 
 /// What the broker works with, beside its hub.
 #[derive(Debug)]
 pub struct Sources {
     /// The connection to core.
     pub core: OwnedFd,
-    /// The listener that the console connects to.
-    pub console: AsyncFd<OwnedFd>,
+    /// Listeners that peers connect to.
+    pub callers: Callers,
     /// Where another configuration comes from.
     pub opener: Option<AsyncFd<OwnedFd>>,
     /// What clients come from, one for each monitor of the hub.
@@ -44,7 +56,7 @@ pub struct Sources {
 /// # Errors
 /// The link failed in another way, while core may live.
 pub async fn run(hub: Rc<Hub>, sources: Sources) -> Result<(), LinkError> {
-    spawn_local(console_loop(Rc::clone(&hub), sources.console));
+    accept_peers(&hub, sources.callers);
     let core: JoinHandle<LinkError> = spawn_local(core_loop(Rc::clone(&hub), sources.core));
     // The next one is to know that it is not the first.
     hub.commit().await;
@@ -121,8 +133,19 @@ async fn follow_core(hub: &Hub, link: &Link) -> LinkError {
     }
 }
 
-/// Accepts the console, again after each time it is gone.
-async fn console_loop(hub: Rc<Hub>, listener: AsyncFd<OwnedFd>) {
+/// A peer that connects to the broker, and what its messages do.
+struct Caller<M, A> {
+    /// What the log calls it.
+    name: &'static str,
+    /// The peer.
+    peer: fn(&Hub) -> &Peer<A>,
+    /// Takes a message.
+    take: fn(&Rc<Hub>, M),
+}
+
+/// Accepts a peer, again after each time it is gone.
+async fn accept_loop<M: DeserializeOwned, A>(hub: Rc<Hub>, listener: AsyncFd<OwnedFd>, caller: Caller<M, A>) {
+    let Caller { name, peer, take } = caller;
     loop {
         let link = match accept(&listener).await {
             Ok(fd) => timeout(HELLO, Link::begin(fd)).await.unwrap_or(Err(LinkError::Io(Errno::ETIMEDOUT))),
@@ -131,26 +154,43 @@ async fn console_loop(hub: Rc<Hub>, listener: AsyncFd<OwnedFd>) {
         match link {
             Ok(link) => {
                 let link = Rc::new(link);
-                hub.console.attach(Rc::clone(&link));
-                let error = follow_console(&hub, &link).await;
-                hub.console.detach();
-                info!("link to the console: {error}");
+                peer(&hub).attach(Rc::clone(&link));
+                let error = loop {
+                    match link.receive().await {
+                        Ok(message) => take(&hub, message),
+                        Err(error) => break error,
+                    }
+                };
+                peer(&hub).detach();
+                info!("link to {name}: {error}");
             }
-            // The console's end is the starter's to explain.
-            Err(LinkError::Closed) => info!("the console is gone"),
+            // A peer's end is the starter's to explain.
+            Err(LinkError::Closed) => info!("{name} is gone"),
             Err(error) => {
-                warn!("link to the console: {error}");
+                warn!("link to {name}: {error}");
                 sleep(GLANCE).await;
             }
         }
     }
 }
 
-async fn follow_console(hub: &Hub, link: &Link) -> LinkError {
-    loop {
-        match link.receive().await {
-            Ok(console::Reply { id, answer }) => hub.console.answer(id, answer),
-            Err(error) => return error,
-        }
+/// Begins to wait for the peers that connect. One without a listener is not of this machine.
+fn accept_peers(hub: &Rc<Hub>, callers: Callers) {
+    let console = Caller {
+        name: "the console",
+        peer: |hub| &hub.console,
+        take: |hub, console::Reply { id, answer }| hub.console.answer(id, answer),
+    };
+    let pci = Caller { name: "pci", peer: |hub| &hub.pci, take: Hub::pci_message };
+    let balloon = Caller { name: "the balloon", peer: |hub| &hub.balloon, take: Hub::balloon_message };
+    hub.console.set_exists();
+    spawn_local(accept_loop(Rc::clone(hub), callers.console, console));
+    if let Some(listener) = callers.pci {
+        hub.pci.set_exists();
+        spawn_local(accept_loop(Rc::clone(hub), listener, pci));
+    }
+    if let Some(listener) = callers.balloon {
+        hub.balloon.set_exists();
+        spawn_local(accept_loop(Rc::clone(hub), listener, balloon));
     }
 }

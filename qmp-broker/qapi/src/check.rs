@@ -60,6 +60,7 @@ fn check(ty: &Type, value: &Value, name: &str) -> Result<(), Error> {
                 .try_for_each(|(index, item)| check(element, item, &format!("{name}[{index}]")));
         }
         (Type::Object(object), Value::Object(given)) => return members(object, given, name),
+        (Type::Recursive(object), Value::Object(given)) => return members(object(), given, name),
         (Type::Enum(values), Value::String(text)) => {
             return if values.values.contains(&text.as_str()) {
                 Ok(())
@@ -72,7 +73,7 @@ fn check(ty: &Type, value: &Value, name: &str) -> Result<(), Error> {
         (Type::Builtin(Builtin::Number), _) => "number",
         (Type::Builtin(Builtin::Int), _) => "integer",
         (Type::Array(_), _) => "array",
-        (Type::Object(_), _) => "object",
+        (Type::Object(_) | Type::Recursive(_), _) => "object",
     };
     Err(Error::generic(format!("Invalid parameter type for '{name}', expected: {expected}")))
 }

@@ -18,6 +18,9 @@ struct Walk {
 
 impl Walk {
     fn name(&mut self, ty: &Type) -> String {
+        if let Type::Recursive(object) = ty {
+            return self.name(&Type::Object(object()));
+        }
         let (key, masked) = match ty {
             Type::Builtin(builtin) => (builtin_name(*builtin).to_owned(), None),
             Type::Array(element) => {
@@ -25,6 +28,7 @@ impl Walk {
                 (key.clone(), Some(key))
             }
             Type::Enum(Enum { name, .. }) | Type::Object(Object { name, .. }) => ((*name).to_owned(), None),
+            Type::Recursive(object) => (object().name.to_owned(), None),
         };
         if let Some(name) = self.names.get(&key) {
             return name.clone();
@@ -74,6 +78,7 @@ impl Walk {
             Type::Enum(values) => ("enum", map([("values", values.values.into())])),
             Type::Array(element) => ("array", map([("element-type", self.name(element).into())])),
             Type::Object(object) => ("object", self.object(object)),
+            Type::Recursive(object) => ("object", self.object(object())),
         };
         info.extend(map([("name", name.into()), ("meta-type", meta.into())]));
         info.into()

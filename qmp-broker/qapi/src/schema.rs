@@ -13,6 +13,8 @@ pub enum Type {
     Array(&'static Type),
     /// A struct or a union.
     Object(&'static Object),
+    /// A struct that has members of its own type: named by a function, because no constant contains itself.
+    Recursive(fn() -> &'static Object),
 }
 
 /// A built-in type. Introspection shows every integer type as `int`.

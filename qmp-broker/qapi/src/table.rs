@@ -1,7 +1,7 @@
 //! The one table of commands, and the table of events.
 
 use crate::schema::{Described, EMPTY, Object, Type};
-use crate::types::{char, control, introspect, machine, misc, run_state};
+use crate::types::{balloon, char, control, introspect, machine, misc, pci, run_state};
 
 /// What a client may do, and what it must be allowed to do for a command.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -65,6 +65,9 @@ pub enum Handler {
     Change,
     SystemWakeup,
     XenLoadDevicesState,
+    QueryPci,
+    QueryBalloon,
+    Balloon,
 }
 
 /// A command.
@@ -242,6 +245,22 @@ pub static COMMANDS: &[Command] = &[
         "Loads the state of devices from a file. No file is within reach.",
     )
     .args(misc::XenLoadDevicesStateArg::DESCRIPTION),
+    Command::new(
+        "query-pci",
+        Handler::QueryPci,
+        Role::Monitor,
+        "The PCI devices, from live configuration space.",
+    )
+    .returns::<Vec<pci::PciInfo>>(),
+    Command::new("query-balloon", Handler::QueryBalloon, Role::Monitor, "How much memory the guest has.")
+        .returns::<balloon::BalloonInfo>(),
+    Command::new(
+        "balloon",
+        Handler::Balloon,
+        Role::Operator,
+        "Asks the guest to give memory back, or take it.",
+    )
+    .args(balloon::BalloonArg::DESCRIPTION),
     // machine
     Command::new("query-cpus-fast", Handler::QueryCpusFast, Role::Monitor, "The vCPUs and their threads.")
         .returns::<Vec<machine::CpuInfoFast>>(),
@@ -299,5 +318,13 @@ pub static GUEST_PANICKED: Event = Event {
     data: run_state::GuestPanickedData::DESCRIPTION,
 };
 
+/// `BALLOON_CHANGE`.
+pub static BALLOON_CHANGE: Event = Event {
+    name: "BALLOON_CHANGE",
+    doc: "The guest has more memory, or less; at most once a second.",
+    data: balloon::BalloonChangeData::DESCRIPTION,
+};
+
 /// All events.
-pub static EVENTS: &[&Event] = &[&SHUTDOWN, &POWERDOWN, &RESET, &STOP, &RESUME, &GUEST_PANICKED];
+pub static EVENTS: &[&Event] =
+    &[&SHUTDOWN, &POWERDOWN, &RESET, &STOP, &RESUME, &GUEST_PANICKED, &BALLOON_CHANGE];

@@ -14,7 +14,7 @@ use bulkhead_broker::fd::watch;
 use bulkhead_broker::hub::Hub;
 use bulkhead_broker::monitor;
 use bulkhead_broker::policy::Policy;
-use bulkhead_broker::run::{Sources, run};
+use bulkhead_broker::run::{Callers, Sources, run};
 use bulkhead_broker::store::{Store, restore};
 use bulkhead_control_api::config;
 use bulkhead_framework::{Result, Scratch};
@@ -27,12 +27,15 @@ use tokio::runtime::Runtime;
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 
 use crate::fake;
+use crate::fake_bus::Bus;
 
 /// A running broker with one or more monitors.
 pub struct Broker {
     scratch: Scratch,
     /// The fake core.
     pub core: fake::Core,
+    /// The fake pci and balloon.
+    pub bus: Option<Bus>,
     unlimited: Vec<config::Monitor>,
     policy: UnboundedSender<Policy>,
     thread: Option<JoinHandle<std::result::Result<(), String>>>,
@@ -58,6 +61,20 @@ pub enum Kind {
     Inherited,
 }
 
+impl Default for Setup<'_> {
+    fn default() -> Self {
+        Self {
+            limits: &[],
+            connected: None,
+            autostart: false,
+            console: true,
+            preconfig: false,
+            former: None,
+            devices: Some(false),
+        }
+    }
+}
+
 /// What a broker is started with.
 #[derive(Debug)]
 pub struct Setup<'a> {
@@ -73,6 +90,8 @@ pub struct Setup<'a> {
     pub preconfig: bool,
     /// It takes over from one that died while the machine ran, and core takes so long for each request.
     pub former: Option<Duration>,
+    /// There is a PCI bus, with or without devices.
+    pub devices: Option<bool>,
 }
 
 impl Broker {
@@ -99,6 +118,22 @@ impl Broker {
         Self::start_limited(kinds, &[], connected, autostart, console)
     }
 
+    /// Starts a broker of a machine with the devices of [`Bus`].
+    ///
+    /// # Errors
+    /// Sockets cannot be made.
+    pub fn with_devices() -> Result<Self> {
+        Self::start_as(&[Kind::Server], Setup { devices: Some(true), ..Setup::default() })
+    }
+
+    /// Starts a broker of a machine without a PCI bus.
+    ///
+    /// # Errors
+    /// Sockets cannot be made.
+    pub fn without_bus(kinds: &[Kind]) -> Result<Self> {
+        Self::start_as(kinds, Setup { devices: None, ..Setup::default() })
+    }
+
     /// The same, and the first monitors of all have these limits.
     ///
     /// # Errors
@@ -110,7 +145,9 @@ impl Broker {
         autostart: bool,
         console: bool,
     ) -> Result<Self> {
-        Self::start_as(kinds, Setup { limits, connected, autostart, console, preconfig: false, former: None })
+        let devices = Some(false);
+        let (preconfig, former) = (false, None);
+        Self::start_as(kinds, Setup { limits, connected, autostart, console, preconfig, former, devices })
     }
 
     /// Starts a broker.
@@ -118,7 +155,7 @@ impl Broker {
     /// # Errors
     /// Sockets cannot be made.
     pub fn start_as(kinds: &[Kind], setup: Setup<'_>) -> Result<Self> {
-        let Setup { limits, connected, autostart, console, preconfig, former } = setup;
+        let Setup { limits, connected, autostart, console, preconfig, former, devices } = setup;
         let scratch = Scratch::new()?;
         let mut fds: BTreeMap<String, OwnedFd> = BTreeMap::new();
         let mut monitors = Vec::new();
@@ -150,20 +187,16 @@ impl Broker {
         if let Some(slow) = former {
             core.set_running(slow);
         }
-        let path = scratch.path().join("console");
-        let listener = seqpacket()?;
-        let address = UnixAddr::new(&path).map_err(std::io::Error::from)?;
-        bind(listener.as_raw_fd(), &address).map_err(std::io::Error::from)?;
-        listen(&listener, Backlog::MAXCONN).map_err(std::io::Error::from)?;
-        if console {
-            let fd = seqpacket()?;
-            connect(fd.as_raw_fd(), &address).map_err(std::io::Error::from)?;
-            fake::console(fd);
-        }
+        let (listener, to_console) = meeting(scratch.path(), "console", console)?;
+        to_console.into_iter().for_each(fake::console);
+        let (pci, to_pci) = meeting(scratch.path(), "pci", devices.is_some())?;
+        let (balloon, to_balloon) = meeting(scratch.path(), "balloon", devices.is_some())?;
+        let bus = devices.map(|with_devices| Bus::start(with_devices, to_pci, to_balloon));
+        let listeners = (listener, bus.is_some().then_some((pci, balloon)));
         let (policy, policies) = unbounded_channel();
         let thread =
-            std::thread::spawn(move || serve(config, (ours, listener), fds, (policies, former.is_some())));
-        Ok(Self { scratch, core, unlimited, policy, thread: Some(thread) })
+            std::thread::spawn(move || serve(config, (ours, listeners), fds, (policies, former.is_some())));
+        Ok(Self { scratch, core, bus, unlimited, policy, thread: Some(thread) })
     }
 
     /// Replaces the limits of the first monitors while the broker runs; the others have none then.
@@ -210,6 +243,20 @@ fn memory_options() -> config::OptionGroup {
     config::OptionGroup { name: "memory".to_owned(), parameters }
 }
 
+/// A listener, and a connection to it if there is to be one.
+fn meeting(dir: &Path, name: &str, connected: bool) -> Result<(OwnedFd, Option<OwnedFd>)> {
+    let listener = seqpacket()?;
+    let address = UnixAddr::new(&dir.join(name)).map_err(std::io::Error::from)?;
+    bind(listener.as_raw_fd(), &address).map_err(std::io::Error::from)?;
+    listen(&listener, Backlog::MAXCONN).map_err(std::io::Error::from)?;
+    if !connected {
+        return Ok((listener, None));
+    }
+    let fd = seqpacket()?;
+    connect(fd.as_raw_fd(), &address).map_err(std::io::Error::from)?;
+    Ok((listener, Some(fd)))
+}
+
 fn seqpacket() -> Result<OwnedFd> {
     let fd = socket(AddressFamily::Unix, SockType::SeqPacket, SockFlag::SOCK_CLOEXEC, None);
     Ok(fd.map_err(std::io::Error::from)?)
@@ -234,10 +281,13 @@ fn former_store(runtime: &Runtime) -> std::result::Result<Store, String> {
     Ok(restore(memfd, 1, BTreeMap::new()).0)
 }
 
+/// What the console connects to, and pci and balloon.
+type Listeners = (OwnedFd, Option<(OwnedFd, OwnedFd)>);
+
 /// The life of the process, less its jail.
 fn serve(
     config: config::Broker,
-    (core, console): (OwnedFd, OwnedFd),
+    (core, (console, bus)): (OwnedFd, Listeners),
     mut fds: BTreeMap<String, OwnedFd>,
     (mut policies, restored): (UnboundedReceiver<Policy>, bool),
 ) -> std::result::Result<(), String> {
@@ -251,8 +301,13 @@ fn serve(
         let mut take = |name: &str| fds.remove(name);
         let open = |monitor| monitor::open(monitor, &mut take).map_err(|error| error.to_string());
         let monitors = config.monitors.iter().map(open).collect::<std::result::Result<_, _>>()?;
-        let console = watch(console).map_err(|(_, error)| error.to_string())?;
-        Sources { core, console, opener: None, monitors }
+        let watch = |fd| watch(fd).map_err(|(_, error)| error.to_string());
+        let console = watch(console)?;
+        let (pci, balloon) = match bus {
+            Some((pci, balloon)) => (Some(watch(pci)?), Some(watch(balloon)?)),
+            None => (None, None),
+        };
+        Sources { core, callers: Callers { console, pci, balloon }, opener: None, monitors }
     };
     let store = if restored { former_store(&runtime)? } else { Store::default() };
     let hub = Rc::new(Hub::new(config, Descriptors::default(), store));

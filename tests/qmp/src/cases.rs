@@ -140,6 +140,7 @@ pub fn all() -> Vec<Case> {
         crate::descriptors::all(),
         crate::add_client::all(),
         crate::human::all(),
+        crate::devices::none(),
     ]
     .concat()
 }

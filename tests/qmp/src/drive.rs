@@ -68,6 +68,7 @@ fn answer(session: &mut Session, config: &config::Broker, item: Item) {
                 | Step::PowerButton
                 | Step::Chardevs
                 | Step::AddClient(_)
+                | Step::Devices(_)
                 | Step::ExitPreconfig
                 | Step::Quit => Ok(json!({})),
             }

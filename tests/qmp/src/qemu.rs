@@ -17,6 +17,26 @@ impl Qemu {
     /// # Errors
     /// It is not installed.
     pub fn start() -> Result<Self> {
+        Self::with(&["-M", "pc", "-m", "16"])
+    }
+
+    /// Starts it with ports and devices, which no guest has set up.
+    ///
+    /// # Errors
+    /// It is not installed.
+    pub fn with_devices() -> Result<Self> {
+        let devices = [
+            "pcie-root-port,id=rp0,chassis=1,addr=1",
+            "pcie-root-port,id=rp1,chassis=2,addr=2",
+            "virtio-balloon-pci,id=b0,addr=3,disable-legacy=on",
+            "virtio-blk-pci,drive=d0,addr=4,disable-legacy=on",
+        ];
+        let mut args = vec!["-M", "q35", "-m", "64", "-drive", "if=none,id=d0,driver=null-co"];
+        args.extend(devices.iter().flat_map(|device| ["-device", device]));
+        Self::with(&args)
+    }
+
+    fn with(machine: &[&str]) -> Result<Self> {
         let scratch = Scratch::new()?;
         // The reset vector holds a jump to itself: a guest that runs causes no event of its own.
         let mut firmware = vec![0; 64 << 10];
@@ -26,7 +46,7 @@ impl Qemu {
         let bios = scratch.path().join("bios");
         std::fs::write(&bios, firmware)?;
         let mut command = Command::new("qemu-system-x86_64");
-        command.args(["-M", "pc", "-accel", "tcg", "-S", "-nodefaults", "-display", "none", "-m", "16"]);
+        command.args(machine).args(["-accel", "tcg", "-S", "-nodefaults", "-display", "none"]);
         command.args(["-smp", "2", "-serial", "null", "-bios"]).arg(&bios);
         let free = scratch.path().join("free");
         command.arg("-chardev").arg(format!("socket,id=free,path={},server=on,wait=off", free.display()));

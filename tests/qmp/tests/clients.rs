@@ -141,6 +141,7 @@ fn the_run_state_is_told_once_it_is_known() -> Result<()> {
         autostart: true,
         console: true,
         preconfig: false,
+        devices: None,
         former: Some(Duration::from_secs(3)),
     };
     let broker = Broker::start_as(&[Kind::Server], setup)?;

@@ -5,10 +5,13 @@ use std::path::Path;
 use bulkhead_framework::{Failure, Result, Vm};
 use bulkhead_qmp_tests::broker::{Broker, Kind};
 use bulkhead_qmp_tests::qemu::Qemu;
-use bulkhead_qmp_tests::{cases, runner, vms_run_here};
+use bulkhead_qmp_tests::{Case, cases, devices, runner, vms_run_here};
 
 fn run_all(path: &Path, is_qemu72: bool) -> Result<()> {
-    let cases = cases::all();
+    run_these(&cases::all(), path, is_qemu72)
+}
+
+fn run_these(cases: &[Case], path: &Path, is_qemu72: bool) -> Result<()> {
     let failed: Vec<String> = cases
         .iter()
         .filter_map(|case| runner::run(path, case, is_qemu72).err())
@@ -42,4 +45,16 @@ fn a_vm_answers_as_the_table_says() -> Result<()> {
 fn qemu_answers_as_the_table_says() -> Result<()> {
     let qemu = Qemu::start()?;
     run_all(&qemu.path(), true)
+}
+
+#[test]
+fn our_broker_answers_as_the_table_says_of_devices() -> Result<()> {
+    let broker = Broker::with_devices()?;
+    run_these(&devices::some(), &broker.path(0), false)
+}
+
+#[test]
+fn qemu_answers_as_the_table_says_of_devices() -> Result<()> {
+    let qemu = Qemu::with_devices()?;
+    run_these(&devices::some(), &qemu.path(), true)
 }

@@ -49,6 +49,7 @@ fn help_lists_every_command_and_subject() -> Result<()> {
     }
     let names: Vec<&str> = lines.iter().filter_map(|line| Some(line.split_once(" -- ")?.0)).collect();
     let commands = [
+        "balloon target",
         "closefd closefd name",
         "cont|c ",
         "exit_preconfig ",
@@ -62,8 +63,8 @@ fn help_lists_every_command_and_subject() -> Result<()> {
         "system_reset ",
         "system_wakeup ",
     ];
-    let subjects =
-        ["chardev", "cpus", "kvm", "name", "status", "uuid", "version"].map(|name| format!("info {name} "));
+    let subjects = ["balloon", "chardev", "cpus", "kvm", "name", "pci", "status", "uuid", "version"]
+        .map(|name| format!("info {name} "));
     assert_eq!(names, commands.into_iter().chain(subjects.iter().map(String::as_str)).collect::<Vec<_>>());
     Ok(())
 }

@@ -13,7 +13,7 @@ use serde_json::Value;
 
 /// Commands whose answers differ, that change the machine or open any file; and out-of-band execution, whose replies
 /// have no fixed place.
-const LEFT_OUT: [&str; 18] = [
+const LEFT_OUT: [&str; 19] = [
     "oob",
     "query-version",
     "query-commands",
@@ -22,6 +22,7 @@ const LEFT_OUT: [&str; 18] = [
     "query-kvm",
     "query-cpus-fast",
     "query-chardev",
+    "query-pci",
     "query-status",
     "quit",
     "stop",

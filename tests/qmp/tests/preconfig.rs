@@ -13,7 +13,15 @@ const EXIT: &str = "{'execute': 'x-exit-preconfig'}";
 fn preconfig(kinds: &[Kind], autostart: bool) -> Result<Broker> {
     Broker::start_as(
         kinds,
-        Setup { limits: &[], connected: None, autostart, console: true, preconfig: true, former: None },
+        Setup {
+            limits: &[],
+            connected: None,
+            autostart,
+            console: true,
+            preconfig: true,
+            former: None,
+            devices: None,
+        },
     )
 }
 

@@ -30,7 +30,8 @@ pub struct Request {
     pub op: Op,
 }
 
-/// Statistics that the guest gave last (virtio 1.2, 5.5.6.4), in bytes or counts; none if it never gave one.
+/// Statistics that the guest gave last (virtio 1.2, 5.5.6.4), in bytes or counts; none if it never gave one, or has no
+/// driver.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Stats {
     /// Unix time of the last update in seconds, 0 without.
@@ -46,17 +47,13 @@ pub struct Stats {
 pub enum Answer {
     /// Done, nothing to say.
     Done,
-    /// Bytes of guest memory that are not in the balloon.
+    /// Bytes of guest memory that are not in the balloon: all of it while no driver is there.
     Balloon {
         /// Bytes.
         actual: u64,
     },
     /// Statistics.
     Stats(Stats),
-    /// No driver has activated the device.
-    NotActive,
-    /// The device has no statistics queue.
-    NoStats,
 }
 
 /// Balloon to broker.

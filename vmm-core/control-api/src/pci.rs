@@ -64,6 +64,17 @@ pub struct Function {
     pub regions: Vec<Region>,
     /// Of a bridge.
     pub bridge: Option<Bridge>,
+    /// Of a virtio device.
+    pub back_end: Option<BackEnd>,
+}
+
+/// A back end as its device sees it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct BackEnd {
+    /// What the opener knows it by: [`crate::config::Virtio::socket`].
+    pub socket: String,
+    /// There is a connection.
+    pub connected: bool,
 }
 
 /// A base address register.

@@ -3,7 +3,7 @@
 use bulkhead_qapi::table as qmp;
 use serde_json::{Map, Value};
 
-use super::table::{COMMANDS, Does, Entry, INFO, Show};
+use super::table::{Arg, COMMANDS, Does, Entry, INFO, Show};
 
 /// The most words that `help` takes; with more it prints nothing.
 const MAX_WORDS: usize = 16;
@@ -75,14 +75,27 @@ fn act(entry: &'static Entry, line: &str, rest: &str) -> Line {
     let Some(command) = qmp::command(command) else { return Line::Text(String::new()) };
     let mut args = Map::new();
     let mut left = rest;
+    let title = |rest| before(line, rest).trim_end_matches(is_space);
     let wrong = |what: &str| {
-        let known = before(line, rest).trim_end_matches(is_space);
+        let known = title(rest);
         Line::Text(format!("{}: {what}\nTry \"help {known}\" for more information\n", entry.title()))
     };
-    if let Some(name) = arg {
-        let Some((word, after)) = take_word(rest) else { return wrong("string expected") };
-        args.insert(name.to_owned(), word.into());
-        left = after;
+    let hint =
+        |what: String| Line::Text(format!("{what}\nTry \"help {}\" for more information\n", title(rest)));
+    match arg {
+        None => {}
+        Some((name, Arg::Word)) => {
+            let Some((word, after)) = take_word(rest) else { return wrong("string expected") };
+            args.insert(name.to_owned(), word.into());
+            left = after;
+        }
+        Some((name, Arg::MiB)) => match take_number(rest) {
+            Ok((number, after)) => {
+                args.insert(name.to_owned(), number.wrapping_mul(1 << 20).into());
+                left = after;
+            }
+            Err(what) => return hint(what),
+        },
     }
     if skip_spaces(left).is_empty() {
         Line::Call { command, args, show }
@@ -113,6 +126,33 @@ fn take_word(text: &str) -> Option<(String, &str)> {
             }),
             plain => word.push(plain),
         }
+    }
+}
+
+/// A number that is not negative, in decimal, octal (`0...`) or hexadecimal (`0x...`), and what follows; QEMU's words
+/// for what is wrong otherwise. QEMU would compute whole expressions.
+fn take_number(text: &str) -> Result<(i64, &str), String> {
+    let text = skip_spaces(text);
+    let (negative, text) = match text.strip_prefix('-') {
+        Some(text) => (true, text),
+        None => (false, text.strip_prefix('+').unwrap_or(text)),
+    };
+    let (radix, digits) = match (text.strip_prefix("0x").or_else(|| text.strip_prefix("0X")), text.as_bytes())
+    {
+        (Some(digits), _) if digits.starts_with(|char: char| char.is_ascii_hexdigit()) => (16, digits),
+        (_, [b'0', ..]) => (8, text),
+        _ => (10, text),
+    };
+    let end = digits.find(|char: char| !char.is_digit(radix)).unwrap_or(digits.len());
+    let (number, rest) = digits.split_at_checked(end).unwrap_or((digits, ""));
+    match (number, rest.chars().next()) {
+        ("", None) => Err("unexpected end of expression".to_owned()),
+        ("", Some(char)) => Err(format!("invalid char '{char}' in expression")),
+        _ => match i64::from_str_radix(number, radix) {
+            Err(_) => Err("number too large".to_owned()),
+            Ok(value) if negative && value != 0 => Err("enter a positive value".to_owned()),
+            Ok(value) => Ok((value, rest)),
+        },
     }
 }
 

@@ -1,12 +1,16 @@
 //! Prints what QMP commands returned, in QEMU's words.
 
+use bulkhead_qapi::types::balloon::BalloonInfo;
 use bulkhead_qapi::types::char::ChardevInfo;
 use bulkhead_qapi::types::control::VersionInfo;
 use bulkhead_qapi::types::machine::CpuInfoFast;
 use bulkhead_qapi::types::misc::{KvmInfo, NameInfo, UuidInfo};
+use bulkhead_qapi::types::pci::{PciBridgeInfo, PciDeviceInfo, PciInfo, PciMemoryRange};
 use bulkhead_qapi::types::run_state::{RunState, StatusInfo};
 use serde::de::DeserializeOwned;
 use serde_json::Value;
+
+use crate::pci::MAX_DEPTH;
 
 /// Of the type that the command returns; the words of an error otherwise.
 fn with<T: DeserializeOwned>(value: Value, print: impl FnOnce(T) -> String) -> String {
@@ -16,6 +20,11 @@ fn with<T: DeserializeOwned>(value: Value, print: impl FnOnce(T) -> String) -> S
 /// The command returned nothing.
 pub fn nothing(_: Value, _: i64) -> String {
     String::new()
+}
+
+/// `info balloon`.
+pub fn balloon(value: Value, _: i64) -> String {
+    with(value, |info: BalloonInfo| format!("balloon: actual={}\n", info.actual >> 20))
 }
 
 /// `info chardev`.
@@ -52,6 +61,51 @@ pub fn kvm(value: Value, _: i64) -> String {
 /// `info name`.
 pub fn name(value: Value, _: i64) -> String {
     with(value, |info: NameInfo| info.name.map_or_else(String::new, |name| format!("{name}\n")))
+}
+
+/// `info pci`.
+pub fn pci(value: Value, _: i64) -> String {
+    with(value, |buses: Vec<PciInfo>| {
+        buses.iter().flat_map(|bus| &bus.devices).map(|device| pci_device(device, 0)).collect()
+    })
+}
+
+/// A device and those behind it, down to a depth that a reply may have.
+fn pci_device(device: &PciDeviceInfo, depth: u32) -> String {
+    let class = match &device.class_info.desc {
+        Some(desc) => desc.clone(),
+        None => format!("Class {:04}", device.class_info.class),
+    };
+    let mut text =
+        format!("  Bus {:2}, device {:3}, function {}:\n", device.bus, device.slot, device.function);
+    text += &format!("    {class}: PCI device {:04x}:{:04x}\n", device.id.vendor, device.id.device);
+    if let (Some(vendor), Some(id)) = (device.id.subsystem_vendor, device.id.subsystem) {
+        text += &format!("      PCI subsystem {vendor:04x}:{id:04x}\n");
+    }
+    if let Some(PciBridgeInfo { bus, .. }) = &device.pci_bridge {
+        text += &format!("      BUS {}.\n", bus.number);
+        text +=
+            &format!("      secondary bus {}.\n      subordinate bus {}.\n", bus.secondary, bus.subordinate);
+        let window = |range: &PciMemoryRange, width| {
+            format!("[0x{:0width$x}, 0x{:0width$x}]\n", range.base, range.limit)
+        };
+        text += &format!("      IO range {}", window(&bus.io_range, 4));
+        text += &format!("      memory range {}", window(&bus.memory_range, 8));
+        text += &format!("      prefetchable memory range {}", window(&bus.prefetchable_range, 8));
+    }
+    for region in &device.regions {
+        let bits = if region.mem_type_64 == Some(true) { 64 } else { 32 };
+        let prefetch = if region.prefetch == Some(true) { " prefetchable" } else { "" };
+        let last = region.address.wrapping_add(region.size).wrapping_sub(1);
+        text += &format!("      BAR{}: {bits} bit{prefetch} memory at ", region.bar);
+        text += &format!("0x{:08x} [0x{last:08x}].\n", region.address);
+    }
+    text += &format!("      id \"{}\"\n", device.qdev_id);
+    let behind = device.pci_bridge.as_ref().and_then(|bridge| bridge.devices.as_ref());
+    for device in behind.iter().flat_map(|devices| &devices.0).filter(|_| depth < MAX_DEPTH) {
+        text += &pci_device(device, depth + 1);
+    }
+    text
 }
 
 /// `info status`.

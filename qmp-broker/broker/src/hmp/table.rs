@@ -21,6 +21,15 @@ pub struct Entry {
     pub does: Does,
 }
 
+/// How a line gives an argument.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Arg {
+    /// A word, which may be in double quotes.
+    Word,
+    /// A number, of MiB; the QMP command takes bytes.
+    MiB,
+}
+
 /// What a command does.
 #[derive(Debug)]
 pub enum Does {
@@ -33,7 +42,7 @@ pub enum Does {
         /// Its name.
         command: &'static str,
         /// The argument that the rest of the line gives it.
-        arg: Option<&'static str>,
+        arg: Option<(&'static str, Arg)>,
         /// Prints what it returned.
         show: Show,
     },
@@ -61,7 +70,7 @@ const fn descriptor(
     params: &'static str,
     help: &'static str,
 ) -> Entry {
-    let does = Does::Qmp { command, arg: Some("fdname"), show: show::nothing };
+    let does = Does::Qmp { command, arg: Some(("fdname", Arg::Word)), show: show::nothing };
     Entry { names, params, help, does }
 }
 
@@ -76,6 +85,12 @@ const fn info(
 
 /// All commands.
 pub static COMMANDS: &[Entry] = &[
+    Entry {
+        names: &["balloon"],
+        params: "target",
+        help: "asks the guest to have so many MiB of memory",
+        does: Does::Qmp { command: "balloon", arg: Some(("value", Arg::MiB)), show: show::nothing },
+    },
     descriptor(&["closefd"], "closefd", "closefd name", "closes a descriptor that getfd named"),
     does(&["cont", "c"], "cont", "lets the vCPUs run on"),
     does(&["exit_preconfig"], "x-exit-preconfig", "leaves run state preconfig"),
@@ -97,10 +112,12 @@ pub static COMMANDS: &[Entry] = &[
 
 /// All subjects of `info`.
 pub static INFO: &[Entry] = &[
+    info(&["balloon"], "query-balloon", "how much memory the guest has", show::balloon),
     info(&["chardev"], "query-chardev", "the character devices", show::chardevs),
     info(&["cpus"], "query-cpus-fast", "the vCPUs and their threads", show::cpus),
     info(&["kvm"], "query-kvm", "whether KVM is used", show::kvm),
     info(&["name"], "query-name", "the guest's name", show::name),
+    info(&["pci"], "query-pci", "the PCI devices", show::pci),
     info(&["status"], "query-status", "the run state", show::status),
     info(&["uuid"], "query-uuid", "the guest's UUID", show::uuid),
     info(&["version"], "query-version", "the version served", show::version),
@@ -120,7 +137,7 @@ mod tests {
                 let Does::Qmp { command, arg, .. } = &entry.does else { continue };
                 let command = table::command(command).unwrap();
                 let args: Vec<&str> = command.args.members.iter().map(|member| member.name).collect();
-                assert_eq!(args, arg.iter().copied().collect::<Vec<_>>(), "{entry:?}");
+                assert_eq!(args, arg.iter().map(|(name, _)| *name).collect::<Vec<_>>(), "{entry:?}");
             }
         }
     }
