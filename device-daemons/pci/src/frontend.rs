@@ -5,14 +5,26 @@
 //! in the past says that there is work now), and acts on the events. Each start, stop and change of memory
 //! ends in one event of its own, in the order of the calls, or in [`Event::Lost`] for all of them.
 
-use std::collections::VecDeque;
+mod doorbell;
+mod link;
+mod machine;
+mod script;
+pub mod wire;
+
 use std::os::fd::OwnedFd;
 use std::rc::Rc;
 use std::time::Instant;
 
-use nix::poll::PollFd;
+use nix::errno::Errno;
+use nix::poll::{PollFd, PollFlags};
+use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
 
+use self::link::{Channel, Got, Stream};
+use self::machine::Machine;
 use crate::memory::Memory;
+
+/// Messages in one call of [`Frontend::advance`].
+const TURNS: usize = 64;
 
 /// What the device is, for the handshake.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -44,6 +56,19 @@ pub struct Ring {
     pub kick: Rc<OwnedFd>,
     /// The interrupt.
     pub call: Rc<OwnedFd>,
+}
+
+impl Ring {
+    /// Whether its size is one of a split virtqueue and its three parts are aligned and in guest RAM, each in one
+    /// piece (virtio 1.2, 2.7).
+    #[must_use]
+    pub fn is_in(&self, memory: &Memory) -> bool {
+        let size = u64::from(self.size);
+        let parts = [(self.desc, 16, 16 * size), (self.avail, 2, 6 + 2 * size), (self.used, 4, 6 + 8 * size)];
+        let placed =
+            |(base, align, len): (u64, u64, u64)| base % align == 0 && memory.find(base, len).is_some();
+        self.size.is_power_of_two() && self.size <= 32768 && parts.into_iter().all(placed)
+    }
 }
 
 /// What happened at the back end.
@@ -110,73 +135,132 @@ pub enum StartError {
     Ring(u16),
 }
 
-#[expect(dead_code, reason = "the state machine follows")]
-/// What the front end is to do.
-#[derive(Debug)]
-enum Command {
-    Start(u64, Rc<Memory>, Vec<Ring>),
-    Stop,
-    StartRing(Ring),
-    StopRing(u16),
-    Call(u16, Rc<OwnedFd>),
-    WriteConfig(u32, Vec<u8>),
-    ReadConfig,
-    Memory(Rc<Memory>),
-    Reset,
-}
-
-#[expect(dead_code, reason = "the state machine follows")]
 /// The front end of one device. It outlives its connections.
 #[derive(Debug)]
 pub struct Frontend {
-    spec: Spec,
-    link: Option<OwnedFd>,
-    inflight: Option<Inflight>,
-    commands: VecDeque<Command>,
+    machine: Machine,
+    stream: Option<Stream>,
+    channel: Option<Channel>,
 }
 
 impl Frontend {
     /// Without a connection.
     #[must_use]
     pub fn new(spec: Spec) -> Self {
-        Self { spec, link: None, inflight: None, commands: VecDeque::new() }
+        Self { machine: Machine::new(spec), stream: None, channel: None }
     }
 
     /// Begins with a back end: [`Event::Ready`] follows. A former connection is closed.
     pub fn connect(&mut self, fd: OwnedFd) {
         self.disconnect();
-        self.link = Some(fd);
+        // Without a channel (the process is short of descriptors) the back end cannot say that its configuration has
+        // changed; all else works.
+        let pair = socketpair(AddressFamily::Unix, SockType::Stream, None, SockFlag::SOCK_CLOEXEC).ok();
+        let (ours, theirs) = pair.unzip();
+        self.stream = Some(Stream::new(fd, 1));
+        self.channel = ours.map(|fd| Channel::new(fd, Instant::now()));
+        self.machine.begin(theirs.map(Rc::new));
     }
 
     /// Ends the connection. No event follows.
     pub fn disconnect(&mut self) {
-        self.link = None;
-        self.commands.clear();
+        self.machine.end();
+        self.machine.events();
+        (self.stream, self.channel) = (None, None);
     }
 
     /// Whether there is a connection.
     #[must_use]
     pub fn is_connected(&self) -> bool {
-        self.link.is_some()
+        self.machine.is_connected()
     }
 
     /// Adds the descriptors to watch and what for.
-    pub fn watch<'a>(&'a self, _list: &mut Vec<PollFd<'a>>) {}
+    pub fn watch<'a>(&'a self, list: &mut Vec<PollFd<'a>>) {
+        if let Some(stream) = &self.stream {
+            let sending = self.machine.outgoing().is_some();
+            let out = if sending { PollFlags::POLLOUT } else { PollFlags::empty() };
+            list.push(PollFd::new(stream.fd(), PollFlags::POLLIN | out));
+        }
+        if let Some(channel) = &self.channel {
+            let what = if channel.is_full() { PollFlags::POLLOUT } else { PollFlags::POLLIN };
+            list.push(PollFd::new(channel.fd(), what));
+        }
+    }
 
     /// Sends, receives, returns what happened; bounded work. To be called after any other call, too.
     pub fn advance(&mut self) -> Vec<Event> {
-        Vec::new()
+        let now = Instant::now();
+        for _ in 0..TURNS {
+            self.machine.run(now);
+            let moved = [self.send(), self.receive(), self.serve(now)];
+            if !moved.contains(&true) {
+                break;
+            }
+        }
+        if !self.machine.is_connected() {
+            (self.stream, self.channel) = (None, None);
+        }
+        self.machine.events()
+    }
+
+    /// Sends; says whether anything went.
+    fn send(&mut self) -> bool {
+        let (Some(stream), Some(packet)) = (&self.stream, self.machine.outgoing()) else { return false };
+        match stream.send(packet) {
+            Ok(len) => self.machine.sent(len),
+            Err(Errno::EAGAIN) => return false,
+            Err(Errno::EPIPE | Errno::ECONNRESET) => self.machine.lose("has closed the connection"),
+            Err(errno) => self.machine.lose(format!("cannot be told anything: {errno}")),
+        }
+        true
+    }
+
+    /// Receives; says whether anything came.
+    fn receive(&mut self) -> bool {
+        let Some(stream) = self.stream.as_mut().filter(|_| self.machine.is_connected()) else { return false };
+        match stream.receive() {
+            Got::Nothing => return false,
+            Got::Part => {}
+            Got::Message(message) => self.machine.take(message),
+            Got::Closed => self.machine.lose("has closed the connection"),
+            Got::Wrong(why) => self.machine.lose(why),
+        }
+        true
+    }
+
+    /// Serves the back end's requests; says whether there was anything.
+    fn serve(&mut self, now: Instant) -> bool {
+        let Some(channel) = self.channel.as_mut().filter(|_| self.machine.is_connected()) else {
+            return false;
+        };
+        match channel.turn(now) {
+            Got::Nothing => return false,
+            Got::Part => {}
+            Got::Message(message) => {
+                if let Some(answer) = self.machine.request(&message) {
+                    channel.answer(answer);
+                }
+            }
+            // It may do without.
+            Got::Closed => self.channel = None,
+            Got::Wrong(why) => self.machine.lose(why),
+        }
+        true
     }
 
     /// When [`Self::expire`] is due.
     #[must_use]
     pub fn deadline(&self) -> Option<Instant> {
-        None
+        if self.machine.is_busy() { Some(Instant::now()) } else { self.machine.deadline() }
     }
 
-    /// The deadline is over.
+    /// The deadline is over: as [`Self::advance`], and a back end that is late is given up.
     pub fn expire(&mut self) -> Vec<Event> {
-        self.advance()
+        let mut events = self.advance();
+        self.machine.expire(Instant::now());
+        events.extend(self.advance());
+        events
     }
 
     /// Starts rings with the virtio features that the guest has accepted: [`Event::Started`] follows.
@@ -184,69 +268,66 @@ impl Frontend {
     /// # Errors
     /// See [`StartError`]; nothing is started then.
     pub fn start(&mut self, features: u64, memory: &Rc<Memory>, rings: Vec<Ring>) -> Result<(), StartError> {
-        self.commands.push_back(Command::Start(features, Rc::clone(memory), rings));
-        Ok(())
+        self.machine.start(features, memory, &rings)
     }
 
     /// Stops all rings: [`Event::Stopped`] follows.
     pub fn stop(&mut self) {
-        self.commands.push_back(Command::Stop);
+        self.machine.stop();
     }
 
     /// Starts one more ring: [`Event::Started`] follows.
     ///
     /// # Errors
     /// See [`StartError`].
-    pub fn start_ring(&mut self, ring: Ring) -> Result<(), StartError> {
-        self.commands.push_back(Command::StartRing(ring));
-        Ok(())
+    pub fn start_ring(&mut self, memory: &Rc<Memory>, ring: Ring) -> Result<(), StartError> {
+        self.machine.start_ring(ring, memory)
     }
 
     /// Stops one ring: [`Event::Stopped`] follows.
     pub fn stop_ring(&mut self, index: u16) {
-        self.commands.push_back(Command::StopRing(index));
+        self.machine.stop_ring(index);
     }
 
     /// After a stop: the device goes to its power-on state, and what was in flight is forgotten.
     pub fn reset(&mut self) {
-        self.inflight = None;
-        self.commands.push_back(Command::Reset);
+        self.machine.reset();
     }
 
     /// A running ring gets another interrupt.
-    pub fn set_call(&mut self, index: u16, call: Rc<OwnedFd>) {
-        self.commands.push_back(Command::Call(index, call));
+    pub fn set_call(&mut self, index: u16, call: &Rc<OwnedFd>) {
+        self.machine.set_call(index, call);
     }
 
     /// The guest has written configuration space. What lies outside of what the back end has is dropped.
     pub fn write_config(&mut self, offset: u32, bytes: &[u8]) {
-        self.commands.push_back(Command::WriteConfig(offset, bytes.to_vec()));
+        self.machine.write_config(offset, bytes);
     }
 
     /// Reads configuration space anew: [`Event::Config`] follows, if the back end has one.
     pub fn read_config(&mut self) {
-        self.commands.push_back(Command::ReadConfig);
+        self.machine.read_config();
     }
 
     /// Guest RAM has changed: [`Event::Memory`] follows. A piece is the same only if its memfd is the same object.
     pub fn set_memory(&mut self, memory: &Rc<Memory>) {
-        self.commands.push_back(Command::Memory(Rc::clone(memory)));
+        self.machine.set_memory(memory);
     }
 
     /// What the back end notes its requests in, once rings have been started. To be kept beyond this process.
     #[must_use]
     pub fn inflight(&self) -> Option<&Inflight> {
-        self.inflight.as_ref()
+        self.machine.inflight()
     }
 
     /// What a predecessor kept.
     pub fn set_inflight(&mut self, inflight: Option<Inflight>) {
-        self.inflight = inflight;
+        self.machine.set_inflight(inflight);
     }
 
     /// Whether the back end can go on with the requests that another life of it had begun.
     #[must_use]
     pub fn tracks_inflight(&self) -> bool {
-        false
+        self.machine.tracks_inflight()
     }
 }
