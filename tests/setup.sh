@@ -27,6 +27,7 @@ python_venv() {
 need gcc command -v cc
 need libc6-dev installed libc6-dev
 need qemu-system-x86 command -v qemu-system-x86_64
+need qemu-system-common command -v qemu-storage-daemon
 need busybox-static installed busybox-static
 need linux-image-cloud-amd64 cloud_kernel
 need socat command -v socat
