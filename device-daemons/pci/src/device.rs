@@ -122,7 +122,8 @@ pub trait Device: Backed {
     fn read(&mut self, bar: u8, offset: u64, size: u8) -> u64;
     /// A write to BAR `bar`.
     fn write(&mut self, bar: u8, offset: u64, size: u8, value: u64);
-    /// The guest has written its configuration space at `offset`; `space` is what it reads now (4,096 bytes).
+    /// The guest has written its configuration space at `offset`; `space` is what it reads now: the first 256 bytes, the
+    /// others are 0.
     /// Returns whether reads of this function's configuration space must exit from now on.
     fn config_written(&mut self, offset: u16, size: u8, space: &mut [u8]) -> bool;
     /// A read of configuration space that exits: the device may answer it instead of memory.
