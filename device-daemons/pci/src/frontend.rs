@@ -23,6 +23,8 @@ use self::link::{Channel, Got, Stream};
 use self::machine::Machine;
 use crate::memory::Memory;
 
+/// The longest reason in [`Event::Lost`], in bytes; it is one line.
+pub const MAX_REASON: usize = 120;
 /// Messages in one call of [`Frontend::advance`].
 const TURNS: usize = 64;
 
@@ -257,8 +259,13 @@ impl Frontend {
 
     /// The deadline is over: as [`Self::advance`], and a back end that is late is given up.
     pub fn expire(&mut self) -> Vec<Event> {
+        self.expire_at(Instant::now())
+    }
+
+    /// As [`Self::expire`], at another time.
+    pub fn expire_at(&mut self, now: Instant) -> Vec<Event> {
         let mut events = self.advance();
-        self.machine.expire(Instant::now());
+        self.machine.expire(now);
         events.extend(self.advance());
         events
     }
