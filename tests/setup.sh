@@ -28,6 +28,8 @@ need gcc command -v cc
 need libc6-dev installed libc6-dev
 need qemu-system-x86 command -v qemu-system-x86_64
 need qemu-system-common command -v qemu-storage-daemon
+# Of Debian 13 a package of its own.
+need virtiofsd test -x /usr/lib/qemu/virtiofsd -o -x /usr/libexec/virtiofsd
 need busybox-static installed busybox-static
 need linux-image-cloud-amd64 cloud_kernel
 need socat command -v socat
