@@ -3,7 +3,8 @@
 //! It never waits. What it is told to do is queued; [`Frontend::advance`] sends, receives and returns what
 //! happened. The loop calls that when one of [`Frontend::watch`] is ready or [`Frontend::deadline`] is over (a deadline
 //! in the past says that there is work now), and acts on the events. Each start, stop and change of memory
-//! ends in one event of its own, in the order of the calls, or in [`Event::Lost`] for all of them.
+//! ends in one event of its own, in the order of the calls, or in [`Event::Lost`] for all of them. Before
+//! [`Event::Ready`] no ring runs and no memory is used, so a stop or a change of memory is over at once.
 
 mod doorbell;
 mod link;

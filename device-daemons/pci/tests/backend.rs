@@ -7,8 +7,6 @@
 )]
 
 mod common;
-#[path = "common/peer.rs"]
-mod peer;
 
 use std::rc::Rc;
 use std::time::{Duration, Instant};
@@ -17,8 +15,8 @@ use bulkhead_bus_api::pci;
 use bulkhead_pci::frontend::wire::{BIAS, CONFIG_CHANGE, PROTOCOL_FEATURES, Request, protocol};
 use bulkhead_pci::frontend::{Event, Frontend, StartError};
 use bulkhead_pci::memory::{Memory, Region};
+use common::peer::{CONFIG_LEN, Peer, STOPPED_AT, memory, send, spec, take};
 use common::{BASE, LEN, Ram, VERSION_1};
-use peer::{CONFIG_LEN, Peer, STOPPED_AT, memory, send, spec, take};
 
 fn ready(protocol: u64) -> (Frontend, Peer) {
     let mut front = Frontend::new(spec());
@@ -310,6 +308,16 @@ fn a_guest_that_writes_faster_than_the_back_end_reads_fills_no_memory() {
         };
         assert_eq!(events, [Event::Lost(why.into())]);
     }
+    // A start for which there is no room any more ends all, too.
+    let (mut front, _peer) = ready(protocol::WANTED);
+    for _ in 0..4090 {
+        front.write_config(0, &[1; CONFIG_LEN]);
+    }
+    let ram = Ram::new();
+    front.start(VERSION_1, &ram.memory, vec![ram.ring(0, 0)]).unwrap();
+    assert_eq!(front.advance(), [Event::Lost("does not keep up with what the guest wants".into())]);
+    assert!(front.advance().is_empty() && front.deadline().is_none());
+
     let (mut front, _peer) = ready(protocol::CONFIG);
     for _ in 0..4000 {
         front.write_config(0, &[1; CONFIG_LEN]);

@@ -7,8 +7,6 @@
 )]
 
 mod common;
-#[path = "common/peer.rs"]
-mod peer;
 
 use std::fs;
 use std::os::fd::OwnedFd;
@@ -16,8 +14,8 @@ use std::time::Duration;
 
 use bulkhead_pci::frontend::wire::{HEADER, Request, protocol};
 use bulkhead_pci::frontend::{Event, Frontend, MAX_REASON};
+use common::peer::{Answer, Peer, memory, send, spec};
 use common::{Ram, VERSION_1, eventfd};
-use peer::{Answer, Peer, memory, send, spec};
 
 /// What is made of a right answer; false if the misdeed does not apply to it.
 type Misdeed = fn(&mut Answer, &mut Option<OwnedFd>) -> bool;

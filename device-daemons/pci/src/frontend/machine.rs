@@ -177,6 +177,7 @@ impl Machine {
     }
 
     fn push(&mut self, step: Step) {
+        // Its last step may have ended the connection.
         if self.phase == Phase::Away {
             return;
         }
@@ -475,40 +476,48 @@ impl Machine {
 
     /// See [`super::Frontend::set_memory`].
     pub fn set_memory(&mut self, memory: &Memory) {
-        self.tell(memory);
-        self.push(Step::Memory);
+        if self.phase == Phase::Ready {
+            self.tell(memory);
+            self.push(Step::Memory);
+        } else {
+            self.events.push(Event::Memory);
+        }
     }
 
     /// See [`super::Frontend::stop`].
     pub fn stop(&mut self) {
         let rings = std::mem::take(&mut self.running);
-        self.halt(&rings);
-        self.push(Step::Stopped(None));
+        self.halt(&rings, None);
     }
 
     /// See [`super::Frontend::stop_ring`].
     pub fn stop_ring(&mut self, index: u16) {
         let known = self.running.iter().position(|ring| *ring == index);
-        if let Some(at) = known {
-            self.running.swap_remove(at);
-            self.halt(&[index]);
-        }
-        self.push(Step::Stopped(Some(index)));
+        let ring = known.map(|at| self.running.swap_remove(at));
+        self.halt(ring.as_slice(), Some(index));
     }
 
     /// A disabled ring may lose what is in it (a network device drops it), so it is disabled once it has stopped.
-    fn halt(&mut self, rings: &[u16]) {
+    fn halt(&mut self, rings: &[u16], one: Option<u16>) {
+        if self.phase != Phase::Ready {
+            self.events.push(Event::Stopped { ring: one, bases: Vec::new() });
+            return;
+        }
         for ring in rings {
             self.push(script::stop(*ring));
             if self.enables() {
                 self.push(Step::enable(*ring, false));
             }
         }
+        self.push(Step::Stopped(one));
     }
 
     /// See [`super::Frontend::reset`].
     pub fn reset(&mut self) {
         self.inflight = None;
+        if self.phase != Phase::Ready {
+            return;
+        }
         // Once more after the start that may be under way.
         self.push(Step::Forget);
         if self.has(protocol::RESET_DEVICE) {
@@ -526,14 +535,17 @@ impl Machine {
     /// See [`super::Frontend::write_config`].
     pub fn write_config(&mut self, offset: u32, bytes: &[u8]) {
         let end = (offset as usize).checked_add(bytes.len());
-        if !bytes.is_empty() && end.is_some_and(|end| end <= self.offer.config.len()) {
+        let ready = self.phase == Phase::Ready && !bytes.is_empty();
+        if ready && end.is_some_and(|end| end <= self.offer.config.len()) {
             self.push(Step::ask(Request::SET_CONFIG, wire::config(offset, bytes), Expect::Tried));
         }
     }
 
     /// See [`super::Frontend::read_config`].
     pub fn read_config(&mut self) {
-        self.push(Step::Reread(Why::Asked));
+        if self.phase == Phase::Ready {
+            self.push(Step::Reread(Why::Asked));
+        }
     }
 
     /// See [`super::Frontend::inflight`].

@@ -17,7 +17,7 @@ use nix::errno::Errno;
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::sys::socket::{AddressFamily, ControlMessage, MsgFlags, SockFlag, SockType, sendmsg, socketpair};
 
-use crate::common::VERSION_1;
+use super::VERSION_1;
 
 pub const CONFIG_LEN: usize = 16;
 /// Where each ring of the peer says that it has stopped.
