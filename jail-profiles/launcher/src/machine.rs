@@ -2,6 +2,12 @@
 //!
 //! A pure function; `opener` carries the plan out.
 
+mod pci;
+
+pub use pci::Bus;
+#[cfg(test)]
+pub use pci::{Daemon, DaemonConfig};
+
 use std::hash::{BuildHasher as _, RandomState};
 
 use bulkhead_control_api::config;
@@ -25,6 +31,8 @@ pub struct Plan {
     pub console: config::Console,
     /// Configuration of the broker.
     pub broker: config::Broker,
+    /// The PCI bus.
+    pub bus: Bus,
     /// What to open, in this order: what changes nothing comes first.
     pub opens: Vec<Open>,
     /// How the user's terminal is to behave, if a character device is connected to it.
@@ -55,6 +63,24 @@ pub enum What {
     StandardInput,
     /// Standard output.
     StandardOutput,
+    /// A disk: a regular file or a block device.
+    Disk {
+        /// Where.
+        path: String,
+        /// Only to read.
+        read_only: bool,
+    },
+    /// A queue pair of a TAP interface.
+    Tap {
+        /// Which network back end's.
+        netdev: String,
+        /// The interface's name; none if the host chooses one.
+        name: Option<String>,
+        /// It has several queue pairs.
+        several: bool,
+    },
+    /// An inherited descriptor of a TAP interface.
+    TapFd(u32),
     /// A file to write.
     Output {
         /// Where.
@@ -89,6 +115,7 @@ pub enum What {
 enum Owner {
     Console,
     Broker,
+    Pci,
 }
 
 /// Makes the plan.
@@ -96,7 +123,7 @@ enum Owner {
 /// # Errors
 /// The first option that contradicts another one.
 pub fn plan(options: &Options) -> Result<Plan, Error> {
-    let mut devices = Devices::of(options)?;
+    let mut devices = Chardevs::of(options)?;
     let monitors = options.monitors.iter().map(|target| monitor(target, &mut devices));
     let monitors = monitors.collect::<Result<Vec<_>, _>>()?;
     let serial = match &options.serial {
@@ -105,6 +132,8 @@ pub fn plan(options: &Options) -> Result<Plan, Error> {
     };
     let autostart = !options.stopped;
     let life = new_life();
+    let mut behind = Vec::new();
+    let bus = pci::bus(options, &mut devices, life, &mut behind)?;
     Ok(Plan {
         core: config::Core {
             ram: options.ram,
@@ -121,7 +150,8 @@ pub fn plan(options: &Options) -> Result<Plan, Error> {
         },
         broker: broker(options, life, monitors, &devices),
         terminal: devices.terminal(),
-        opens: opens(options, &devices),
+        opens: opens(options, &devices, behind),
+        bus,
     })
 }
 
@@ -130,6 +160,8 @@ impl Plan {
     pub fn renew(&mut self) {
         self.broker.life = new_life();
         self.console.life = self.broker.life;
+        self.bus.config.life = self.broker.life;
+        self.bus.daemons.iter_mut().for_each(|daemon| daemon.renew(self.broker.life));
     }
 }
 
@@ -138,7 +170,12 @@ fn new_life() -> u64 {
     RandomState::new().hash_one(std::process::id())
 }
 
-fn broker(options: &Options, life: u64, monitors: Vec<config::Monitor>, devices: &Devices) -> config::Broker {
+fn broker(
+    options: &Options,
+    life: u64,
+    monitors: Vec<config::Monitor>,
+    devices: &Chardevs,
+) -> config::Broker {
     let member = |(number, option): (usize, &At<AddFd>)| {
         let AddFd { set, opaque, .. } = option.value.clone();
         config::FdsetMember { fd: member_name(number), set, opaque }
@@ -178,7 +215,7 @@ fn loader(options: &Options) -> Result<config::Loader, Error> {
 }
 
 /// There is no graphical console, so that the serial port is the user's, if they let it.
-fn default_serial(options: &Options, devices: &mut Devices) -> Result<Option<config::Chardev>, Error> {
+fn default_serial(options: &Options, devices: &mut Chardevs) -> Result<Option<config::Chardev>, Error> {
     if options.nodefaults && !options.nographic {
         return Ok(None);
     }
@@ -188,7 +225,7 @@ fn default_serial(options: &Options, devices: &mut Devices) -> Result<Option<con
     devices.take(&target, Owner::Console)
 }
 
-fn monitor(monitor: &At<Monitor>, devices: &mut Devices) -> Result<config::Monitor, Error> {
+fn monitor(monitor: &At<Monitor>, devices: &mut Chardevs) -> Result<config::Monitor, Error> {
     let Monitor { target, role, uids, gids } = monitor.value.clone();
     let target = At { at: monitor.at.clone(), value: target };
     let target = &target;
@@ -223,7 +260,7 @@ impl Device {
             Backend::Null => config::ChardevKind::Null,
             Backend::Stdio { .. } => config::ChardevKind::Stdio,
             Backend::File { .. } => config::ChardevKind::File { fd: self.fd() },
-            Backend::Socket { place, server, wait } => config::ChardevKind::Socket {
+            Backend::Socket { place, server, wait, .. } => config::ChardevKind::Socket {
                 fd: self.fd(),
                 address: match place {
                     Place::Path(path) | Place::Unit(path) => path.clone(),
@@ -239,6 +276,10 @@ impl Device {
     fn opens(&self) -> Vec<Open> {
         let open = |name: String, what| Open { name, at: self.at.clone(), what };
         match &self.backend {
+            // A back end's socket is connected to when pci asks for it.
+            Backend::Socket { place: Place::Path(_), server: false, .. } if self.owner == Owner::Pci => {
+                Vec::new()
+            }
             // The service manager gives a unit's listener to the process itself.
             Backend::Null | Backend::Socket { place: Place::Unit(_), .. } => Vec::new(),
             Backend::Stdio { .. } => vec![
@@ -262,12 +303,12 @@ impl Device {
 }
 
 /// The character devices in the order in which they were defined.
-struct Devices {
+struct Chardevs {
     all: Vec<Device>,
     monitors: u32,
 }
 
-impl Devices {
+impl Chardevs {
     fn of(options: &Options) -> Result<Self, Error> {
         let mut devices = Self { all: Vec::new(), monitors: 0 };
         for chardev in &options.chardevs {
@@ -289,7 +330,12 @@ impl Devices {
             };
             return Err(Error::at(at, problem));
         }
-        self.all.push(Device { at: at.to_owned(), id, backend, owner: Owner::Console, in_use: false });
+        // One that nobody uses yet is the console's, but for what is to be a back end's.
+        let owner = match &backend {
+            Backend::Socket { reconnect: true, .. } => Owner::Pci,
+            _ => Owner::Console,
+        };
+        self.all.push(Device { at: at.to_owned(), id, backend, owner, in_use: false });
         Ok(())
     }
 
@@ -333,11 +379,18 @@ impl Devices {
 }
 
 /// What changes nothing is opened first, then what another VM could hold, then what truncates.
-fn opens(options: &Options, devices: &Devices) -> Vec<Open> {
-    let (mut opens, changing): (Vec<_>, Vec<_>) =
-        devices.all.iter().flat_map(Device::opens).partition(|open| {
-            matches!(open.what, What::Inherited { .. } | What::StandardInput | What::StandardOutput)
-        });
+fn opens(options: &Options, devices: &Chardevs, behind: Vec<Open>) -> Vec<Open> {
+    let all = devices.all.iter().flat_map(Device::opens).chain(behind);
+    let (mut opens, changing): (Vec<_>, Vec<_>) = all.partition(|open| {
+        matches!(
+            open.what,
+            What::Inherited { .. }
+                | What::StandardInput
+                | What::StandardOutput
+                | What::Disk { .. }
+                | What::TapFd(_)
+        )
+    });
     let open = |name: &str, at: &str, what| Open { name: name.to_owned(), at: at.to_owned(), what };
     // Before what may refer to them, or name the same descriptor.
     let members = options.add_fds.iter().enumerate().map(|(number, option)| {

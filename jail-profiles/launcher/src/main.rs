@@ -43,6 +43,7 @@ fn execute(args: &[String], inherited: Inherited) -> Result<u8, String> {
         Command::Unit(words) => return unit::run(&words),
         Command::Doctor => return doctor::run(),
         Command::Help => help::USAGE.to_owned(),
+        Command::ListHelp(text) => text,
         Command::RunHelp => help::options(),
         Command::Version => help::version(),
     };
@@ -63,6 +64,7 @@ fn run(given: &[Given], inherited: Inherited) -> Result<u8, String> {
                 loader: plan.loader,
                 console: plan.console,
                 broker: plan.broker,
+                bus: plan.bus,
                 fds,
                 terminal: plan.terminal,
             };

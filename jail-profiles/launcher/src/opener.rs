@@ -4,17 +4,19 @@
 //! and as it comes into being, so that whoever cleans up after a kill knows it.
 
 mod beneath;
+mod disk;
 mod error;
 mod fdset;
 mod files;
 mod inherited;
 mod sockets;
+mod tap;
 
 pub use error::Error;
 pub use fdset::set_of;
 pub use files::{Created, abandon_pid_file, kvm, sealed};
 pub use inherited::{Inherited, from_service_manager};
-pub use sockets::abandon as abandon_socket;
+pub use sockets::{abandon as abandon_socket, connect_now};
 
 use std::collections::BTreeMap;
 use std::io;
@@ -22,6 +24,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 use crate::machine::{Open, What};
 use fdset::Sets;
+use tap::Taps;
 
 /// What whoever cleans up after a kill has to know.
 #[derive(Clone, Copy, Debug)]
@@ -45,14 +48,14 @@ pub fn open(
     note: &mut dyn FnMut(Note<'_>) -> Result<(), String>,
 ) -> Result<BTreeMap<String, OwnedFd>, Error> {
     let mut fds = BTreeMap::new();
-    let mut sets = Sets::default();
+    let mut memory = Memory::default();
     for request in opens {
         match &request.what {
             What::Listener(path) => note(Note::Socket(path)).map_err(Error::Guard)?,
             What::PidFile(path) => note(Note::PidFile(path)).map_err(Error::Guard)?,
             _ => {}
         }
-        let (fd, new) = open_one(request, &mut inherited, &mut sets).map_err(|e| e.of(&request.at))?;
+        let (fd, new) = open_one(request, &mut inherited, &mut memory).map_err(|e| e.of(&request.at))?;
         if let Some(new) = new {
             note(Note::Created(&new)).map_err(Error::Guard)?;
         }
@@ -61,11 +64,19 @@ pub fn open(
     Ok(fds)
 }
 
+/// What later requests refer to.
+#[derive(Default)]
+struct Memory {
+    sets: Sets,
+    taps: Taps,
+}
+
 fn open_one(
     request: &Open,
     inherited: &mut Inherited,
-    sets: &mut Sets,
+    memory: &mut Memory,
 ) -> Result<(OwnedFd, Option<Created>), Error> {
+    let Memory { sets, taps } = memory;
     let fd = match &request.what {
         What::Kvm => files::kvm()?,
         What::Input(path) => match sets.input(path).map_err(|e| Error::Io(e.into()))? {
@@ -84,6 +95,9 @@ fn open_one(
             sets.add(*set, fd.as_fd()).map_err(|e| Error::Io(e.into()))?;
             fd
         }
+        What::Disk { path, read_only } => disk::open(path, *read_only, sets)?,
+        What::Tap { netdev, name, several } => taps.open(netdev, name.as_deref(), *several)?,
+        What::TapFd(fd) => tap::check(inherited.any(*fd)?, *fd)?,
         What::Connection(path) => sockets::connect(path)?,
         What::Inherited { fd, listening } => inherited.claim(*fd, *listening)?,
         What::Listener(path) => {
@@ -108,8 +122,11 @@ pub fn open_beneath(dir: BorrowedFd<'_>, request: &Open) -> Result<OwnedFd, Erro
         What::Input(path) => files::input_beneath(dir, path),
         What::NativeGuest => files::sealed("native-guest", bulkhead_guest::ELF),
         What::Output { path, append } => files::output_beneath(dir, path, *append),
+        What::Disk { path, read_only } => disk::open_beneath(dir, path, *read_only),
         What::StandardInput
         | What::StandardOutput
+        | What::Tap { .. }
+        | What::TapFd(_)
         | What::Connection(_)
         | What::Inherited { .. }
         | What::Member { .. }

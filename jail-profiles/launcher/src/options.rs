@@ -1,14 +1,20 @@
 //! The options of `bulkhead run` with their types, before they are put together to a machine.
 
 mod addfd;
+mod block;
 mod chardev;
+mod device;
 mod memory;
 mod monitor;
+mod netdev;
 mod smp;
 
 pub use addfd::AddFd;
+pub use block::{Below, Drive, Node};
 pub use chardev::{Backend, Chardev, Place};
+pub use device::{Balloon, Block, Device, Model, Net, VhostUser};
 pub use monitor::Monitor;
+pub use netdev::{IoThread, NetBackend, NetDev};
 
 use bulkhead_control_api::config::CpuTopology;
 
@@ -67,6 +73,16 @@ pub struct Options {
     pub monitors: Vec<At<Monitor>>,
     /// `-add-fd`, in their order.
     pub add_fds: Vec<At<AddFd>>,
+    /// `-device`, in their order.
+    pub devices: Vec<At<Device>>,
+    /// `-drive`, in their order.
+    pub drives: Vec<At<Drive>>,
+    /// `-blockdev`, in their order.
+    pub nodes: Vec<At<Node>>,
+    /// `-netdev`, in their order.
+    pub netdevs: Vec<At<NetDev>>,
+    /// `-object iothread`, in their order.
+    pub iothreads: Vec<At<IoThread>>,
     /// `-S`.
     pub stopped: bool,
     /// `--preconfig`.
@@ -129,6 +145,11 @@ impl Options {
             chardevs: Vec::new(),
             monitors: Vec::new(),
             add_fds: Vec::new(),
+            devices: Vec::new(),
+            drives: Vec::new(),
+            nodes: Vec::new(),
+            netdevs: Vec::new(),
+            iothreads: Vec::new(),
             stopped: false,
             preconfig: false,
             no_reboot: false,
@@ -199,22 +220,22 @@ impl Options {
                 check_is(params, "accel", "kvm", Problem::Accelerator)?;
             }
             Opt::Accel => check_is(params, "accel", "kvm", Problem::Accelerator)?,
-            Opt::Chardev => {
-                let chardev = chardev::chardev(params)?;
-                self.chardevs.push(At { at: given.at.clone(), value: chardev });
-            }
-            Opt::AddFd => {
-                let member = addfd::add_fd(params)?;
-                self.add_fds.push(At { at: given.at.clone(), value: member });
-            }
-            Opt::Monitor => {
-                let monitor = monitor::monitor(params)?;
-                self.monitors.push(At { at: given.at.clone(), value: monitor });
-            }
+            Opt::Chardev => push(&mut self.chardevs, given, chardev::chardev(params)?),
+            Opt::AddFd => push(&mut self.add_fds, given, addfd::add_fd(params)?),
+            Opt::Monitor => push(&mut self.monitors, given, monitor::monitor(params)?),
+            Opt::Device => push(&mut self.devices, given, device::device(params)?),
+            Opt::Drive => push(&mut self.drives, given, block::drive(params)?),
+            Opt::BlockDev => push(&mut self.nodes, given, block::node(params)?),
+            Opt::NetDev => push(&mut self.netdevs, given, netdev::netdev(params)?),
+            Opt::Object => push(&mut self.iothreads, given, netdev::object(params)?),
             _ => {}
         }
         Ok(())
     }
+}
+
+fn push<T>(list: &mut Vec<At<T>>, given: &Given, value: T) {
+    list.push(At { at: given.at.clone(), value });
 }
 
 fn check_is(params: &Params, name: &str, only: &str, problem: fn(String) -> Problem) -> Result<(), Problem> {

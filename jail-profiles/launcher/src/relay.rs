@@ -29,7 +29,10 @@ pub enum Pumped {
 /// The log of one compartment.
 #[derive(Debug)]
 pub struct Relay {
+    /// What the compartment calls itself.
     name: &'static str,
+    /// What the launcher calls it.
+    label: String,
     pending: Vec<u8>,
     since: Instant,
     lines: u32,
@@ -78,10 +81,10 @@ pub fn say(level: &str, name: &str, text: &str) {
 }
 
 impl Relay {
-    /// A relay for the compartment of that name.
+    /// A relay for a compartment that calls itself `name`, under the launcher's label for it.
     #[must_use]
-    pub fn new(name: &'static str) -> Self {
-        Self { name, pending: Vec::new(), since: Instant::now(), lines: 0, dropped: 0 }
+    pub fn new(name: &'static str, label: String) -> Self {
+        Self { name, label, pending: Vec::new(), since: Instant::now(), lines: 0, dropped: 0 }
     }
 
     /// Reads what is there of a non-blocking log, at most 4 KiB, and passes whole lines on.
@@ -117,7 +120,11 @@ impl Relay {
 
     fn report_dropped(&mut self) {
         if self.dropped > 0 {
-            say("<4>", self.name, &format!("{} log lines dropped, over {MAX_LINES} a second", self.dropped));
+            say(
+                "<4>",
+                &self.label,
+                &format!("{} log lines dropped, over {MAX_LINES} a second", self.dropped),
+            );
             self.dropped = 0;
         }
     }
@@ -140,7 +147,7 @@ impl Relay {
         let prefix = if matches!(prefix, "<0>" | "<1>") { "<2>" } else { prefix };
         // The name is the launcher's word: a compartment cannot speak for another.
         let text = text.strip_prefix(self.name).and_then(|t| t.strip_prefix(": ")).unwrap_or(text);
-        say(prefix, self.name, text);
+        say(prefix, &self.label, text);
     }
 }
 
@@ -152,7 +159,7 @@ mod tests {
     fn floods_are_cut() {
         let (reader, writer) = nix::unistd::pipe().unwrap();
         let (mut reader, mut writer) = (File::from(reader), File::from(writer));
-        let mut relay = Relay::new("bulkhead-test");
+        let mut relay = Relay::new("bulkhead-test", "bulkhead-test".to_owned());
         // Below the threshold of what is written, so that the test itself is quiet.
         let line = format!("<7>{}\n", "x".repeat(3 * MAX_LINE));
         for _ in 0..=MAX_LINES {

@@ -16,26 +16,27 @@ const BACKLOG: i32 = 4;
 /// Name of the socket for the moment in which it has one.
 const SOCKET: &str = "s";
 
-/// A listening `SOCK_SEQPACKET` socket that only its holder can connect to: its name is gone, a
+/// A listening socket that only its holder can connect to: its name is gone, a
 /// descriptor of the inode is left.
 #[derive(Debug)]
 pub struct Rendezvous {
+    kind: SockType,
     listener: OwnedFd,
     inode: OwnedFd,
 }
 
-/// A `SOCK_SEQPACKET` socket that never makes whoever accepts, or connects, wait.
-fn seqpacket() -> Result<OwnedFd, Errno> {
+/// A socket that never makes whoever accepts, or connects, wait.
+fn unix(kind: SockType) -> Result<OwnedFd, Errno> {
     let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
-    socket::socket(AddressFamily::Unix, SockType::SeqPacket, flags, None)
+    socket::socket(AddressFamily::Unix, kind, flags, None)
 }
 
 /// Listens at `path`.
 ///
 /// # Errors
 /// The kernel's.
-pub fn listen(path: &Path) -> Result<OwnedFd, Errno> {
-    let listener = seqpacket()?;
+pub fn listen(kind: SockType, path: &Path) -> Result<OwnedFd, Errno> {
+    let listener = unix(kind)?;
     socket::bind(listener.as_raw_fd(), &UnixAddr::new(path)?)?;
     socket::listen(&listener, Backlog::new(BACKLOG)?)?;
     Ok(listener)
@@ -46,12 +47,12 @@ pub fn listen(path: &Path) -> Result<OwnedFd, Errno> {
 ///
 /// # Errors
 /// The kernel's.
-pub fn connect(listener: BorrowedFd<'_>, path: &Path) -> Result<OwnedFd, Errno> {
+pub fn connect(kind: SockType, listener: BorrowedFd<'_>, path: &Path) -> Result<OwnedFd, Errno> {
     for _ in 0..=BACKLOG {
         let Ok(former) = socket::accept4(listener.as_raw_fd(), SockFlag::SOCK_CLOEXEC) else { break };
         let _ = nix::unistd::close(former);
     }
-    let socket = seqpacket()?;
+    let socket = unix(kind)?;
     socket::connect(socket.as_raw_fd(), &UnixAddr::new(path)?)?;
     fcntl(&socket, FcntlArg::F_SETFL(OFlag::empty()))?;
     Ok(socket)
@@ -72,11 +73,19 @@ pub fn remove(directory: &Path) {
 }
 
 impl Rendezvous {
+    /// Makes one for packets, see [`Self::of`].
+    ///
+    /// # Errors
+    /// As there.
+    pub fn new(register: impl FnOnce(&Path) -> Result<(), String>) -> Result<Self, String> {
+        Self::of(SockType::SeqPacket, register)
+    }
+
     /// Makes one; `register` learns of the directory that it uses for a moment, before that is made.
     ///
     /// # Errors
     /// The directory for temporary files cannot be written.
-    pub fn new(register: impl FnOnce(&Path) -> Result<(), String>) -> Result<Self, String> {
+    pub fn of(kind: SockType, register: impl FnOnce(&Path) -> Result<(), String>) -> Result<Self, String> {
         let base = base();
         let fail = |e: Errno| format!("cannot make a socket in {}: {e}", base.display());
         // Keyed at random by the standard library: not to be guessed.
@@ -86,9 +95,9 @@ impl Rendezvous {
         mkdir(&directory, Mode::S_IRWXU).map_err(fail)?;
         let made = (|| {
             let path = directory.join(SOCKET);
-            let listener = listen(&path)?;
+            let listener = listen(kind, &path)?;
             let inode = open(&path, OFlag::O_PATH | OFlag::O_CLOEXEC, Mode::empty())?;
-            Ok(Self { listener, inode })
+            Ok(Self { kind, listener, inode })
         })();
         remove(&directory);
         made.map_err(fail)
@@ -105,9 +114,16 @@ impl Rendezvous {
     /// # Errors
     /// The listener is gone.
     pub fn connect(&self) -> Result<OwnedFd, String> {
+        self.try_connect().map_err(|e| format!("cannot connect two compartments: {e} (is /proc mounted?)"))
+    }
+
+    /// The same.
+    ///
+    /// # Errors
+    /// The kernel's.
+    pub fn try_connect(&self) -> Result<OwnedFd, Errno> {
         let path = format!("/proc/self/fd/{}", self.inode.as_raw_fd());
-        connect(self.listener(), path.as_ref())
-            .map_err(|e| format!("cannot connect two compartments: {e} (is /proc mounted?)"))
+        connect(self.kind, self.listener(), path.as_ref())
     }
 }
 

@@ -7,7 +7,7 @@ use std::io::{self, Read as _, Write as _};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::time::Instant;
 
-use bulkhead_jail::topology::{LINKS, Link, Namespace, PROCESSES, Process};
+use bulkhead_jail::topology::{Namespace, PROCESSES, Process};
 use nix::errno::Errno;
 use nix::fcntl::OFlag;
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
@@ -16,17 +16,7 @@ use nix::sys::wait::{Id, WaitPidFlag, WaitStatus, waitid};
 use nix::unistd::{self, Gid, Pid, Uid};
 
 use crate::jailed::{Child, Identity, park};
-
-/// The processes that are started: not yet pci and the device daemons.
-pub fn started() -> impl Iterator<Item = &'static Process> {
-    PROCESSES.iter().copied().filter(|process| process.name != "pci" && !process.per_device)
-}
-
-/// The links between processes that are started.
-pub fn links() -> impl Iterator<Item = &'static Link> {
-    let is_started = |name: &str| started().any(|process| process.name == name);
-    LINKS.iter().copied().filter(move |link| is_started(link.listener) && is_started(link.connector))
-}
+use crate::supervise::{LOADER, Part};
 
 /// Descriptors that the launcher and a child have open beside those that are kept: of links, logs and binaries,
 /// what the command line names, and a copy of a compartment's own in its child.
@@ -36,8 +26,13 @@ const INNER_ID: u32 = 1000;
 /// First host id of the compartments when root starts them. It lies above what distributions and
 /// systemd's containers hand out (up to 1,879,048,191), and the last one below 2^31.
 const FIRST_HOST_ID: u32 = 0x7000_0000;
-/// Host ids that one VM may use.
-const IDS_PER_VM: u32 = 16;
+/// Host ids that one VM may use. With more compartments than that some device daemons share one; their namespaces
+/// keep them apart, as they do those of an ordinary user.
+const IDS_PER_VM: u32 = 64;
+/// Ids of the VM's other compartments: device daemons begin here.
+const FIRST_DEVICE_ID: u32 = 16;
+/// Descriptors for each device daemon: listeners, disk or interfaces, log, pidfd, links.
+const OF_A_DEVICE: usize = 32;
 
 /// `CLONE_CLEAR_SIGHAND` of linux/sched.h: signals that the launcher handles are back to their default
 /// actions in the child.
@@ -46,8 +41,6 @@ const CLONE_CLEAR_SIGHAND: u64 = 0x1_0000_0000;
 /// A compartment that was started.
 #[derive(Debug)]
 pub struct Started {
-    /// What it is.
-    pub process: &'static Process,
     /// Its pid on the host.
     pub pid: Pid,
     /// Readable when it has ended.
@@ -73,8 +66,10 @@ pub struct Host {
 pub struct Order<'a> {
     /// What it is.
     pub process: &'static Process,
-    /// The VM's name, for `ps`.
-    pub vm: Option<&'a str>,
+    /// Its number among the device daemons, if it is one.
+    pub device: Option<usize>,
+    /// What it is for: the VM's name, the device, as `ps` shows it.
+    pub names: Vec<&'a str>,
     /// Its descriptors by name.
     pub fds: Vec<(String, BorrowedFd<'a>)>,
     /// Guest RAM in bytes.
@@ -82,12 +77,12 @@ pub struct Order<'a> {
 }
 
 impl Host {
-    /// Finds the directory of the compartments' binaries: beside the launcher, or
+    /// Finds the binaries of a VM's compartments, and of the loader: beside the launcher, or
     /// `../libexec/bulkhead` from there.
     ///
     /// # Errors
     /// One line that names what is missing.
-    pub fn look() -> Result<Self, String> {
+    pub fn look(parts: &[Part]) -> Result<Self, String> {
         let own = std::env::current_exe().map_err(|e| format!("cannot find the launcher's own file: {e}"))?;
         let beside = own.parent().unwrap_or_else(|| "/".as_ref()).to_owned();
         let places = [beside.clone(), beside.join("../libexec/bulkhead")];
@@ -100,12 +95,15 @@ impl Host {
         };
         // Opened once: after an upgrade of the package a reset still gets the loader that fits.
         let mut binaries = Vec::new();
-        for process in started() {
+        for Part { process, .. } in parts.iter().chain([&LOADER]) {
+            if binaries.iter().any(|(known, _)| *known == process.binary) {
+                continue;
+            }
             let path = place.join(process.binary);
             let file = File::open(&path).map_err(|e| format!("{}: {e}", path.display()))?;
             binaries.push((process.binary, file));
         }
-        enough_descriptors()?;
+        enough_descriptors(parts)?;
         enough_file_size()?;
         let privileged = Uid::effective().is_root();
         Ok(Self { binaries, privileged, uid: Uid::effective().as_raw(), gid: Gid::effective().as_raw() })
@@ -116,17 +114,21 @@ impl Host {
     }
 
     /// The host id of a compartment when root starts it: one per launcher process and compartment.
-    fn host_id(process: &Process) -> u32 {
-        let place = PROCESSES.iter().position(|p| p.name == process.name);
-        let index = u32::try_from(place.unwrap_or(0)).unwrap_or(0);
+    fn host_id(order: &Order<'_>) -> u32 {
+        let place = PROCESSES.iter().position(|p| p.name == order.process.name);
+        let number = |number: usize| u32::try_from(number).unwrap_or(0);
+        let index = match order.device {
+            Some(device) => FIRST_DEVICE_ID + number(device) % (IDS_PER_VM - FIRST_DEVICE_ID),
+            None => number(place.unwrap_or(0)),
+        };
         FIRST_HOST_ID + (std::process::id() & 0x3f_ffff) * IDS_PER_VM + index
     }
 
-    fn identity(&self, process: &Process, namespaces: &[Namespace]) -> Identity {
+    fn identity(&self, host: u32, namespaces: &[Namespace]) -> Identity {
         match (namespaces.contains(&Namespace::User), self.privileged) {
             (true, true) => Identity::Mapped { inner: INNER_ID },
             (true, false) => Identity::SelfMapped { inner: INNER_ID, uid: self.uid, gid: self.gid },
-            (false, true) => Identity::Host { id: Some(Self::host_id(process)) },
+            (false, true) => Identity::Host { id: Some(host) },
             (false, false) => Identity::Host { id: None },
         }
     }
@@ -153,14 +155,15 @@ impl Host {
         let (failure, failure_in) = pipe(OFlag::empty())?;
         let namespaces: Vec<Namespace> = process.namespaces_under(self.starter()).collect();
         let mut arguments = vec![path];
-        arguments.extend(order.vm.and_then(|vm| CString::new(vm).ok()));
+        arguments.extend(order.names.iter().filter_map(|name| CString::new(*name).ok()));
+        let host = Self::host_id(&order);
         let child = Child {
             process,
             binary: binary.as_fd(),
             arguments,
             fds: order.fds,
             log: log_in.as_fd(),
-            identity: self.identity(process, &namespaces),
+            identity: self.identity(host, &namespaces),
             starter: self.starter(),
             namespaces: namespaces.clone(),
             ram: order.ram,
@@ -176,11 +179,10 @@ impl Host {
                 }
             };
         drop(child);
-        let started =
-            Started { process, pid, pidfd, log: File::from(log), failure: File::from(failure), since };
-        let mapped = matches!(self.identity(process, &namespaces), Identity::Mapped { .. });
-        let prepared = register(started.pidfd.as_fd())
-            .and_then(|()| if mapped { map_ids(pid, Self::host_id(process)) } else { Ok(()) });
+        let started = Started { pid, pidfd, log: File::from(log), failure: File::from(failure), since };
+        let mapped = matches!(self.identity(host, &namespaces), Identity::Mapped { .. });
+        let prepared =
+            register(started.pidfd.as_fd()).and_then(|()| if mapped { map_ids(pid, host) } else { Ok(()) });
         if let Err(error) = prepared {
             started.undo();
             return Err(format!("cannot start {}: {error}", process.binary));
@@ -215,14 +217,15 @@ fn remedy(errno: Errno) -> &'static str {
 
 /// Descriptors that a launcher with everything kept has open: what is kept for all, and in the child that is to
 /// be one of them a copy of what that one has.
-fn most_descriptors() -> usize {
-    let stores = || started().map(|process| process.store);
-    stores().sum::<usize>() + stores().max().unwrap_or(0) + OTHERS
+fn most_descriptors(parts: &[Part]) -> usize {
+    let stores = || parts.iter().map(|part| part.process.store);
+    let devices = parts.iter().filter(|part| part.device.is_some()).count();
+    stores().sum::<usize>() + stores().max().unwrap_or(0) + OTHERS + devices * OF_A_DEVICE
 }
 
 /// Raises the limit of descriptors to what the host allows.
-fn enough_descriptors() -> Result<(), String> {
-    let least = u64::try_from(most_descriptors()).unwrap_or(u64::MAX);
+fn enough_descriptors(parts: &[Part]) -> Result<(), String> {
+    let least = u64::try_from(most_descriptors(parts)).unwrap_or(u64::MAX);
     let fail = |e: Errno| format!("RLIMIT_NOFILE: {e}");
     let (_, hard) = getrlimit(Resource::RLIMIT_NOFILE).map_err(fail)?;
     if hard < least {

@@ -3,7 +3,11 @@
 //! The launcher is the supervisor; no guest or QMP input reaches it. It waits for signals, the end of a
 //! compartment, what a compartment says to its starter, core's request for a loader, and log lines.
 
+mod doors;
 mod kept;
+mod parts;
+
+pub use parts::{LOADER, Part};
 
 use std::collections::BTreeMap;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
@@ -11,10 +15,8 @@ use std::time::{Duration, Instant};
 
 use bulkhead_control_api::config;
 use bulkhead_control_api::config::ChardevKind;
-use bulkhead_control_api::opener::FromOpener;
-use bulkhead_jail::link::Link;
 use bulkhead_jail::pace::Pace;
-use bulkhead_jail::topology::{self, Boots, Process, Restart};
+use bulkhead_jail::topology::{self, Boots, Restart};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::signal::{SigSet, Signal};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
@@ -23,16 +25,14 @@ use nix::sys::wait::WaitStatus;
 
 use crate::config_blob;
 use crate::guard::Guard;
+use crate::machine::Bus;
 use crate::relay::{Pumped, Relay, say};
 use crate::rendezvous::Rendezvous;
 use crate::spawn::{self, Host, Order, Started};
 use crate::terminal::Terminal;
+use doors::{Asker, Doors};
 use kept::Kept;
-
-/// Processes that are started with the VM.
-fn residents() -> impl Iterator<Item = &'static Process> {
-    spawn::started().filter(|p| p.boots == Boots::Vm)
-}
+use parts::Key;
 
 /// Reads (of 4 KiB) of an ended compartment's log.
 const LAST_READS: u32 = 16;
@@ -61,6 +61,8 @@ pub struct Vm {
     pub console: config::Console,
     /// Configuration of the broker.
     pub broker: config::Broker,
+    /// The PCI bus.
+    pub bus: Bus,
     /// Opened descriptors by name: `kvm`, `kernel`, `initrd`, `stdio.in`, `stdio.out`, `chardev.*`.
     pub fds: BTreeMap<String, OwnedFd>,
     /// How to set the terminal, if a character device has it.
@@ -68,13 +70,15 @@ pub struct Vm {
 }
 
 struct Running {
+    part: Part,
+    label: String,
     started: Started,
     relay: Relay,
     log_open: bool,
     /// What it says to its starter comes here, until it closes its end.
     notify: Option<OwnedFd>,
     /// The opener's end of its link to it.
-    opener: Option<Link>,
+    opener: Option<Asker>,
     ready: bool,
 }
 
@@ -99,7 +103,8 @@ impl Again {
 
 /// The end of a compartment.
 struct End {
-    process: &'static Process,
+    part: Part,
+    label: String,
     status: WaitStatus,
     /// How long it lived.
     after: Duration,
@@ -113,12 +118,14 @@ struct Supervisor {
     host: Host,
     guard: Guard,
     vm: Vm,
+    residents: Vec<Part>,
     meetings: BTreeMap<&'static str, Rendezvous>,
-    configs: BTreeMap<&'static str, OwnedFd>,
+    doors: Doors,
+    configs: BTreeMap<Key, OwnedFd>,
     boot: (OwnedFd, OwnedFd),
     running: Vec<Running>,
-    kept: BTreeMap<&'static str, Kept>,
-    again: BTreeMap<&'static str, Again>,
+    kept: BTreeMap<Key, Kept>,
+    again: BTreeMap<Key, Again>,
     /// All have been ready once.
     ready: bool,
     /// Core has asked for a loader and none has been started for it yet.
@@ -162,16 +169,16 @@ fn packets() -> Result<(OwnedFd, OwnedFd), String> {
 
 impl Running {
     /// Takes what the compartment has said to its starter.
-    fn listen(&mut self, kept: &mut BTreeMap<&'static str, Kept>, again: &mut BTreeMap<&'static str, Again>) {
-        let process = self.started.process;
+    fn listen(&mut self, kept: &mut BTreeMap<Key, Kept>, again: &mut BTreeMap<Key, Again>) {
+        let process = self.part.process;
         let Some(notify) = &self.notify else { return };
-        let heard = kept.entry(process.name).or_default().listen(process, notify.as_fd());
+        let heard = kept.entry(self.part.key()).or_default().listen(process, notify.as_fd());
         if heard.unkept > 0 {
-            say("<4>", NAME, &format!("{}: {} descriptors are not kept", process.binary, heard.unkept));
+            say("<4>", NAME, &format!("{}: {} descriptors are not kept", self.label, heard.unkept));
         }
         self.ready |= heard.ready;
         if heard.ready && process.restart == Restart::Always {
-            again.entry(process.name).or_default().proven = true;
+            again.entry(self.part.key()).or_default().proven = true;
         }
         if heard.closed {
             self.notify = None;
@@ -188,36 +195,27 @@ fn names_of(kind: &ChardevKind) -> Vec<String> {
     }
 }
 
-/// Whether a compartment connects to one that may be started anew, so that it will need another connection.
-fn outlives_a_listener(process: &Process) -> bool {
-    let restarts = |name| spawn::started().any(|p| p.name == name && p.restart == Restart::Always);
-    spawn::links().any(|link| link.connector == process.name && restarts(link.listener))
-}
-
-/// The opener's link to a compartment, begun and with nothing to give yet; the second end is the compartment's.
-fn opener_link() -> Result<(Link, OwnedFd), String> {
-    let fail = |e: &dyn std::fmt::Display| format!("opener's link: {e}");
-    let flags = SockFlag::SOCK_CLOEXEC;
-    let (ours, theirs) =
-        socketpair(AddressFamily::Unix, SockType::SeqPacket, None, flags).map_err(|e| fail(&e))?;
-    let link = Link::begin(ours, bulkhead_control_api::VERSION).map_err(|e| fail(&e))?;
-    link.send(&FromOpener::Done).map_err(|e| fail(&e))?;
-    Ok((link, theirs))
-}
-
 impl Supervisor {
     fn new(vm: Vm, guard: Guard) -> Result<Self, String> {
+        let residents = parts::residents(&vm.bus);
         let mut meetings = BTreeMap::new();
-        for link in spawn::links() {
+        for link in parts::links(&residents) {
             meetings.insert(link.name, Rendezvous::new(|path| guard.directory(path))?);
         }
+        let doors = Doors::new(&vm.bus, |path| guard.directory(path))?;
         let mut configs = BTreeMap::new();
-        configs.insert("core", config_blob::seal(&vm.core)?);
-        configs.insert("loader", config_blob::seal(&vm.loader)?);
-        configs.insert("console", config_blob::seal(&vm.console)?);
-        configs.insert("broker", config_blob::seal(&vm.broker)?);
+        configs.insert(("core", None), config_blob::seal(&vm.core)?);
+        configs.insert(("loader", None), config_blob::seal(&vm.loader)?);
+        configs.insert(("console", None), config_blob::seal(&vm.console)?);
+        configs.insert(("broker", None), config_blob::seal(&vm.broker)?);
+        configs.insert(("pci", None), config_blob::seal(&vm.bus.config)?);
+        for (device, daemon) in vm.bus.daemons.iter().enumerate() {
+            configs.insert((daemon.process().name, Some(device)), daemon.seal()?);
+        }
         Ok(Self {
-            host: Host::look()?,
+            host: Host::look(&residents)?,
+            residents,
+            doors,
             guard,
             vm,
             meetings,
@@ -237,33 +235,48 @@ impl Supervisor {
     }
 
     fn start_all(&mut self) -> Result<(), String> {
-        for process in residents() {
-            self.start(process)?;
+        for part in self.residents.clone() {
+            self.start(part)?;
         }
         // What a compartment has is its own: /dev/kvm is core's alone, and a client sees the end of a
         // connection when its compartment closes it. What a compartment that is started again needs stays.
-        let given: Vec<String> = residents().flat_map(|p| self.opened_for(p)).collect();
+        let given = self.residents.iter().flat_map(|part| self.opened_for(*part));
+        let given: Vec<String> = given.map(|(opened, _)| opened).collect();
         let lasting = self.lasting();
         self.vm.fds.retain(|name, _| !given.contains(name) || lasting.contains(name));
         Ok(())
     }
 
+    /// What the launcher calls a compartment.
+    fn label(&self, part: Part) -> String {
+        match part.device.and_then(|device| self.vm.bus.daemons.get(device)) {
+            Some(daemon) => format!("{} {}", part.process.binary, daemon.key),
+            None => part.process.binary.to_owned(),
+        }
+    }
+
     /// Starts one compartment with the descriptors that the topology and its configuration name.
-    fn start(&mut self, process: &'static Process) -> Result<(), String> {
+    fn start(&mut self, part: Part) -> Result<(), String> {
+        let process = part.process;
         let mut connections: Vec<(String, OwnedFd)> = Vec::new();
-        for link in spawn::links().filter(|l| l.connector == process.name) {
+        for link in topology::LINKS.iter().filter(|l| l.connector == process.name) {
             if let Some(meeting) = self.meetings.get(link.name) {
                 connections.push((link.as_name.to_owned(), meeting.connect()?));
             }
         }
         let (notify, theirs) = packets()?;
-        let opener = if outlives_a_listener(process) { Some(opener_link()?) } else { None };
+        let opener = if parts::keeps_opener(process) { Some(Asker::pair()?) } else { None };
+        let daemon = part.device.and_then(|device| self.vm.bus.daemons.get(device));
         let mut fds: Vec<(String, BorrowedFd<'_>)> = Vec::new();
-        fds.extend(self.configs.get(process.name).map(|fd| ("config".to_owned(), fd.as_fd())));
+        fds.extend(self.configs.get(&part.key()).map(|fd| ("config".to_owned(), fd.as_fd())));
         for (name, meeting) in &self.meetings {
             if process.may_have(name) {
                 fds.push(((*name).to_owned(), meeting.listener()));
             }
+        }
+        for name in ["vhost", "side"] {
+            let listener = daemon.and_then(|daemon| self.doors.listener(name, &daemon.key));
+            fds.extend(listener.map(|listener| (name.to_owned(), listener)));
         }
         fds.extend(connections.iter().map(|(name, fd)| (name.clone(), fd.as_fd())));
         if process.boots == Boots::Vm && process.may_have("boot") {
@@ -273,17 +286,20 @@ impl Supervisor {
             fds.push(("notify".into(), theirs.as_fd()));
         }
         fds.extend(opener.iter().map(|(_, fd)| ("opener".to_owned(), fd.as_fd())));
-        let wanted = self.opened_for(process);
-        fds.extend(
-            self.vm.fds.iter().filter(|(n, _)| wanted.contains(n)).map(|(n, fd)| (n.clone(), fd.as_fd())),
-        );
-        let kept = self.kept.entry(process.name).or_default();
+        for (opened, name) in self.opened_for(part) {
+            fds.extend(self.vm.fds.get(&opened).map(|fd| (name, fd.as_fd())));
+        }
+        let kept = self.kept.entry(part.key()).or_default();
         fds.extend(kept.iter().map(|(name, fd)| (name.clone(), fd)));
-        let order = Order { process, vm: self.vm.name.as_deref(), fds, ram: self.vm.core.ram };
+        let device = daemon.map(|daemon| daemon.key.as_str());
+        let names = self.vm.name.as_deref().into_iter().chain(device).collect();
+        let order = Order { process, device: part.device, names, fds, ram: self.vm.core.ram };
         let started = self.host.start(order, |pidfd| self.guard.process(pidfd))?;
-        let (opener, relay) = (opener.map(|(link, _)| link), Relay::new(process.binary));
+        let label = self.label(part);
+        let (opener, relay) = (opener.map(|(link, _)| link), Relay::new(process.binary, label.clone()));
         let notify = Some(notify);
-        self.running.push(Running { started, relay, log_open: true, notify, opener, ready: false });
+        let running = Running { part, label, started, relay, log_open: true, notify, opener, ready: false };
+        self.running.push(running);
         Ok(())
     }
 
@@ -291,38 +307,39 @@ impl Supervisor {
     fn start_again(&mut self) {
         let now = Instant::now();
         let is_due = |again: &Again| again.when(now) == Some(now);
-        let names: Vec<&'static str> =
-            self.again.iter().filter(|(_, again)| is_due(again)).map(|(name, _)| *name).collect();
-        for process in residents().filter(|p| names.contains(&p.name)) {
-            if let Some(again) = self.again.get_mut(process.name) {
+        let due: Vec<Key> =
+            self.again.iter().filter(|(_, again)| is_due(again)).map(|(key, _)| *key).collect();
+        let parts: Vec<Part> =
+            self.residents.iter().copied().filter(|part| due.contains(&part.key())).collect();
+        for part in parts {
+            let label = self.label(part);
+            if let Some(again) = self.again.get_mut(&part.key()) {
                 again.due = false;
                 again.pace.take();
                 if again.after.take().is_some() {
-                    say("<4>", NAME, &format!("{} is not there and is started again", process.binary));
+                    say("<4>", NAME, &format!("{label} is not there and is started again"));
                 }
             }
-            if let Err(error) = self.start_and_connect(process) {
+            if let Err(error) = self.start_and_connect(part) {
                 say("<4>", NAME, &format!("{error}: it is tried again in a second"));
-                self.may_start_again(process, Some(now + RETRY_TIME));
+                self.may_start_again(part, Some(now + RETRY_TIME));
             }
         }
     }
 
     /// Starts a compartment anew, and gives the peers that connect to it new connections.
-    fn start_and_connect(&mut self, process: &'static Process) -> Result<(), String> {
+    fn start_and_connect(&mut self, part: Part) -> Result<(), String> {
         let mut connections = Vec::new();
-        for link in spawn::links().filter(|l| l.listener == process.name) {
+        for link in topology::LINKS.iter().filter(|l| l.listener == part.process.name) {
             if let Some(meeting) = self.meetings.get(link.name) {
                 connections.push((link, meeting.connect()?));
             }
         }
-        self.start(process)?;
+        self.start(part)?;
         for (link, connection) in connections {
-            let peer = self.running.iter().find(|r| r.started.process.name == link.connector);
-            let Some(opener) = peer.and_then(|peer| peer.opener.as_ref()) else { continue };
-            let given = FromOpener::Given { name: link.as_name.to_owned() };
-            // A peer that is dying gets its connection when it is started anew.
-            let _ = opener.send_with(&given, &[connection.as_fd()], MsgFlags::MSG_DONTWAIT);
+            if let Some(opener) = self.find(link.connector).and_then(|peer| peer.opener.as_ref()) {
+                opener.give(link.as_name, connection.as_fd());
+            }
         }
         Ok(())
     }
@@ -333,19 +350,28 @@ impl Supervisor {
         let console = self.vm.console.chardevs.iter();
         let chardevs = console.chain(self.vm.broker.monitors.iter().map(|monitor| &monitor.chardev));
         let lasts = |kind: &ChardevKind| !matches!(kind, ChardevKind::Socket { server: false, .. });
-        chardevs.filter(|c| lasts(&c.kind)).flat_map(|c| names_of(&c.kind)).collect()
+        let devices =
+            self.residents.iter().filter(|part| part.device.is_some() || part.process.name == "pci");
+        let devices = devices.flat_map(|part| self.opened_for(*part)).map(|(opened, _)| opened);
+        chardevs.filter(|c| lasts(&c.kind)).flat_map(|c| names_of(&c.kind)).chain(devices).collect()
     }
 
-    /// Names of the opened descriptors that a process gets: those of the topology that are not per
-    /// object, and those that its character devices name.
-    fn opened_for(&self, process: &Process) -> Vec<String> {
-        match process.name {
-            "console" => self.vm.console.chardevs.iter().flat_map(|c| names_of(&c.kind)).collect(),
+    /// Names of the opened descriptors that a process gets, each with its own name for it: those of the topology that are
+    /// not per object, and those that its character devices or its device name.
+    fn opened_for(&self, part: Part) -> Vec<(String, String)> {
+        let same = |name: String| (name.clone(), name);
+        if let Some(daemon) = part.device.and_then(|device| self.vm.bus.daemons.get(device)) {
+            return daemon.fds.clone();
+        }
+        match part.process.name {
+            "console" => self.vm.console.chardevs.iter().flat_map(|c| names_of(&c.kind)).map(same).collect(),
             "broker" => {
                 let monitors = self.vm.broker.monitors.iter().flat_map(|m| names_of(&m.chardev.kind));
-                monitors.chain(self.vm.broker.fdsets.iter().map(|member| member.fd.clone())).collect()
+                let members = self.vm.broker.fdsets.iter().map(|member| member.fd.clone());
+                monitors.chain(members).map(same).collect()
             }
-            _ => process.fds.iter().map(|f| f.trim_end_matches('?').to_owned()).collect(),
+            "pci" => self.vm.bus.listeners().map(|name| same(name.to_owned())).collect(),
+            _ => part.process.fds.iter().map(|f| same(f.trim_end_matches('?').to_owned())).collect(),
         }
     }
 
@@ -368,6 +394,7 @@ impl Supervisor {
                 self.replace_guard()?;
             }
             self.listen();
+            self.connect_back_ends();
             self.take_logs_and_ends();
             if ready(1) {
                 let mut word = [0; 8];
@@ -392,6 +419,7 @@ impl Supervisor {
                 if running.log_open { running.started.log.as_fd() } else { running.started.pidfd.as_fd() };
             fds.push(on(log));
             fds.extend(running.notify.as_ref().map(|notify| on(notify.as_fd())));
+            fds.extend(running.opener.as_ref().map(Asker::poll_fd));
         }
         let again = self.again.values().filter_map(|again| again.when(Instant::now())).min();
         let boot = if self.boot_wanted { self.boots.next() } else { None };
@@ -433,11 +461,25 @@ impl Supervisor {
         for running in &mut self.running {
             running.listen(&mut self.kept, &mut self.again);
         }
-        let is_ready = |p: &Process| self.find(p.name).is_some_and(|running| running.ready);
-        if !self.ready && residents().all(is_ready) {
+        let is_ready = |part: &Part| self.running.iter().any(|r| r.part.key() == part.key() && r.ready);
+        if !self.ready && self.residents.iter().all(is_ready) {
             self.ready = true;
             // Without a service manager this does nothing.
             let _ = sd_notify::notify(&[sd_notify::NotifyState::Ready]);
+        }
+    }
+
+    /// Answers compartments that ask for connections, which pci may.
+    fn connect_back_ends(&mut self) {
+        let Self { running, doors, vm, .. } = self;
+        for running in running {
+            let may_ask = running.part.process.name == "pci";
+            let connect = |name: &str| {
+                if may_ask { doors.connect(name, &vm.fds) } else { Err(nix::errno::Errno::EPERM) }
+            };
+            if running.opener.as_mut().is_some_and(|opener| !opener.serve(connect)) {
+                running.opener = None;
+            }
         }
     }
 
@@ -450,7 +492,7 @@ impl Supervisor {
         }
         self.boot_wanted = false;
         self.boots.take();
-        match self.start(&topology::LOADER) {
+        match self.start(LOADER) {
             // Core misses the loader, and fails the boot.
             Err(error) if self.ready => {
                 say("<3>", NAME, &error);
@@ -471,7 +513,7 @@ impl Supervisor {
     }
 
     fn find(&self, name: &str) -> Option<&Running> {
-        self.running.iter().find(|r| r.started.process.name == name)
+        self.running.iter().find(|r| r.part.process.name == name)
     }
 
     fn take_logs_and_ends(&mut self) {
@@ -492,19 +534,19 @@ impl Supervisor {
             }
             let failed = running.started.failed_step().ok().flatten();
             let after = running.started.since.elapsed();
-            let process = running.started.process;
-            ended.push(End { process, status, after, failed, ready: running.ready });
+            let (part, label) = (running.part, running.label.clone());
+            ended.push(End { part, label, status, after, failed, ready: running.ready });
             false
         });
         // Core first: its end explains the others'.
-        ended.sort_by_key(|end| end.process.name != "core");
+        ended.sort_by_key(|end| end.part.process.name != "core");
         for end in ended {
             self.ended(&end);
         }
     }
 
     fn ended(&mut self, end: &End) {
-        let binary = end.process.binary;
+        let label = &end.label;
         let how = match (&end.failed, end.status) {
             (Some(step), _) => format!("could not be started: {step}"),
             (None, WaitStatus::Exited(_, code)) => format!("exited with status {code}"),
@@ -512,36 +554,39 @@ impl Supervisor {
             (None, other) => format!("ended: {other:?}"),
         };
         let code = if let WaitStatus::Exited(_, code) = end.status { Some(code) } else { None };
-        say("<6>", NAME, &format!("{binary} {how} after {:.1} ms", end.after.as_secs_f64() * 1e3));
+        say("<6>", NAME, &format!("{label} {how} after {:.1} ms", end.after.as_secs_f64() * 1e3));
         if self.killed {
             return;
         }
         // Core hears of a loader's failure through its link and decides.
-        if end.process.boots == Boots::Boot {
+        if end.part.process.boots == Boots::Boot {
             if let Some(step) = &end.failed {
-                say("<3>", NAME, &format!("cannot start {binary}: {step} (see `bulkhead doctor`)"));
+                say("<3>", NAME, &format!("cannot start {label}: {step} (see `bulkhead doctor`)"));
             }
             return;
         }
-        if end.process.name == "core" && end.failed.is_none() {
+        if end.part.process.name == "core" && end.failed.is_none() {
             self.core_ended(&how, code);
             return;
         }
+        if end.part.device.is_some() && end.failed.is_none() && self.find("core").is_none() {
+            return;
+        }
         let well = end.failed.is_none() && code == Some(0);
-        let again = self.may_start_again(end.process, well.then(|| Instant::now() + RETRY_TIME));
+        let again = self.may_start_again(end.part, well.then(|| Instant::now() + RETRY_TIME));
         match (again, self.find("core").is_some()) {
             // Most often core's end comes next: nothing to say yet.
             (true, _) if well => {}
             (true, _) => {
                 let now = Instant::now();
-                let at = self.again.get(end.process.name).and_then(|again| again.when(now));
+                let at = self.again.get(&end.part.key()).and_then(|again| again.when(now));
                 let pause = if at > Some(now) { " in a second" } else { "" };
-                say("<4>", NAME, &format!("{binary} {how}: it is started again{pause}"));
+                say("<4>", NAME, &format!("{label} {how}: it is started again{pause}"));
             }
             (false, true) if well => self.core_exit = Some(Instant::now() + CORE_EXIT_TIME),
             (false, false) if well => {}
             // It was started again while core ended.
-            (false, false) if !end.ready && self.has_been_ready(end.process) => {}
+            (false, false) if !end.ready && self.has_been_ready(end.part) => {}
             (false, _) => self.lost(end, &how),
         }
     }
@@ -551,6 +596,10 @@ impl Supervisor {
         self.deadline = Some(Instant::now() + FLUSH_TIME);
         // A peer that core had not let in yet sees the end now.
         self.meetings.clear();
+        // A device daemon knows of no core: nothing asks it any more, and what it was told to write is written.
+        for running in self.running.iter().filter(|running| running.part.device.is_some()) {
+            running.started.signal(Signal::SIGKILL);
+        }
         for again in self.again.values_mut() {
             again.due = false;
         }
@@ -563,14 +612,14 @@ impl Supervisor {
         }
     }
 
-    fn has_been_ready(&self, process: &Process) -> bool {
-        self.again.get(process.name).is_some_and(|again| again.proven)
+    fn has_been_ready(&self, part: Part) -> bool {
+        self.again.get(&part.key()).is_some_and(|again| again.proven)
     }
 
     /// Whether a compartment that has died is to be started again, which is noted then.
-    fn may_start_again(&mut self, process: &Process, after: Option<Instant>) -> bool {
+    fn may_start_again(&mut self, part: Part, after: Option<Instant>) -> bool {
         let lives = self.deadline.is_none() && self.find("core").is_some();
-        match self.again.get_mut(process.name) {
+        match self.again.get_mut(&part.key()) {
             Some(again) if again.proven && lives => {
                 (again.due, again.after) = (true, after);
                 true
@@ -583,8 +632,8 @@ impl Supervisor {
     fn lost(&mut self, end: &End, how: &str) {
         self.status = 1;
         let line = match &end.failed {
-            Some(step) => format!("cannot start {}: {step} (see `bulkhead doctor`)", end.process.binary),
-            None => format!("{} {how}: the VM ends", end.process.binary),
+            Some(step) => format!("cannot start {}: {step} (see `bulkhead doctor`)", end.label),
+            None => format!("{} {how}: the VM ends", end.label),
         };
         say("<3>", NAME, &line);
         self.kill_all();
@@ -601,7 +650,7 @@ impl Supervisor {
         if passed(self.deadline) {
             self.deadline = None;
             for running in &self.running {
-                say("<4>", NAME, &format!("{} does not end and is killed", running.started.process.binary));
+                say("<4>", NAME, &format!("{} does not end and is killed", running.label));
             }
             self.kill_all();
         }

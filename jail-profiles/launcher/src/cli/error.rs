@@ -17,6 +17,33 @@ impl Error {
     }
 }
 
+impl Problem {
+    /// A `type` that there is not.
+    pub const fn type_value(value: String) -> Self {
+        Self::BadValue("type", value)
+    }
+
+    /// A `qom-type` that there is not.
+    pub const fn qom_type_value(value: String) -> Self {
+        Self::BadValue("qom-type", value)
+    }
+
+    /// A `driver` that there is not.
+    pub const fn driver_value(value: String) -> Self {
+        Self::BadValue("driver", value)
+    }
+
+    /// A parameter of another kind of object.
+    pub const fn foreign_parameter(_: &'static str, name: String) -> Self {
+        Self::InvalidParameter(name)
+    }
+
+    /// A parameter of another kind of block node.
+    pub const fn unexpected_parameter(_: &'static str, name: String) -> Self {
+        Self::UnexpectedParameter(name)
+    }
+}
+
 /// What is wrong with an option.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum Problem {
@@ -52,6 +79,8 @@ pub enum Problem {
     ExpectsIdentifier(&'static str),
     #[error("Parameter '{0}' does not accept value '{1}'")]
     BadValue(&'static str, String),
+    #[error("Parameter '{0}' is unexpected")]
+    UnexpectedParameter(String),
     // Machine.
     #[error("unsupported machine type '{0}': only 'bulkhead' exists")]
     MachineType(String),
@@ -107,6 +136,8 @@ pub enum Problem {
     SocketPlace,
     #[error("'wait' option is incompatible with socket in client connect mode")]
     WaitOnClient,
+    #[error("'reconnect' option is incompatible with socket in server listen mode")]
+    ReconnectOnServer,
     #[error("Unable to parse FD number {0}")]
     FdNumber(String),
     #[error("file descriptor {0} is used twice")]
@@ -135,6 +166,83 @@ pub enum Problem {
     PrettyMonitor,
     #[error("a QMP monitor needs a character device of type socket or stdio")]
     MonitorBackend,
+    // Devices.
+    #[error("'{0}' is not a valid device model name")]
+    DeviceModel(String),
+    #[error("Property '{0}.{1}' not found")]
+    NoProperty(&'static str, String),
+    #[error("Property '{0}.{1}' doesn't take value '{2}'")]
+    PropertyValue(&'static str, &'static str, String),
+    #[error("Property '{0}.{1}' can't find value '{2}'")]
+    PropertyTarget(&'static str, &'static str, String),
+    #[error("Property '{0}.{1}' can't take value '{2}', it's in use")]
+    PropertyTaken(&'static str, &'static str, String),
+    #[error("an identifier has at most {0} bytes here")]
+    IdTooLong(usize),
+    #[error("all devices together have {0} queues, at most {1} fit")]
+    TooManyQueues(usize, usize),
+    #[error("{0} must be from {1} to {2}")]
+    Range(&'static str, u64, u64),
+    #[error("{0} must be a power of two from {1} to {2}")]
+    PowerOfTwo(&'static str, u64, u64),
+    #[error("Duplicate ID '{1}' for {0}")]
+    DuplicateId(&'static str, String),
+    #[error("Bus '{0}' not found")]
+    BusNotFound(String),
+    #[error("PCI: slot {slot} function {function} not available for {driver}, in use by {by},id={id}")]
+    SlotInUse { slot: u8, function: u8, driver: &'static str, by: &'static str, id: String },
+    #[error("PCI: no slot/function available for {0}, all in use or reserved")]
+    NoSlot(&'static str),
+    #[error("PCI: slot {0} is not valid for {1}, parent device only allows plugging into slot 0.")]
+    OnlySlotZero(u8, &'static str),
+    #[error("PCI: {0} is plugged into pcie.0 only")]
+    OnlyRootBus(&'static str),
+    #[error("PCI: {0:x}.0 indicates single function, but {0:x}.{1:x} is already populated.")]
+    SingleFunction(u8, u8),
+    #[error("PCI: single function device can't be populated in function {0:x}.{1:x}")]
+    BesideSingleFunction(u8, u8),
+    #[error("Can't add chassis slot, error -16")]
+    ChassisSlot,
+    #[error("a VM has at most {0} devices")]
+    TooManyDevices(usize),
+    #[error("drive property not set")]
+    DriveNotSet,
+    #[error("Device needs media, but drive is empty")]
+    EmptyDrive,
+    #[error("Drive '{0}' is already in use by another device")]
+    DriveInUse(String),
+    #[error("unsupported bus type '{0}'")]
+    DriveInterface(String),
+    #[error("Unknown driver '{0}'")]
+    DriveFormat(String),
+    #[error("'node-name' must be specified for the root node")]
+    NoNodeName,
+    #[error("Duplicate nodes with node-name='{0}'")]
+    DuplicateNode(String),
+    #[error("Cannot find device='{0}' nor node-name='{0}'")]
+    NodeNotFound(String),
+    #[error("Only one balloon device is supported")]
+    OneBalloon,
+    #[error("Device '{0}' not found")]
+    IoThreadNotFound(String),
+    #[error("netdev property not set: there is no device without a back end")]
+    NetdevNotSet,
+    #[error("chardev is mandatory")]
+    ChardevMandatory,
+    #[error("missing chardev")]
+    ChardevMissing,
+    #[error("missing tag property")]
+    TagMissing,
+    #[error("tag property must be 36 bytes or less")]
+    TagTooLong,
+    #[error("chardev \"{0}\" is not a unix socket")]
+    ChardevNotASocket(String),
+    #[error(
+        "ifname=, script=, downscript=, vnet_hdr=, helper=, queues=, fds=, and vhostfds= are invalid with fd="
+    )]
+    TapFdAlone,
+    #[error("ifname=, script=, downscript=, vnet_hdr=, helper=, queues=, and vhostfd= are invalid with fds=")]
+    TapFdsAlone,
     // Kernel.
     #[error("-initrd only allowed with -kernel option")]
     InitrdWithoutKernel,

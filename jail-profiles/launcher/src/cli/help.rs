@@ -2,7 +2,8 @@
 
 use std::io::{self, Write as _};
 
-use super::table::{Kind, OPTIONS, Spec, Takes};
+use super::kinds::Sort;
+use super::table::{Kind, OPTIONS, Param, Spec, Takes};
 
 /// The level of QEMU's command line and QMP that this program speaks.
 const QEMU_LEVEL: &str = "5.1.0";
@@ -48,8 +49,14 @@ pub fn options() -> String {
             text.push('\n');
         }
         wrap(&mut text, spec.help);
-        for param in params(spec) {
-            wrap(&mut text, &format!("{}: {}", param.0, param.1));
+        for (name, help) in params(spec) {
+            wrap(&mut text, &format!("{name}: {help}"));
+        }
+        for sort in sorts(spec) {
+            wrap(&mut text, &format!("{} ({}):", sort.group.name, sort.about));
+            for param in sort.group.params {
+                wrap(&mut text, &format!("{}: {}", typed(param), param.help));
+            }
         }
     }
     text
@@ -67,7 +74,13 @@ pub fn manual() -> String {
         for (name, help) in params(spec) {
             let _ = writeln!(text, "    - `{name}`: {help}");
         }
-        if matches!(spec.takes, Takes::Params(_)) {
+        for sort in sorts(spec) {
+            let _ = writeln!(text, "    - `{}`: {}", sort.group.name, sort.about);
+            for param in sort.group.params {
+                let _ = writeln!(text, "        - `{}`: {}", typed(param), param.help);
+            }
+        }
+        if matches!(spec.takes, Takes::Params(_) | Takes::Kinds(_)) {
             text.push('\n');
         }
     }
@@ -85,18 +98,30 @@ fn usages(spec: &Spec) -> impl Iterator<Item = String> {
 fn params(spec: &Spec) -> impl Iterator<Item = (String, &'static str)> {
     let params = match spec.takes {
         Takes::Params(group) => group.params,
+        Takes::Kinds(kinds) => kinds.common,
         Takes::Nothing | Takes::Text => &[],
     };
-    params.iter().map(|param| {
-        let value = match param.kind {
-            Kind::Id => "id",
-            Kind::Text => "text",
-            Kind::Flag => "on|off",
-            Kind::Number | Kind::Signed => "number",
-            Kind::Size => "size",
-        };
-        (format!("{}={value}", param.name), param.help)
-    })
+    params.iter().map(|param| (typed(param), param.help))
+}
+
+/// A parameter's name with its type.
+fn typed(param: &Param) -> String {
+    let value = match param.kind {
+        Kind::Id => "id",
+        Kind::Text => "text",
+        Kind::Flag => "on|off",
+        Kind::Number | Kind::Signed => "number",
+        Kind::Size => "size",
+    };
+    format!("{}={value}", param.name)
+}
+
+/// What an option's deciding parameter has to choose from.
+fn sorts(spec: &Spec) -> &'static [Sort] {
+    match spec.takes {
+        Takes::Kinds(kinds) => kinds.groups,
+        Takes::Nothing | Takes::Text | Takes::Params(_) => &[],
+    }
 }
 
 fn wrap(text: &mut String, paragraph: &str) {

@@ -1,7 +1,9 @@
 //! The command line: QEMU's syntax, from the one table in [`table`].
 
+pub mod devices;
 pub mod error;
 pub mod help;
+pub mod kinds;
 pub mod params;
 pub mod table;
 
@@ -22,6 +24,8 @@ pub enum Command {
     Help,
     /// `bulkhead run -h`.
     RunHelp,
+    /// `-device help` and the like: what to print.
+    ListHelp(String),
     /// `--version`.
     Version,
 }
@@ -86,7 +90,12 @@ fn parse_run(args: &[String]) -> Result<Command, Error> {
         };
         let spec = table::find(name.strip_prefix('-').unwrap_or(name))
             .ok_or_else(|| Error::at(arg, Problem::InvalidOption))?;
-        given.push(take(spec, arg, &mut args)?);
+        let option = take(spec, arg, &mut args)?;
+        // As in QEMU, a list is printed as soon as it is asked for.
+        if let (Takes::Kinds(_), Value::Text(text)) = (spec.takes, &option.value) {
+            return Ok(Command::ListHelp(text.clone()));
+        }
+        given.push(option);
     }
     // As in QEMU, -h and -version win over what else a valid command line asks for.
     for option in &given {
@@ -114,6 +123,13 @@ fn take<'a>(
             let parsed = Params::parse(group, text);
             Value::Params(parsed.map_err(|problem| Error { at: at.clone(), problem })?)
         }
+        Takes::Kinds(kinds) => match kinds.help(text) {
+            Some(help) => Value::Text(help.map_err(|problem| Error { at: at.clone(), problem })?),
+            None => {
+                let parsed = Params::parse_kinds(kinds, text);
+                Value::Params(parsed.map_err(|problem| Error { at: at.clone(), problem })?)
+            }
+        },
         Takes::Text | Takes::Nothing => Value::Text(text.clone()),
     };
     Ok(Given { at, opt: spec.opt, value })

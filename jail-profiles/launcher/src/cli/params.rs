@@ -1,6 +1,7 @@
 //! `key=value,...` in QEMU's syntax: an implied first key, `,,` for a comma, `key` for `key=on`.
 
 use super::error::Problem;
+use super::kinds::Kinds;
 use super::table::{Group, Kind, Param};
 
 /// The parameters of one option, checked against its group.
@@ -35,38 +36,35 @@ impl Params {
         implied: Option<&'static str>,
         text: &str,
     ) -> Result<Self, Problem> {
+        let known = |name: &str| group.params.iter().any(|p| p.name == name);
         let mut params = Self::default();
-        let mut rest = text;
-        let mut first = true;
-        while !rest.is_empty() {
-            let (equals, comma) = (rest.find('='), rest.find(','));
-            let has_key = equals.is_some_and(|e| comma.is_none_or(|c| e < c));
-            let (key, value, after) = if has_key {
-                let (key, tail) = rest.split_once('=').unwrap_or((rest, ""));
-                let (value, after) = unescape(tail);
-                (key.to_owned(), value, after)
-            } else {
-                let (word, after) = unescape(rest);
-                match implied {
-                    Some(implied) if first => (implied.to_owned(), word, after),
-                    _ => {
-                        let (key, value) = short_form(group, &word);
-                        (key, value.to_owned(), after)
-                    }
-                }
+        for (key, value) in split(implied, known, text) {
+            let Some(param) = group.params.iter().find(|p| p.name == key) else {
+                return Err(Problem::InvalidParameter(key));
             };
-            params.set(group, key, value)?;
-            (rest, first) = (after, false);
+            params.given.push((param.name, check(param, value)?));
         }
         Ok(params)
     }
 
-    fn set(&mut self, group: &'static Group, key: String, value: String) -> Result<(), Problem> {
-        let Some(param) = group.params.iter().find(|p| p.name == key) else {
-            return Err(Problem::InvalidParameter(key));
-        };
-        self.given.push((param.name, check(param, value)?));
-        Ok(())
+    /// Splits and checks a value whose parameters depend on one of them, which is among the result.
+    ///
+    /// # Errors
+    /// The deciding one is missing or unknown; else as [`Self::parse`].
+    pub fn parse_kinds(kinds: &'static Kinds, text: &str) -> Result<Self, Problem> {
+        let implied = kinds.implied.then_some(kinds.key);
+        let given = split(implied, |_| false, text);
+        let name = given.iter().rev().find(|(key, _)| key == kinds.key);
+        let (_, name) = name.ok_or(Problem::MissingParameter(kinds.key))?;
+        let sort = kinds.find(name).ok_or_else(|| (kinds.unknown)(name.clone()))?;
+        let mut params = Self { given: vec![(kinds.key, Value::Text(sort.group.name.to_owned()))] };
+        for (key, value) in given.into_iter().filter(|(key, _)| key != kinds.key) {
+            let Some(param) = kinds.params(sort).find(|p| p.name == key) else {
+                return Err((kinds.unexpected)(sort.group.name, key));
+            };
+            params.given.push((param.name, check(param, value)?));
+        }
+        Ok(params)
     }
 
     /// Adds what a later option of the same group says; it wins.
@@ -116,9 +114,35 @@ impl Params {
     }
 }
 
+/// Keys and values in their order; what stands first without a key has the `implied` one.
+fn split(implied: Option<&str>, known: impl Fn(&str) -> bool, text: &str) -> Vec<(String, String)> {
+    let mut pairs = Vec::new();
+    let mut rest = text;
+    while !rest.is_empty() {
+        let (equals, comma) = (rest.find('='), rest.find(','));
+        let has_key = equals.is_some_and(|e| comma.is_none_or(|c| e < c));
+        let (key, value, after) = if has_key {
+            let (key, tail) = rest.split_once('=').unwrap_or((rest, ""));
+            let (value, after) = unescape(tail);
+            (key.to_owned(), value, after)
+        } else {
+            let (word, after) = unescape(rest);
+            match implied {
+                Some(implied) if pairs.is_empty() => (implied.to_owned(), word, after),
+                _ => {
+                    let (key, value) = short_form(&known, &word);
+                    (key, value.to_owned(), after)
+                }
+            }
+        };
+        pairs.push((key, value));
+        rest = after;
+    }
+    pairs
+}
+
 /// `key` alone is `key=on`, `nokey` is `key=off`.
-fn short_form(group: &Group, word: &str) -> (String, &'static str) {
-    let known = |name: &str| group.params.iter().any(|p| p.name == name);
+fn short_form(known: impl Fn(&str) -> bool, word: &str) -> (String, &'static str) {
     match word.strip_prefix("no") {
         Some(key) if known(key) && !known(word) => (key.to_owned(), "off"),
         _ => (word.to_owned(), "on"),

@@ -4,6 +4,9 @@
 
 use bulkhead_control_api::config::{OptionGroup, Parameter, ParameterType};
 
+use super::devices::{BLOCKDEV, DEVICE, DRIVE, NETDEV, OBJECT};
+use super::kinds::Kinds;
+
 /// Identity of an option.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Opt {
@@ -34,6 +37,11 @@ pub enum Opt {
     NoGraphic,
     PidFile,
     AddFd,
+    Device,
+    Drive,
+    BlockDev,
+    NetDev,
+    Object,
 }
 
 /// An option.
@@ -60,6 +68,8 @@ pub enum Takes {
     Text,
     /// `key=value,...`
     Params(&'static Group),
+    /// The same, where one key decides about the others.
+    Kinds(&'static Kinds),
 }
 
 /// A group of parameters, under QEMU's name.
@@ -109,13 +119,14 @@ pub fn find(name: &str) -> Option<&'static Spec> {
 /// The groups that options have, as `query-command-line-options` shows them.
 pub fn groups() -> Vec<OptionGroup> {
     let groups = OPTIONS.iter().filter_map(|spec| match spec.takes {
-        Takes::Params(group) => Some(group),
-        Takes::Nothing | Takes::Text => None,
+        Takes::Params(group) => Some((group.name, group.params)),
+        Takes::Kinds(kinds) if kinds.listed => Some((kinds.name, &[][..])),
+        Takes::Nothing | Takes::Text | Takes::Kinds(_) => None,
     });
     groups
-        .map(|group| OptionGroup {
-            name: group.name.to_owned(),
-            parameters: group.params.iter().filter_map(Param::described).collect(),
+        .map(|(name, params)| OptionGroup {
+            name: name.to_owned(),
+            parameters: params.iter().filter_map(Param::described).collect(),
         })
         .collect()
 }
@@ -133,7 +144,8 @@ impl Param {
     }
 }
 
-const fn param(name: &'static str, kind: Kind, help: &'static str) -> Param {
+/// A parameter.
+pub const fn param(name: &'static str, kind: Kind, help: &'static str) -> Param {
     Param { name, kind, help }
 }
 
@@ -195,6 +207,11 @@ pub static CHARDEV: Group = Group {
         param("fd", Kind::Text, "socket: number of an inherited socket instead of a path"),
         param("server", Kind::Flag, "socket: listen (default off: connect)"),
         param("wait", Kind::Flag, "socket: start the VM when a client has connected (default on)"),
+        param(
+            "reconnect",
+            Kind::Number,
+            "socket: seconds between attempts to connect; only for sockets of back ends, which are always tried again",
+        ),
         param("append", Kind::Flag, "file: keep what is there (default off: truncate)"),
         param("signal", Kind::Flag, "stdio: control keys send signals to the VM's processes (default on)"),
     ],
@@ -256,6 +273,16 @@ const fn group(
     Spec { opt, names, takes: Takes::Params(group), syntax, help }
 }
 
+const fn kinds(
+    opt: Opt,
+    names: &'static [&'static str],
+    kinds: &'static Kinds,
+    syntax: &'static str,
+    help: &'static str,
+) -> Spec {
+    Spec { opt, names, takes: Takes::Kinds(kinds), syntax, help }
+}
+
 /// All options in the order of the manual.
 pub static OPTIONS: &[Spec] = &[
     flag(Opt::Help, &["h", "help"], "Prints the options and exits."),
@@ -305,9 +332,9 @@ pub static OPTIONS: &[Spec] = &[
         Opt::Chardev,
         &["chardev"],
         &CHARDEV,
-        "socket,id=id,path=path|fd=n[,server=on|off][,wait=on|off] | stdio,id=id[,signal=on|off] | \
+        "socket,id=id,path=path|fd=n[,server=on|off][,wait=on|off][,reconnect=n] | stdio,id=id[,signal=on|off] | \
          file,id=id,path=path[,append=on|off] | null,id=id",
-        "Defines a character device for -serial or -mon.",
+        "Defines a character device for -serial, -mon or a device with a vhost-user back end.",
     ),
     group(
         Opt::Monitor,
@@ -321,6 +348,43 @@ pub static OPTIONS: &[Spec] = &[
         &["qmp"],
         "unix:path[,server=on|off][,wait=on|off]|stdio|chardev:id",
         "Short for -chardev and -mon with mode=control; may be given several times.",
+    ),
+    kinds(
+        Opt::Device,
+        &["device"],
+        &DEVICE,
+        "[driver=]driver[,id=id][,bus=id][,addr=n[.n]][,multifunction=on|off][,property=value] | help | driver,help",
+        "Adds a device to the PCI bus.",
+    ),
+    group(
+        Opt::Drive,
+        &["drive"],
+        &DRIVE,
+        "file=path[,if=none|virtio][,id=id][,format=raw][,readonly=on|off][,read-only=on|off]",
+        "Defines a drive for a virtio-blk-pci device. While the VM runs no other one, and no QEMU, can write to it.",
+    ),
+    kinds(
+        Opt::BlockDev,
+        &["blockdev"],
+        &BLOCKDEV,
+        "file|host_device,node-name=name,filename=path[,read-only=on|off] | \
+         raw,node-name=name,file=name|file.driver=driver,file.filename=path[,read-only=on|off]",
+        "Defines a block node, which may stand for a drive.",
+    ),
+    kinds(
+        Opt::NetDev,
+        &["netdev"],
+        &NETDEV,
+        "tap,id=id[,ifname=name[,queues=n]|,fd=n|,fds=n:n][,script=no][,downscript=no] | \
+         vhost-user,id=id,chardev=id[,queues=n]",
+        "Defines a network back end for a virtio-net-pci device.",
+    ),
+    kinds(
+        Opt::Object,
+        &["object"],
+        &OBJECT,
+        "[qom-type=]iothread,id=id[,poll-max-ns=n][,poll-grow=n][,poll-shrink=n]",
+        "Defines a thread for the queues of a device; the device's daemon has it.",
     ),
     group(
         Opt::AddFd,

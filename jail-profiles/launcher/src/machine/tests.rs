@@ -3,14 +3,16 @@ use bulkhead_control_api::config::{Chardev, ChardevKind, CpuTopology, Role};
 use super::*;
 use crate::cli::{Command, parse};
 
-fn try_plan(line: &str) -> Result<Plan, String> {
+/// The plan of a command line.
+pub fn try_plan(line: &str) -> Result<Plan, String> {
     let args: Vec<String> = format!("run {line}").split_whitespace().map(str::to_owned).collect();
     let Command::Run(given) = parse(&args).map_err(|e| e.to_string())? else { panic!("not a run: {line}") };
     let options = Options::new(&given).map_err(|e| e.to_string())?;
     plan(&options).map_err(|e| e.to_string())
 }
 
-fn planned(line: &str) -> Plan {
+/// The same, of a good one.
+pub fn planned(line: &str) -> Plan {
     try_plan(line).unwrap_or_else(|e| panic!("{line}: {e}"))
 }
 

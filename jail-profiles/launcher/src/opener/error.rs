@@ -18,6 +18,29 @@ pub enum Error {
     NotRegular,
     #[error("Could not open '{0}': {1}")]
     Output(String, Cause),
+    #[error("'{0}' is neither a regular file nor a block device")]
+    NotADisk(String),
+    #[error("Failed to get \"{0}\" lock: is another process using the image [{1}]?")]
+    DiskLock(&'static str, String),
+    #[error("Failed to get shared \"write\" lock: is another process using the image [{0}]?")]
+    DiskSharedLock(String),
+    #[error("could not open /dev/net/tun: {0} (sudo modprobe tun)")]
+    Tun(Cause),
+    #[error("could not configure /dev/net/tun ({0}): {1}")]
+    Tap(String, Cause),
+    #[error(
+        "could not configure /dev/net/tun ({0}): Operation not permitted: root makes the interface for you: sudo ip \
+         tuntap add {0} mode tap vnet_hdr user $(id -un)"
+    )]
+    TapPermission(String),
+    #[error("could not configure /dev/net/tun ({0}): Device or resource busy: another process has it")]
+    TapBusy(String),
+    #[error("File descriptor '{0}' is not a TAP interface")]
+    NotATap(u32),
+    #[error(
+        "File descriptor '{0}' is a TAP interface without IFF_VNET_HDR or with packet information: set both right"
+    )]
+    TapFlags(u32),
     #[error("Failed to bind socket to {0}: {1}")]
     Bind(String, Cause),
     #[error("Failed to bind socket to {0}: Address already in use: another process listens there")]

@@ -51,6 +51,14 @@ impl Sets {
         Ok(Some(file.into()))
     }
 
+    /// The same for one that was opened in that mode.
+    ///
+    /// # Errors
+    /// As [`Self::input`].
+    pub fn of_mode(&self, path: &str, mode: OFlag) -> Result<Option<OwnedFd>, Errno> {
+        self.find(path, mode)
+    }
+
     fn find(&self, path: &str, mode: OFlag) -> Result<Option<OwnedFd>, Errno> {
         let Some(set) = set_of(path) else { return Ok(None) };
         let members = self.0.get(&set?).ok_or(Errno::ENOENT)?;

@@ -77,16 +77,27 @@ impl Inherited {
         fd.try_clone().map_err(|e| Error::MemberNotDuplicated(e.into()))
     }
 
-    /// Takes the unix stream socket of that number.
+    /// Takes the descriptor of that number, which may be of any kind.
     ///
     /// # Errors
-    /// If it is not one, or not in the state that is expected, or was taken before.
-    pub fn claim(&mut self, number: u32, listening: bool) -> Result<OwnedFd, Error> {
+    /// It is a standard stream, or not open, or was taken before.
+    pub fn any(&mut self, number: u32) -> Result<OwnedFd, Error> {
         if number <= 2 {
             return Err(Error::StandardStream(number));
         }
         let raw = RawFd::try_from(number).map_err(|_| Error::NotOpen(number))?;
         let fd = self.take(raw).ok_or(Error::NotOpen(number))?;
+        // A flag of the descriptor, not of what it shares with others.
+        fcntl(&fd, FcntlArg::F_SETFD(FdFlag::FD_CLOEXEC)).map_err(|e| Error::Io(e.into()))?;
+        Ok(fd)
+    }
+
+    /// Takes the unix stream socket of that number.
+    ///
+    /// # Errors
+    /// If it is not one, or not in the state that is expected, or was taken before.
+    pub fn claim(&mut self, number: u32, listening: bool) -> Result<OwnedFd, Error> {
+        let fd = self.any(number)?;
         match getsockopt(&fd, sockopt::SockType) {
             Ok(SockType::Stream) if family(&fd) == Some(AddressFamily::Unix) => {}
             Err(Errno::ENOTSOCK) => return Err(Error::FdNotASocket(number)),
@@ -98,8 +109,6 @@ impl Inherited {
             (true, false) => return Err(Error::Listening(number)),
             (true, true) | (false, false) => {}
         }
-        // A flag of the descriptor, not of what it shares with others.
-        fcntl(&fd, FcntlArg::F_SETFD(FdFlag::FD_CLOEXEC)).map_err(|e| Error::Io(e.into()))?;
         Ok(fd)
     }
 }

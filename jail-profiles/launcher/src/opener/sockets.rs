@@ -41,6 +41,18 @@ pub fn connect(path: &str) -> Result<OwnedFd, Error> {
     Ok(fd)
 }
 
+/// Connects at once, or not at all: also where a listener does not accept.
+///
+/// # Errors
+/// The kernel's.
+pub fn connect_now(path: &str) -> Result<OwnedFd, Errno> {
+    let address = UnixAddr::new(path)?;
+    let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
+    let fd = socket(AddressFamily::Unix, SockType::Stream, flags, None)?;
+    nix_connect(fd.as_raw_fd(), &address)?;
+    Ok(fd)
+}
+
 /// Listens. A socket that nobody listens on is replaced; anything else that is there is an error.
 pub fn listen(path: &str) -> Result<(OwnedFd, Created), Error> {
     let address = address(path)?;

@@ -37,6 +37,8 @@ pub enum Backend {
         server: bool,
         /// The VM starts when a client has connected.
         wait: bool,
+        /// `reconnect=`: it is for a device's back end, with which the connection is made anew.
+        reconnect: bool,
     },
 }
 
@@ -53,7 +55,7 @@ pub enum Place {
 
 /// Parameters that each back end takes beside `backend` and `id`.
 const BACKENDS: [(&str, &[&str]); 4] = [
-    ("socket", &["path", "fd", "server", "wait"]),
+    ("socket", &["path", "fd", "server", "wait", "reconnect"]),
     ("stdio", &["signal"]),
     ("file", &["path", "append"]),
     ("null", &[]),
@@ -122,10 +124,15 @@ fn socket(params: &Params) -> Result<Backend, Problem> {
     if wait.is_some() && !server {
         return Err(Problem::WaitOnClient);
     }
-    Ok(Backend::Socket { place, server, wait: server && wait.unwrap_or(true) })
+    let reconnect = params.number("reconnect").is_some_and(|seconds| seconds > 0);
+    if reconnect && server {
+        return Err(Problem::ReconnectOnServer);
+    }
+    Ok(Backend::Socket { place, server, wait: server && wait.unwrap_or(true), reconnect })
 }
 
-fn fd_number(text: &str) -> Result<u32, Problem> {
+/// The number of an inherited descriptor.
+pub fn fd_number(text: &str) -> Result<u32, Problem> {
     let number = text.parse().ok().filter(|n| *n <= i32::MAX.unsigned_abs());
     number.filter(|_| !text.starts_with('+')).ok_or_else(|| Problem::FdNumber(text.to_owned()))
 }
@@ -140,7 +147,7 @@ mod tests {
     }
 
     fn socket_at(path: &str, server: bool, wait: bool) -> Backend {
-        Backend::Socket { place: Place::Path(path.into()), server, wait }
+        Backend::Socket { place: Place::Path(path.into()), server, wait, reconnect: false }
     }
 
     #[test]
@@ -156,7 +163,7 @@ mod tests {
             ("socket,id=a,path=/s,server,nowait", socket_at("/s", true, false)),
             (
                 "socket,id=m,fd=7,server=on,wait=off",
-                Backend::Socket { place: Place::Fd(7), server: true, wait: false },
+                Backend::Socket { place: Place::Fd(7), server: true, wait: false, reconnect: false },
             ),
         ] {
             assert_eq!(long(text), Ok(backend), "{text}");

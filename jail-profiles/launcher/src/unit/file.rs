@@ -70,6 +70,12 @@ pub fn parse(name: &str, text: &str) -> Result<Machine, String> {
             "-pidfile and -nographic are for bulkhead run: a unit has neither file nor terminal".to_owned()
         );
     }
+    if let Some(device) = options.devices.first() {
+        return Err(format!("{}: units have no devices yet: use bulkhead run", device.at));
+    }
+    if let Some(drive) = options.drives.first().filter(|drive| drive.value.with_device) {
+        return Err(format!("{}: units have no devices yet: use bulkhead run", drive.at));
+    }
     add_sockets(name, &mut options, access)?;
     Ok(Machine { options, limits })
 }
@@ -170,7 +176,7 @@ fn add_sockets(name: &str, options: &mut Options, access: Option<Value>) -> Resu
     };
     let socket = |id: &str| {
         let place = Place::Unit(format!("/run/bulkhead/{name}/{id}"));
-        let backend = Backend::Socket { place, server: true, wait: false };
+        let backend = Backend::Socket { place, server: true, wait: false, reconnect: false };
         At { at: format!("socket unit {id}"), value: Chardev { id: id.to_owned(), backend } }
     };
     for (id, role) in MONITORS {
@@ -288,7 +294,7 @@ mod tests {
         let serial = options.serial.unwrap().value;
         assert_eq!(serial, Target::Chardev("serial".to_owned()));
         let last = &options.chardevs.last().unwrap().value.backend;
-        let Backend::Socket { place: Place::Unit(path), server: true, wait: false } = last else {
+        let Backend::Socket { place: Place::Unit(path), server: true, wait: false, .. } = last else {
             panic!("{last:?}")
         };
         assert_eq!(path, "/run/bulkhead/vm1/serial");

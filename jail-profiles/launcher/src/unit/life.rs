@@ -12,16 +12,16 @@ use std::time::Duration;
 
 use bulkhead_control_api::config;
 use bulkhead_jail::starter::Starter;
-use bulkhead_jail::topology::{Link, PROCESSES, Process};
+use bulkhead_jail::topology::{LINKS, Link, PROCESSES, Process};
 use nix::errno::Errno;
 use nix::fcntl::{OFlag, open};
+use nix::sys::socket::SockType;
 use nix::sys::stat::Mode;
 
 use crate::config_blob;
 use crate::machine::{Plan, What};
 use crate::opener;
 use crate::rendezvous;
-use crate::spawn::{links, started};
 
 /// How often the service manager is asked to keep something, and the pause before it is asked again.
 const KEEP_TRIES: u32 = 250;
@@ -44,6 +44,17 @@ pub struct Life {
     configs: BTreeMap<&'static str, OwnedFd>,
     fds: BTreeMap<String, OwnedFd>,
     listeners: BTreeMap<&'static str, OwnedFd>,
+}
+
+/// The processes that have units: not yet pci and the device daemons.
+fn started() -> impl Iterator<Item = &'static Process> {
+    PROCESSES.iter().copied().filter(|process| process.name != "pci" && !process.per_device)
+}
+
+/// The links between them.
+pub fn links() -> impl Iterator<Item = &'static Link> {
+    let is_started = |name: &str| started().any(|process| process.name == name);
+    LINKS.iter().copied().filter(move |link| is_started(link.listener) && is_started(link.connector))
 }
 
 /// Name in the store of something opened.
@@ -185,7 +196,7 @@ impl Life {
         let path = places.links.join(link.name);
         let listener =
             self.listeners.get(link.name).ok_or_else(|| format!("{} has no listener", link.name))?;
-        rendezvous::connect(listener.as_fd(), &path)
+        rendezvous::connect(SockType::SeqPacket, listener.as_fd(), &path)
             .map_err(|e| format!("cannot connect to {}: {e}", path.display()))
     }
 }
@@ -207,7 +218,7 @@ fn configs(plan: &Plan) -> Result<BTreeMap<&'static str, OwnedFd>, String> {
 fn listener(path: &Path) -> Result<OwnedFd, Errno> {
     // Of a former life: nobody listens there any more, or nobody who could still be meant.
     let _ = fs::remove_file(path);
-    rendezvous::listen(path)
+    rendezvous::listen(SockType::SeqPacket, path)
 }
 
 #[cfg(test)]

@@ -17,10 +17,9 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::socket::{MsgFlags, UnixAddr, getsockname, setsockopt, sockopt};
 use nix::sys::time::{TimeVal, TimeValLike as _};
 
-use super::life::{self, Life, Places};
+use super::life::{self, Life, Places, links};
 use crate::machine::Plan;
 use crate::relay::say;
-use crate::spawn::links;
 
 /// What the opener calls itself in messages.
 const NAME: &str = "bulkhead-opener";

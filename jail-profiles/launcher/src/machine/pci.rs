@@ -1,0 +1,538 @@
+//! The PCI bus of a plan: which device is where, what is behind it, and the daemons that this needs.
+
+use std::collections::BTreeMap;
+use std::os::fd::OwnedFd;
+
+use bulkhead_control_api::config::{self, PciDevice, PciKind, PciPlace, Virtio};
+use bulkhead_jail::topology::{self, Process};
+
+use super::{Chardevs, Open, Owner, What};
+use crate::cli::{Error, Problem};
+use crate::config_blob;
+use crate::options::{
+    At, Balloon, Below, Block, Device, IoThread, Model, Net, NetBackend, NetDev, Options, Target, VhostUser,
+};
+
+/// Devices of a VM.
+const MAX_DEVICES: usize = 255;
+/// Interrupts of all devices, and doorbells.
+const MAX_VECTORS: usize = bulkhead_bus_api::pci::MAX_VECTORS as usize;
+const MAX_BELLS: usize = bulkhead_bus_api::pci::MAX_BELLS as usize;
+/// The longest id of a device or of its character device: names with it are asked for.
+const MAX_ID: usize = 200;
+/// The root bus.
+const ROOT_BUS: &str = "pcie.0";
+/// What has device number 0 there, under QEMU's name.
+const HOST_BRIDGE: &str = "mch";
+/// The first network device's MAC address, as in QEMU.
+const FIRST_MAC: [u8; 6] = [0x52, 0x54, 0, 0x12, 0x34, 0x56];
+/// Descriptors of a queue of our own daemons' devices.
+const QUEUE_SIZE: u16 = 256;
+
+/// The bus.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Bus {
+    /// Configuration of pci.
+    pub config: config::Pci,
+    /// The daemons of ours that its devices need.
+    pub daemons: Vec<Daemon>,
+    /// Where back ends listen, by the name under which pci asks for a connection.
+    pub paths: BTreeMap<String, String>,
+}
+
+/// A daemon of ours.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Daemon {
+    /// Its device in names: the id, or a number.
+    pub key: String,
+    /// Its configuration.
+    pub config: DaemonConfig,
+    /// What was opened for it, and the daemon's own name for that.
+    pub fds: Vec<(String, String)>,
+}
+
+/// Configuration of a daemon.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum DaemonConfig {
+    /// Of a disk.
+    Block(config::Block),
+    /// Of a network device.
+    Net(config::Net),
+    /// Of the balloon.
+    Balloon(config::Balloon),
+}
+
+impl Bus {
+    /// Names of the sockets on which pci listens for back ends.
+    pub fn listeners(&self) -> impl Iterator<Item = &str> {
+        self.config.devices.iter().filter_map(|device| match &device.kind {
+            PciKind::Virtio(virtio) if virtio.listens => Some(virtio.socket.as_str()),
+            PciKind::Virtio(_) | PciKind::RootPort { .. } => None,
+        })
+    }
+}
+
+impl Daemon {
+    /// Its process in the topology.
+    pub const fn process(&self) -> &'static Process {
+        match self.config {
+            DaemonConfig::Block(_) => &topology::BLOCK,
+            DaemonConfig::Net(_) => &topology::NET,
+            DaemonConfig::Balloon(_) => &topology::BALLOON,
+        }
+    }
+
+    /// Its configuration as a descriptor.
+    ///
+    /// # Errors
+    /// One line.
+    pub fn seal(&self) -> Result<OwnedFd, String> {
+        match &self.config {
+            DaemonConfig::Block(config) => config_blob::seal(config),
+            DaemonConfig::Net(config) => config_blob::seal(config),
+            DaemonConfig::Balloon(config) => config_blob::seal(config),
+        }
+    }
+
+    /// The same for another life of core.
+    pub const fn renew(&mut self, life: u64) {
+        match &mut self.config {
+            DaemonConfig::Block(config) => config.life = life,
+            DaemonConfig::Net(config) => config.life = life,
+            DaemonConfig::Balloon(config) => config.life = life,
+        }
+    }
+}
+
+/// A drive or a block node.
+struct Disk {
+    name: String,
+    path: Option<String>,
+    read_only: bool,
+    used: bool,
+}
+
+/// Puts the bus together; `opens` gets what is to be opened for it.
+///
+/// # Errors
+/// The first option that contradicts another one.
+pub fn bus(
+    options: &Options,
+    chardevs: &mut Chardevs,
+    life: u64,
+    opens: &mut Vec<Open>,
+) -> Result<Bus, Error> {
+    unique("object", &options.iothreads, |thread| Some(&thread.id))?;
+    unique("netdev", &options.netdevs, |netdev| Some(&netdev.id))?;
+    let (disks, added) = disks(options)?;
+    let mut planner = Planner {
+        options,
+        chardevs,
+        opens,
+        disks,
+        slots: Slots::default(),
+        bus: Bus {
+            config: config::Pci { life, devices: Vec::new() },
+            daemons: Vec::new(),
+            paths: BTreeMap::new(),
+        },
+        ports: Vec::new(),
+        netdevs: Vec::new(),
+        nics: 0,
+    };
+    unique("device", &options.devices, |device| device.id.as_ref())?;
+    for device in options.devices.iter().chain(&added) {
+        planner.add(device).map_err(|problem| device.error(problem))?;
+    }
+    planner.finish()
+}
+
+fn unique<T>(kind: &'static str, list: &[At<T>], id: impl Fn(&T) -> Option<&String>) -> Result<(), Error> {
+    for (index, option) in list.iter().enumerate() {
+        let Some(own) = id(&option.value) else { continue };
+        if own.len() > MAX_ID {
+            return Err(option.error(Problem::IdTooLong(MAX_ID)));
+        }
+        if list.iter().take(index).any(|other| id(&other.value) == Some(own)) {
+            return Err(option.error(Problem::DuplicateId(kind, own.clone())));
+        }
+    }
+    Ok(())
+}
+
+/// Drives and block nodes, and the devices that come with drives.
+fn disks(options: &Options) -> Result<(Vec<Disk>, Vec<At<Device>>), Error> {
+    unique("drive", &options.drives, |drive| drive.id.as_ref())?;
+    let (mut disks, mut added) = (Vec::new(), Vec::new());
+    for (index, drive) in options.drives.iter().enumerate() {
+        let id = drive.value.id.clone().unwrap_or_else(|| format!("virtio{index}"));
+        let (path, read_only) = (drive.value.file.clone(), drive.value.read_only);
+        disks.push(Disk { name: id.clone(), path, read_only, used: false });
+        if drive.value.with_device {
+            let value = Device::of_drive(id);
+            added.push(At { at: drive.at.clone(), value });
+        }
+    }
+    for node in &options.nodes {
+        let name = &node.value.name;
+        if disks.iter().any(|disk| disk.name == *name) {
+            return Err(node.error(Problem::DuplicateNode(name.clone())));
+        }
+        let (path, below_is_read_only) = match &node.value.below {
+            Below::Path(path) => (Some(path.clone()), false),
+            Below::Node(below) => match disks.iter().find(|disk| disk.name == *below) {
+                None => return Err(node.error(Problem::NodeNotFound(below.clone()))),
+                Some(disk) => (disk.path.clone(), disk.read_only),
+            },
+        };
+        let read_only = node.value.read_only || below_is_read_only;
+        disks.push(Disk { name: name.clone(), path, read_only, used: false });
+    }
+    Ok((disks, added))
+}
+
+struct Planner<'a> {
+    options: &'a Options,
+    chardevs: &'a mut Chardevs,
+    opens: &'a mut Vec<Open>,
+    disks: Vec<Disk>,
+    slots: Slots,
+    bus: Bus,
+    /// Chassis and slot numbers.
+    ports: Vec<(u8, u16)>,
+    /// Network back ends in use.
+    netdevs: Vec<String>,
+    nics: u8,
+}
+
+/// A device whose place is known.
+struct Placed<'a> {
+    at: &'a str,
+    key: String,
+}
+
+impl Planner<'_> {
+    fn add(&mut self, option: &At<Device>) -> Result<(), Problem> {
+        let number = self.bus.config.devices.len();
+        if number == MAX_DEVICES {
+            return Err(Problem::TooManyDevices(MAX_DEVICES));
+        }
+        let device = &option.value;
+        let key = device.id.clone().unwrap_or_else(|| format!("#{number}"));
+        let place = self.slots.place(device)?;
+        let placed = Placed { at: &option.at, key };
+        let kind = match &device.model {
+            Model::RootPort { chassis, slot } => self.root_port(*chassis, *slot)?,
+            Model::Block(block) => PciKind::Virtio(self.block(&placed, block)?),
+            Model::Net(net) => PciKind::Virtio(self.net(&placed, net)?),
+            Model::Balloon(balloon) => PciKind::Virtio(self.balloon(&placed, balloon)?),
+            Model::VhostUser(model) => PciKind::Virtio(self.vhost_user(&placed, model)?),
+        };
+        if let (PciKind::RootPort { .. }, Some(id)) = (&kind, &device.id) {
+            self.slots.buses.push(id.clone());
+        }
+        let id = device.id.clone().unwrap_or_default();
+        self.bus.config.devices.push(PciDevice { id, driver: device.driver.to_owned(), place, kind });
+        Ok(())
+    }
+
+    /// Checks what all devices need together.
+    fn finish(self) -> Result<Bus, Error> {
+        let queues = |device: &PciDevice| match &device.kind {
+            PciKind::Virtio(virtio) => usize::from(virtio.queues),
+            PciKind::RootPort { .. } => 0,
+        };
+        let bells: usize = self.bus.config.devices.iter().map(queues).sum();
+        let vectors = bells + self.bus.config.devices.len();
+        if vectors > MAX_VECTORS || bells > MAX_BELLS {
+            return Err(Error::at("-device", Problem::TooManyQueues(bells, MAX_BELLS)));
+        }
+        Ok(self.bus)
+    }
+
+    fn root_port(&mut self, chassis: u8, slot: u16) -> Result<PciKind, Problem> {
+        if self.ports.contains(&(chassis, slot)) {
+            return Err(Problem::ChassisSlot);
+        }
+        self.ports.push((chassis, slot));
+        Ok(PciKind::RootPort { chassis, slot })
+    }
+
+    fn iothread(&self, id: Option<&String>) -> Result<config::IoThread, Problem> {
+        let Some(id) = id else { return Ok(config::IoThread::default()) };
+        let found = self.options.iothreads.iter().find(|thread| thread.value.id == *id);
+        let IoThread { id, poll_max_ns, poll_grow, poll_shrink } =
+            found.ok_or_else(|| Problem::IoThreadNotFound(id.clone()))?.value.clone();
+        Ok(config::IoThread { id, poll_max_ns, poll_grow, poll_shrink })
+    }
+
+    /// A daemon of ours and its front end. All our daemons go on from the used index.
+    fn daemon(
+        &mut self,
+        placed: &Placed<'_>,
+        daemon: DaemonConfig,
+        fds: Vec<(String, String)>,
+        shape: (u16, u16, Vec<u8>),
+    ) -> Virtio {
+        let key = placed.key.clone();
+        let (device_type, queues, config) = shape;
+        let virtio = Virtio {
+            device_type,
+            queues,
+            queue_size: QUEUE_SIZE,
+            config,
+            without: 0,
+            socket: format!("vhost.{key}"),
+            listens: false,
+            side: Some(format!("side.{key}")),
+            resumes: true,
+        };
+        self.bus.daemons.push(Daemon { key, config: daemon, fds });
+        virtio
+    }
+
+    fn open(&mut self, name: &str, at: &str, what: What) {
+        self.opens.push(Open { name: name.to_owned(), at: at.to_owned(), what });
+    }
+
+    fn block(&mut self, placed: &Placed<'_>, block: &Block) -> Result<Virtio, Problem> {
+        let iothread = self.iothread(block.iothread.as_ref())?;
+        let target = || Problem::PropertyTarget("virtio-blk-device", "drive", block.drive.clone());
+        let disk = self.disks.iter_mut().find(|disk| disk.name == block.drive).ok_or_else(target)?;
+        if std::mem::replace(&mut disk.used, true) {
+            return Err(Problem::DriveInUse(block.drive.clone()));
+        }
+        let path = disk.path.clone().ok_or(Problem::EmptyDrive)?;
+        let (read_only, opened) = (disk.read_only, format!("disk.{}", placed.key));
+        self.open(&opened, placed.at, What::Disk { path: path.clone(), read_only });
+        let config = config::Block {
+            life: self.bus.config.life,
+            id: placed.key.clone(),
+            disk: "disk".to_owned(),
+            path,
+            read_only,
+            serial: block.serial.clone(),
+            queues: block.queues,
+            discard: block.discard,
+            iothread,
+        };
+        let fds = vec![(opened, config.disk.clone())];
+        // The daemon knows capacity and limits (virtio 1.2, 5.2.4).
+        Ok(self.daemon(placed, DaemonConfig::Block(config), fds, (2, block.queues, vec![0; 60])))
+    }
+
+    fn mac(&mut self, given: Option<[u8; 6]>) -> [u8; 6] {
+        let mut mac = FIRST_MAC;
+        if let Some(last) = mac.last_mut() {
+            *last = last.wrapping_add(self.nics);
+        }
+        self.nics = self.nics.wrapping_add(1);
+        given.unwrap_or(mac)
+    }
+
+    fn net(&mut self, placed: &Placed<'_>, net: &Net) -> Result<Virtio, Problem> {
+        let mac = self.mac(net.mac);
+        let iothread = self.iothread(net.iothread.as_ref())?;
+        let target = || Problem::PropertyTarget("virtio-net-device", "netdev", net.netdev.clone());
+        let options = self.options;
+        let netdev =
+            options.netdevs.iter().find(|option| option.value.id == net.netdev).ok_or_else(target)?;
+        if self.netdevs.contains(&net.netdev) {
+            return Err(Problem::PropertyTaken("virtio-net-device", "netdev", net.netdev.clone()));
+        }
+        self.netdevs.push(net.netdev.clone());
+        let pairs = |all: u16| if net.multiqueue { all } else { 1 };
+        match &netdev.value.backend {
+            NetBackend::VhostUser { chardev, queues } => {
+                let model = VhostUser {
+                    chardev: chardev.clone(),
+                    device_type: 1,
+                    queues: net_queues(pairs(*queues)),
+                    queue_size: QUEUE_SIZE,
+                    config: net_config(mac, pairs(*queues)),
+                    resumes: true,
+                };
+                self.vhost_user(placed, &model)
+            }
+            NetBackend::Tap { .. } | NetBackend::TapFds(_) => {
+                let fds = self.taps(placed, netdev);
+                let taps: Vec<String> =
+                    fds.iter().map(|(_, tap)| tap.clone()).take(pairs(u16::MAX).into()).collect();
+                let count = u16::try_from(taps.len()).unwrap_or(1);
+                let (life, id) = (self.bus.config.life, placed.key.clone());
+                let fds = fds.into_iter().take(count.into()).collect();
+                let config = config::Net { life, id, taps, mac, iothread };
+                let shape = (1, net_queues(count), net_config(mac, count));
+                Ok(self.daemon(placed, DaemonConfig::Net(config), fds, shape))
+            }
+        }
+    }
+
+    /// Asks for the descriptors of a TAP interface; returns their names, and the daemon's names for them.
+    fn taps(&mut self, placed: &Placed<'_>, netdev: &At<NetDev>) -> Vec<(String, String)> {
+        let whats: Vec<What> = match &netdev.value.backend {
+            NetBackend::TapFds(fds) => fds.iter().map(|fd| What::TapFd(*fd)).collect(),
+            NetBackend::Tap { name, queues } => {
+                let tap =
+                    What::Tap { netdev: netdev.value.id.clone(), name: name.clone(), several: *queues > 1 };
+                vec![tap; usize::from(*queues)]
+            }
+            NetBackend::VhostUser { .. } => Vec::new(),
+        };
+        let mut names = Vec::new();
+        for (index, what) in whats.into_iter().enumerate() {
+            let opened = format!("tap.{}.{index}", placed.key);
+            self.open(&opened, &netdev.at, what);
+            names.push((opened, format!("tap.{index}")));
+        }
+        names
+    }
+
+    fn balloon(&mut self, placed: &Placed<'_>, balloon: &Balloon) -> Result<Virtio, Problem> {
+        if self.bus.daemons.iter().any(|daemon| matches!(daemon.config, DaemonConfig::Balloon(_))) {
+            return Err(Problem::OneBalloon);
+        }
+        let config = config::Balloon {
+            life: self.bus.config.life,
+            id: placed.key.clone(),
+            ram: self.options.ram,
+            deflate_on_oom: balloon.deflate_on_oom,
+            free_page_reporting: balloon.free_page_reporting,
+            page_poison: balloon.page_poison,
+            iothread: self.iothread(balloon.iothread.as_ref())?,
+        };
+        // Inflate, deflate, statistics, reporting; four words (virtio 1.2, 5.5.2 and 5.5.4).
+        let queues = 3 + u16::from(balloon.free_page_reporting);
+        Ok(self.daemon(placed, DaemonConfig::Balloon(config), Vec::new(), (5, queues, vec![0; 16])))
+    }
+
+    fn vhost_user(&mut self, placed: &Placed<'_>, model: &VhostUser) -> Result<Virtio, Problem> {
+        let target = At { at: placed.at.to_owned(), value: Target::Chardev(model.chardev.clone()) };
+        let chardev = self.chardevs.take(&target, Owner::Pci).map_err(|error| error.problem)?;
+        let Some(config::Chardev { id, kind: config::ChardevKind::Socket { fd, address, server, .. } }) =
+            chardev
+        else {
+            return Err(Problem::ChardevNotASocket(model.chardev.clone()));
+        };
+        if id.len() > MAX_ID {
+            return Err(Problem::IdTooLong(MAX_ID));
+        }
+        if !server && !address.starts_with("fd:") {
+            self.bus.paths.insert(fd.clone(), address);
+        }
+        Ok(Virtio {
+            device_type: model.device_type,
+            queues: model.queues,
+            queue_size: model.queue_size,
+            config: model.config.clone(),
+            without: 0,
+            socket: fd,
+            listens: server,
+            side: None,
+            resumes: model.resumes,
+        })
+    }
+}
+
+/// Virtqueues of a network device (virtio 1.2, 5.1.2): with more than one pair there is a control queue.
+const fn net_queues(pairs: u16) -> u16 {
+    if pairs > 1 { pairs * 2 + 1 } else { 2 }
+}
+
+/// Configuration space of a network device (virtio 1.2, 5.1.4): address, status (the link is up), queue pairs.
+fn net_config(mac: [u8; 6], pairs: u16) -> Vec<u8> {
+    [&mac[..], &1u16.to_le_bytes(), &pairs.to_le_bytes()].concat()
+}
+
+/// Which places of which bus are taken.
+struct Slots {
+    /// Identifiers of the buses.
+    buses: Vec<String>,
+    taken: Vec<Taken>,
+}
+
+struct Taken {
+    bus: String,
+    slot: u8,
+    function: u8,
+    multifunction: bool,
+    driver: &'static str,
+    id: Option<String>,
+}
+
+impl Default for Slots {
+    fn default() -> Self {
+        let bridge = Taken {
+            bus: ROOT_BUS.to_owned(),
+            slot: 0,
+            function: 0,
+            multifunction: false,
+            driver: HOST_BRIDGE,
+            id: None,
+        };
+        Self { buses: vec![ROOT_BUS.to_owned()], taken: vec![bridge] }
+    }
+}
+
+impl Slots {
+    fn find(&self, bus: &str, slot: u8, function: u8) -> Option<&Taken> {
+        self.taken.iter().find(|t| t.bus == bus && t.slot == slot && t.function == function)
+    }
+
+    /// Takes a place as QEMU does: the first device number whose function 0 is free, or the one that is asked for.
+    fn place(&mut self, device: &Device) -> Result<PciPlace, Problem> {
+        let bus = device.bus.clone().unwrap_or_else(|| ROOT_BUS.to_owned());
+        if !self.buses.contains(&bus) {
+            return Err(Problem::BusNotFound(bus));
+        }
+        let is_root = bus == ROOT_BUS;
+        if !is_root && matches!(device.model, Model::RootPort { .. }) {
+            return Err(Problem::OnlyRootBus(device.driver));
+        }
+        let slots = if is_root { 32 } else { 1 };
+        let (slot, function) = match device.addr {
+            Some((slot, _)) if slot >= slots => return Err(Problem::OnlySlotZero(slot, device.driver)),
+            Some(place) => place,
+            None => {
+                let free = (0..slots).find(|slot| self.find(&bus, *slot, 0).is_none());
+                (free.ok_or(Problem::NoSlot(device.driver))?, 0)
+            }
+        };
+        if let Some(other) = self.find(&bus, slot, function) {
+            let id = other.id.clone().unwrap_or_else(|| "(null)".to_owned());
+            return Err(Problem::SlotInUse { slot, function, driver: device.driver, by: other.driver, id });
+        }
+        self.check_functions(&bus, (slot, function), device.multifunction)?;
+        self.taken.push(Taken {
+            bus: bus.clone(),
+            slot,
+            function,
+            multifunction: device.multifunction,
+            driver: device.driver,
+            id: device.id.clone(),
+        });
+        Ok(PciPlace { bus, addr: Some((slot, function)), multifunction: device.multifunction })
+    }
+
+    /// Function 0 says whether there may be others.
+    fn check_functions(
+        &self,
+        bus: &str,
+        (slot, function): (u8, u8),
+        multifunction: bool,
+    ) -> Result<(), Problem> {
+        if function > 0 {
+            return match self.find(bus, slot, 0) {
+                Some(first) if !first.multifunction => Err(Problem::BesideSingleFunction(slot, function)),
+                _ => Ok(()),
+            };
+        }
+        match (1..8).find(|other| self.find(bus, slot, *other).is_some()) {
+            Some(other) if !multifunction => Err(Problem::SingleFunction(slot, other)),
+            _ => Ok(()),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,265 @@
+//! Where the back ends of the VM's devices listen, and pci's requests for connections to them.
+
+use std::collections::BTreeMap;
+use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
+use std::path::Path;
+
+use bulkhead_control_api::VERSION;
+use bulkhead_control_api::opener::{FromOpener, MAX_NAME, ToOpener};
+use bulkhead_jail::link::{Link, LinkError};
+use nix::errno::Errno;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::socket::{AddressFamily, MsgFlags, SockFlag, SockType, socketpair};
+
+use crate::machine::Bus;
+use crate::opener;
+use crate::rendezvous::Rendezvous;
+
+/// Requests that are answered in one go.
+const MAX_REQUESTS: usize = 64;
+
+/// The listeners of our own daemons, which outlive them, and the places of others'.
+#[derive(Debug)]
+pub struct Doors {
+    ours: BTreeMap<String, Rendezvous>,
+    theirs: BTreeMap<String, String>,
+}
+
+impl Doors {
+    /// Makes the listeners; `register` learns of each directory that is used for a moment.
+    ///
+    /// # Errors
+    /// One line.
+    pub fn new(bus: &Bus, register: impl Fn(&Path) -> Result<(), String>) -> Result<Self, String> {
+        let mut ours = BTreeMap::new();
+        for daemon in &bus.daemons {
+            for (name, kind) in [("vhost", SockType::Stream), ("side", SockType::SeqPacket)] {
+                ours.insert(format!("{name}.{}", daemon.key), Rendezvous::of(kind, &register)?);
+            }
+        }
+        Ok(Self { ours, theirs: bus.paths.clone() })
+    }
+
+    /// The listener of one of our daemons: `vhost` or `side` of a device.
+    pub fn listener(&self, name: &str, key: &str) -> Option<BorrowedFd<'_>> {
+        self.ours.get(&format!("{name}.{key}")).map(Rendezvous::listener)
+    }
+
+    /// A new connection to the back end of that name, or a copy of the one that the user has given; at once.
+    ///
+    /// # Errors
+    /// EPERM: the configuration has no such back end; the kernel's.
+    pub fn connect(&self, name: &str, given: &BTreeMap<String, OwnedFd>) -> Result<OwnedFd, Errno> {
+        if let Some(ours) = self.ours.get(name) {
+            return ours.try_connect();
+        }
+        if let Some(path) = self.theirs.get(name) {
+            return opener::connect_now(path);
+        }
+        match given.get(name).filter(|_| name.starts_with("chardev.")) {
+            Some(fd) => fd.try_clone().map_err(|_| Errno::EMFILE),
+            None => Err(Errno::EPERM),
+        }
+    }
+}
+
+/// The opener's end of its link to a compartment.
+#[derive(Debug)]
+pub struct Asker {
+    link: Link,
+    greeted: bool,
+    /// Answers wait for the compartment to read.
+    full: bool,
+}
+
+impl Asker {
+    /// A link that has begun, with nothing to give yet; the second end is the compartment's.
+    ///
+    /// # Errors
+    /// One line.
+    pub fn pair() -> Result<(Self, OwnedFd), String> {
+        let fail = |e: &dyn std::fmt::Display| format!("opener's link: {e}");
+        let flags = SockFlag::SOCK_CLOEXEC;
+        let (ours, theirs) =
+            socketpair(AddressFamily::Unix, SockType::SeqPacket, None, flags).map_err(|e| fail(&e))?;
+        let link = Link::begin(ours, VERSION).map_err(|e| fail(&e))?;
+        link.send(&FromOpener::Done).map_err(|e| fail(&e))?;
+        Ok((Self { link, greeted: false, full: false }, theirs))
+    }
+
+    /// What to wait for.
+    pub fn poll_fd(&self) -> PollFd<'_> {
+        let events = if self.full { PollFlags::POLLOUT } else { PollFlags::POLLIN };
+        PollFd::new(self.link.as_fd(), events)
+    }
+
+    /// Gives a descriptor. One that a compartment which is dying does not get, its successor gets.
+    pub fn give(&self, name: &str, fd: BorrowedFd<'_>) {
+        let given = FromOpener::Given { name: name.to_owned() };
+        let _ = self.link.send_with(&given, &[fd], MsgFlags::MSG_DONTWAIT);
+    }
+
+    /// Answers what the compartment has asked. False at the end of the link.
+    pub fn serve(&mut self, connect: impl Fn(&str) -> Result<OwnedFd, Errno>) -> bool {
+        let dontwait = MsgFlags::MSG_DONTWAIT;
+        if !self.greeted {
+            match self.link.finish(VERSION, dontwait) {
+                Ok(()) => self.greeted = true,
+                Err(LinkError::WouldBlock) => return true,
+                Err(_) => return false,
+            }
+        }
+        for _ in 0..MAX_REQUESTS {
+            // An answer that finds room now finds it in a moment, too: nobody else writes here.
+            let mut room = [PollFd::new(self.link.as_fd(), PollFlags::POLLOUT)];
+            self.full = !matches!(poll(&mut room, PollTimeout::ZERO), Ok(1));
+            if self.full {
+                return true;
+            }
+            let name = match self.link.recv_with::<ToOpener>(dontwait) {
+                Ok((ToOpener::Connect { name }, fds)) if fds.is_empty() && name.len() <= MAX_NAME => name,
+                Err(LinkError::WouldBlock) => return true,
+                Ok(_) | Err(_) => return false,
+            };
+            let answered = match connect(&name) {
+                Ok(fd) => self.link.send_with(&FromOpener::Given { name }, &[fd.as_fd()], dontwait),
+                Err(errno) => {
+                    let errno = errno as i32;
+                    self.link.send_with(&FromOpener::NotGiven { name, errno }, &[], dontwait)
+                }
+            };
+            if answered.is_err() {
+                return false;
+            }
+        }
+        true
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::cell::Cell;
+    use std::io::Write as _;
+    use std::os::fd::AsRawFd as _;
+    use std::os::unix::net::{UnixListener, UnixStream};
+
+    use bulkhead_control_api::config;
+    use nix::sys::socket;
+
+    use super::*;
+    use crate::machine::{Daemon, DaemonConfig};
+
+    fn bus() -> Bus {
+        let iothread = config::IoThread::default();
+        let net = config::Net { life: 0, id: "n".into(), taps: Vec::new(), mac: [0; 6], iothread };
+        let daemon = Daemon { key: "n".into(), config: DaemonConfig::Net(net), fds: Vec::new() };
+        let config = config::Pci { life: 0, devices: Vec::new() };
+        Bus { config, daemons: vec![daemon], paths: BTreeMap::new() }
+    }
+
+    fn connected(doors: &Doors, name: &str) -> Result<OwnedFd, Errno> {
+        doors.connect(name, &BTreeMap::new())
+    }
+
+    #[test]
+    fn our_daemons_listeners_outlive_them() {
+        let doors = Doors::new(&bus(), |_| Ok(())).unwrap();
+        for name in ["vhost", "side"] {
+            let listener = doors.listener(name, "n").unwrap();
+            for _ in 0..3 {
+                let _end = connected(&doors, &format!("{name}.n")).unwrap();
+                assert!(socket::accept(listener.as_raw_fd()).is_ok());
+            }
+        }
+        for name in ["", "vhost.", "vhost.m", "side", "chardev.n", "kernel"] {
+            assert_eq!(connected(&doors, name).unwrap_err(), Errno::EPERM, "{name}");
+        }
+        assert!(doors.listener("vhost", "m").is_none());
+    }
+
+    #[test]
+    fn others_are_connected_to_where_they_listen() {
+        let path = std::env::temp_dir().join(format!("bulkhead-doors-{}", std::process::id()));
+        let mut bus = bus();
+        bus.paths.insert("chardev.c".to_owned(), path.to_str().unwrap().to_owned());
+        let doors = Doors::new(&bus, |_| Ok(())).unwrap();
+        assert_eq!(connected(&doors, "chardev.c").unwrap_err(), Errno::ENOENT);
+        let listener = UnixListener::bind(&path).unwrap();
+        // One that does not accept makes nobody wait.
+        let mut waiting = Vec::new();
+        let full = loop {
+            match connected(&doors, "chardev.c") {
+                Ok(fd) => waiting.push(fd),
+                Err(errno) => break errno,
+            }
+        };
+        assert!(full == Errno::EAGAIN && !waiting.is_empty());
+        drop(listener);
+        assert_eq!(connected(&doors, "chardev.c").unwrap_err(), Errno::ECONNREFUSED);
+        std::fs::remove_file(path).unwrap();
+        let (_one, other) = UnixStream::pair().unwrap();
+        let given =
+            BTreeMap::from([("chardev.d".to_owned(), other.into()), ("kvm".to_owned(), waiting.remove(0))]);
+        assert!(doors.connect("chardev.d", &given).is_ok());
+        assert_eq!(doors.connect("kvm", &given).unwrap_err(), Errno::EPERM);
+    }
+
+    fn asked(asker: &mut Asker, calls: &Cell<usize>) -> bool {
+        asker.serve(|name| {
+            calls.set(calls.get() + 1);
+            if name == "vhost.n" { Ok(UnixStream::pair().unwrap().0.into()) } else { Err(Errno::EPERM) }
+        })
+    }
+
+    #[test]
+    fn requests_are_answered_under_their_names() {
+        let (mut asker, theirs) = Asker::pair().unwrap();
+        let calls = Cell::new(0);
+        assert!(asked(&mut asker, &calls));
+        let mut link = Link::connect(theirs, VERSION).unwrap();
+        assert_eq!(link.recv::<FromOpener>().unwrap(), FromOpener::Done);
+        for name in ["vhost.n", "disk.n"] {
+            link.send(&ToOpener::Connect { name: name.to_owned() }).unwrap();
+        }
+        assert!(asked(&mut asker, &calls));
+        let (answer, fds) = link.recv_with::<FromOpener>(MsgFlags::empty()).unwrap();
+        assert_eq!((answer, fds.len()), (FromOpener::Given { name: "vhost.n".to_owned() }, 1));
+        let refused = FromOpener::NotGiven { name: "disk.n".to_owned(), errno: Errno::EPERM as i32 };
+        assert_eq!(link.recv::<FromOpener>().unwrap(), refused);
+        link.send(&ToOpener::Connect { name: "x".repeat(MAX_NAME + 1) }).unwrap();
+        assert!(!asked(&mut asker, &calls));
+        assert_eq!(calls.get(), 2);
+    }
+
+    #[test]
+    fn who_asks_and_does_not_read_waits() {
+        let (mut asker, theirs) = Asker::pair().unwrap();
+        let link = {
+            let mut link = Link::begin(theirs, VERSION).unwrap();
+            link.finish(VERSION, MsgFlags::empty()).unwrap();
+            link
+        };
+        let calls = Cell::new(0);
+        let ask = ToOpener::Connect { name: "none".to_owned() };
+        // Until the queue in each direction is full.
+        for _ in 0..10_000 {
+            let sent = link.send_with(&ask, &[], MsgFlags::MSG_DONTWAIT);
+            assert!(asked(&mut asker, &calls));
+            if sent.is_err() {
+                break;
+            }
+        }
+        let answered = calls.get();
+        assert!(asker.full && answered > 0);
+        assert!(asked(&mut asker, &calls) && calls.get() == answered);
+        drop(link);
+        while asked(&mut asker, &calls) {}
+    }
+
+    #[test]
+    fn a_link_that_says_something_else_is_given_up() {
+        let (mut asker, theirs) = Asker::pair().unwrap();
+        UnixStream::from(theirs).write_all(b"no hello").unwrap();
+        assert!(!asked(&mut asker, &Cell::new(0)));
+    }
+}
