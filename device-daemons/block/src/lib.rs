@@ -1,1 +1,4 @@
-//! virtio-blk device daemon.
+//! virtio-blk device daemon: raw files and block devices.
+
+pub mod device;
+pub mod transport;
