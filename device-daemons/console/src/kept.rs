@@ -5,59 +5,14 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 
 use bulkhead_control_api::config::Chardev as Config;
+pub use bulkhead_jail::keeper::Keeper;
+use bulkhead_jail::keeper::name;
 use bulkhead_jail::start::{Start, StartError};
 use bulkhead_jail::starter::Starter;
 use bulkhead_jail::warn;
-use nix::errno::Errno;
 
 use crate::chardev::{Chardev, Inherited, needs_pair};
 use crate::state::{Names, State};
-
-/// The way to the starter.
-#[derive(Debug, Default)]
-pub struct Keeper {
-    starter: Starter,
-    /// What the starter is still to be told to forget.
-    backlog: Vec<u32>,
-}
-
-fn name(number: u32) -> String {
-    format!("kept.{number}")
-}
-
-impl Keeper {
-    /// Tells this starter.
-    #[must_use]
-    pub const fn new(starter: Starter) -> Self {
-        Self { starter, backlog: Vec::new() }
-    }
-
-    /// Keeps a descriptor under a number that is not in use.
-    ///
-    /// # Errors
-    /// `EAGAIN`: the starter has no room now. Of anything else there is a warning.
-    pub fn keep(&self, number: u32, fd: impl AsFd) -> Result<(), Errno> {
-        let result = self.starter.keep(&name(number), fd.as_fd());
-        if let Err(error) = result
-            && error != Errno::EAGAIN
-        {
-            warn!("a connection is not kept and will be lost if this process dies: {error}");
-        }
-        result
-    }
-
-    /// Keeps it no longer. Its other end sees that it is closed when the starter has heard of it.
-    pub fn forget(&mut self, number: u32) {
-        self.backlog.push(number);
-        self.retry();
-    }
-
-    /// Tells what could not be told before; false if something is left.
-    pub fn retry(&mut self) -> bool {
-        self.backlog.retain(|number| self.starter.forget(&name(*number)) == Err(Errno::EAGAIN));
-        self.backlog.is_empty()
-    }
-}
 
 /// Keeps a descriptor under a new number, if the starter can at once.
 fn keep(starter: &Starter, state: &mut State, fd: impl AsFd) -> Option<u32> {

@@ -69,6 +69,16 @@ pub struct Bus {
     raise: BTreeSet<u16>,
     released: Vec<Change>,
     events: Vec<Event>,
+    removed: Vec<Removed>,
+}
+
+/// A function that is gone.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Removed {
+    /// Its index.
+    pub index: u16,
+    /// Under which number something of its back end is kept.
+    pub kept: Option<u32>,
 }
 
 impl Bus {
@@ -89,6 +99,7 @@ impl Bus {
             raise: BTreeSet::new(),
             released: Vec::new(),
             events: Vec::new(),
+            removed: Vec::new(),
         }
     }
 
@@ -180,6 +191,7 @@ impl Bus {
             function.vectors.iter().map(|vector| Change::Vector { vector: vector.number, to: None });
         let bells = function.bells.iter().map(|bell| Change::Bell { bell: bell.number, at: None });
         self.released.extend(vectors.chain(bells));
+        self.removed.push(Removed { index, kept: function.kept });
         self.touched.insert(index);
         self.raise.remove(&index);
         self.rearrange();
@@ -546,6 +558,11 @@ impl Bus {
     /// What has happened since the last call, for the broker.
     pub fn take_events(&mut self) -> Vec<Event> {
         std::mem::take(&mut self.events)
+    }
+
+    /// Functions that are gone since the last call.
+    pub fn take_removed(&mut self) -> Vec<Removed> {
+        std::mem::take(&mut self.removed)
     }
 
     /// Functions whose state may have changed since the last call, with what it is; none if the function is gone.

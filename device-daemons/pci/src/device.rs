@@ -97,6 +97,13 @@ pub trait Backed {
     fn is_quiet(&self) -> bool;
     /// It was not quiet in time: end the connection. What the guest sees of that is as if the back end had died.
     fn abandon(&mut self);
+    /// What a successor of this process is to have of it ([`Backed::inherit`]): the memory in which its back end notes
+    /// requests in flight. Asked after every call that may change it.
+    fn kept(&self) -> Option<Rc<OwnedFd>> {
+        None
+    }
+    /// What a predecessor has kept, before [`Device::restore`].
+    fn inherit(&mut self, _kept: OwnedFd) {}
 }
 
 /// Makes a device of the configuration; the text says why not.

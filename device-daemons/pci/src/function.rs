@@ -87,6 +87,12 @@ pub struct Function {
     pub plugged: bool,
     /// When the guest was asked to give it up, if this process did.
     pub asked: Option<Instant>,
+    /// Under which number something of its back end is kept.
+    pub kept: Option<u32>,
+    /// What that is.
+    pub kept_fd: Option<Rc<OwnedFd>>,
+    /// What was said last of its back end's presence.
+    pub connected: Option<bool>,
     /// Page of the configuration window and what is there.
     pub shown: Option<(u16, [u8; LEN])>,
     /// That a vector's message is foreign has been logged.
@@ -108,6 +114,8 @@ pub struct Saved {
     pub bells: Vec<u16>,
     /// As in [`Function`].
     pub exits: bool,
+    /// As in [`Function`].
+    pub kept: Option<u32>,
     /// Configuration space.
     space: Vec<u8>,
     /// MSI-X table.
@@ -184,6 +192,9 @@ impl Function {
             exits: false,
             plugged: true,
             asked: None,
+            kept: None,
+            kept_fd: None,
+            connected: None,
             shown: None,
             warned: false,
         }
@@ -354,6 +365,7 @@ impl Function {
             vectors: self.vectors.iter().map(|vector| vector.number).collect(),
             bells: self.bells.iter().map(|bell| bell.number).collect(),
             exits: self.exits,
+            kept: self.kept,
             space: self.space.bytes().to_vec(),
             table: self.msix.as_ref().map_or(Vec::new(), |table| table.entries().to_vec()),
             port: if let Kind::Port(port) = &self.kind { port.saved } else { port::Saved::default() },
@@ -364,6 +376,7 @@ impl Function {
     /// Goes on from a saved state, after it has been wired; false if it is none of this function.
     pub fn restore(&mut self, saved: &Saved) -> bool {
         self.exits = saved.exits;
+        self.kept = saved.kept;
         let table = self.msix.as_mut().is_none_or(|table| table.restore(&saved.table));
         let space = self.space.restore(&saved.space);
         let master = self.space.commands(crate::space::MASTER);
