@@ -47,6 +47,12 @@ impl Memory {
         let ranges = [(GuestAddress(0), usize::try_from(size).unwrap(), Some(mapped))];
         Self { file, size, map: GuestMemoryMmap::from_ranges_with_files(ranges).unwrap() }
     }
+
+    /// Its memfd.
+    #[must_use]
+    pub fn file(&self) -> &File {
+        &self.file
+    }
 }
 
 /// A connection to a back end.
