@@ -6,7 +6,6 @@
 //! ends in one event of its own, in the order of the calls, or in [`Event::Lost`] for all of them. Before
 //! [`Event::Ready`] no ring runs and no memory is used, so a stop or a change of memory is over at once.
 
-mod doorbell;
 mod link;
 mod machine;
 mod script;

@@ -1,16 +1,15 @@
 //! A function on the bus: configuration space, what is behind it, and the wires that core gives it.
 
-use std::os::fd::{AsFd as _, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::rc::Rc;
 use std::time::Instant;
 
 use bulkhead_bus_api::pci::Msi;
 use bulkhead_control_api::config::{PciDevice, PciKind, PciPlace};
-use nix::errno::Errno;
-use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use serde::{Deserialize, Serialize};
 
 use crate::device::{Bar, Device, Identity, Wires};
+use crate::event::{drain, is_signalled};
 use crate::msix::{self, Table};
 use crate::port::{self, Port};
 use crate::space::{Header, LEN, Space};
@@ -141,25 +140,6 @@ pub enum BuildError {
     /// A doorbell is outside every BAR.
     #[error("impossible doorbells")]
     Bells,
-}
-
-/// Whether an eventfd has counted something.
-pub fn is_signalled(fd: &OwnedFd) -> bool {
-    let mut list = [PollFd::new(fd.as_fd(), PollFlags::POLLIN)];
-    poll(&mut list, PollTimeout::ZERO) == Ok(1)
-}
-
-/// Signals an eventfd.
-pub fn signal(fd: &OwnedFd) -> Result<(), Errno> {
-    nix::unistd::write(fd, &1u64.to_ne_bytes()).map(drop)
-}
-
-/// Takes back what an eventfd has counted.
-pub fn drain(fd: &OwnedFd) {
-    if is_signalled(fd) {
-        // Nobody else reads it.
-        let _ = nix::unistd::read(fd, &mut [0; 8]);
-    }
 }
 
 /// The registers as a set of numbers, if they can be.

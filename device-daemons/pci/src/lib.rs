@@ -6,6 +6,7 @@ pub mod bus;
 pub mod connector;
 pub mod core_link;
 pub mod device;
+pub mod event;
 pub mod frontend;
 pub mod function;
 pub mod listing;

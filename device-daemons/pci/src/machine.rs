@@ -22,7 +22,8 @@ use nix::errno::Errno;
 use crate::bus::Bus;
 use crate::core_link::{CoreError, CoreLink};
 use crate::device::{Device, Factory, MAX_SAVED};
-use crate::function::{self, Function, Saved};
+use crate::event;
+use crate::function::{Function, Saved};
 use crate::memory::Memory;
 use crate::msix::MAX_VECTORS;
 use crate::place::{self, Place, PlaceError};
@@ -187,7 +188,7 @@ impl Machine {
             Ok(function) => {
                 // What a former owner has left in them is nobody's.
                 function.drain_vectors();
-                function.bells.iter().for_each(|bell| function::drain(&bell.fd));
+                function.bells.iter().for_each(|bell| event::drain(&bell.fd));
                 self.bus.insert(index, function);
             }
         }
@@ -279,7 +280,7 @@ impl Machine {
         }
         self.core.apply(&effects.changes)?;
         for fd in effects.raise {
-            if let Err(error) = function::signal(&fd) {
+            if let Err(error) = event::signal(&fd) {
                 error!("an interrupt of a port is lost: {error}");
             }
         }

@@ -9,6 +9,7 @@ use bulkhead_jail::error;
 use bulkhead_jail::start::{Start, StartError};
 use bulkhead_jail::topology::PCI;
 use bulkhead_pci::device::Factory;
+use bulkhead_pci::event;
 use bulkhead_pci::server::{Parts, Server, ServerError};
 use bulkhead_pci::state::State;
 
@@ -21,6 +22,8 @@ enum Failure {
     Server(#[from] ServerError),
     #[error("state: {0}")]
     State(std::io::Error),
+    #[error("timer: {0}")]
+    Timer(nix::errno::Errno),
     #[error("socket {0:?}: {1}")]
     Socket(String, std::io::Error),
 }
@@ -57,6 +60,7 @@ fn run() -> Result<(), Failure> {
         state,
         left,
     };
+    event::prepare().map_err(Failure::Timer)?;
     let server = Server::new(parts)?;
     let starter = start.enter()?;
     Ok(server.run(starter)?)

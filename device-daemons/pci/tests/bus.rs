@@ -7,7 +7,8 @@ use std::time::{Duration, Instant};
 use bulkhead_bus_api::pci::Msi;
 use bulkhead_control_api::pci::{Event, Refusal};
 use bulkhead_pci::bus::Bus;
-use bulkhead_pci::function::{Function, is_signalled, signal};
+use bulkhead_pci::event::{is_signalled, signal};
+use bulkhead_pci::function::Function;
 use guest::{Core, Seen, add, config, device, insert, port};
 
 const RAM_END: u64 = 0x1_4000_0000;

@@ -4,6 +4,7 @@
 //! makes its threads, then calls [`start::Start::enter`]; from there on the seccomp filter holds.
 //! See `docs/decisions/0001-start-contract.md`.
 
+pub mod alarm;
 pub mod keeper;
 pub mod link;
 pub mod log;
