@@ -177,6 +177,14 @@ impl Frontend {
         self.machine.is_connected()
     }
 
+    /// Whether the back end may work on rings. After the end of a connection that the back end did not close itself (it was
+    /// late, or broke the protocol) this stays so until the next one: a process that serves one connection at a time
+    /// answers on the next one when it is done with this.
+    #[must_use]
+    pub fn may_run(&self) -> bool {
+        self.machine.may_run()
+    }
+
     /// Adds the descriptors to watch and what for.
     pub fn watch<'a>(&'a self, list: &mut Vec<PollFd<'a>>) {
         if let Some(stream) = &self.stream {
@@ -212,7 +220,7 @@ impl Frontend {
         match stream.send(packet) {
             Ok(len) => self.machine.sent(len),
             Err(Errno::EAGAIN) => return false,
-            Err(Errno::EPIPE | Errno::ECONNRESET) => self.machine.lose("has closed the connection"),
+            Err(Errno::EPIPE | Errno::ECONNRESET) => self.machine.closed(),
             Err(errno) => self.machine.lose(format!("cannot be told anything: {errno}")),
         }
         true
@@ -225,7 +233,7 @@ impl Frontend {
             Got::Nothing => return false,
             Got::Part => {}
             Got::Message(message) => self.machine.take(message),
-            Got::Closed => self.machine.lose("has closed the connection"),
+            Got::Closed => self.machine.closed(),
             Got::Wrong(why) => self.machine.lose(why),
         }
         true

@@ -358,3 +358,48 @@ fn only_what_is_ready_can_be_started() {
     assert!(front.advance().is_empty());
     assert_eq!(front.deadline(), None);
 }
+
+#[test]
+fn a_back_end_that_was_given_up_may_still_run() {
+    let started = || {
+        let (mut front, mut peer) = ready(protocol::WANTED);
+        let ram = Ram::new();
+        assert!(!front.may_run());
+        front.start(VERSION_1, &ram.memory, vec![ram.ring(0, 0), ram.ring(1, 0)]).unwrap();
+        peer.serve(&mut front);
+        assert!(front.may_run());
+        (front, peer)
+    };
+    // It has stopped.
+    let (mut front, mut peer) = started();
+    front.stop_ring(0);
+    peer.serve(&mut front);
+    assert!(front.may_run());
+    front.stop();
+    assert!(front.may_run());
+    peer.serve(&mut front);
+    assert!(!front.may_run());
+    front.disconnect();
+    assert!(!front.may_run());
+    // It is gone.
+    let (mut front, peer) = started();
+    drop(peer);
+    assert_eq!(front.advance(), [Event::Lost("has closed the connection".into())]);
+    assert!(!front.may_run());
+    // It does not say where its rings have stopped.
+    let (mut front, _peer) = started();
+    front.stop();
+    assert!(front.advance().is_empty());
+    let due = front.deadline().unwrap();
+    let events = front.expire_at(due);
+    assert_eq!(events, [Event::Lost("does not answer GET_VRING_BASE within 5 seconds".into())]);
+    assert!(front.may_run());
+    // Until there is another connection.
+    let mut peer = Peer::new(&mut front);
+    assert!(!front.may_run());
+    peer.serve(&mut front);
+    // The caller has lost its patience.
+    let (mut front, _peer) = started();
+    front.disconnect();
+    assert!(front.may_run());
+}

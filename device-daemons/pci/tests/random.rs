@@ -3,7 +3,7 @@
 
 mod common;
 
-const PLAYS: u64 = 20_000;
+const PLAYS: u64 = 10_000;
 
 #[test]
 fn whatever_happens_the_front_end_keeps_its_promises() {
@@ -33,5 +33,5 @@ fn whatever_happens_the_front_end_keeps_its_promises() {
         lost += a;
         done += b;
     }
-    assert!(lost > 10_000 && done > 10_000, "{lost} lost, {done} done");
+    assert!(lost > 5_000 && done > 5_000, "{lost} lost, {done} done");
 }

@@ -53,6 +53,10 @@ pub struct Machine {
     told: Vec<Region>,
     /// Rings that run once the script is done.
     running: Vec<u16>,
+    /// Rings have been started, and the back end has not said that all have stopped.
+    live: bool,
+    /// That was so at the end of the last connection, and the back end did not end it.
+    stray: bool,
     /// Where rings have stopped, of the stop that is under way.
     bases: Vec<(u16, u16)>,
     /// A change of configuration space is yet to be read.
@@ -78,6 +82,8 @@ impl Machine {
             offer: Offer::default(),
             told: Vec::new(),
             running: Vec::new(),
+            live: false,
+            stray: false,
             bases: Vec::new(),
             changed: false,
             inflight: None,
@@ -94,6 +100,7 @@ impl Machine {
     pub fn begin(&mut self, channel: Option<Rc<OwnedFd>>) {
         self.end();
         self.events.clear();
+        self.stray = false;
         self.phase = Phase::Handshake;
         self.channel = channel;
         self.push(Step::ask(Request::GET_FEATURES, Vec::new(), Expect::Features));
@@ -101,6 +108,7 @@ impl Machine {
 
     /// The back end is no longer of interest.
     pub fn end(&mut self) {
+        self.stray |= std::mem::take(&mut self.live);
         self.phase = Phase::Away;
         self.offer = Offer::default();
         self.script.clear();
@@ -117,6 +125,17 @@ impl Machine {
             self.end();
             self.events.push(Event::Lost(why.into()));
         }
+    }
+
+    /// The back end has closed the connection.
+    pub fn closed(&mut self) {
+        self.live = false;
+        self.lose("has closed the connection");
+    }
+
+    /// See [`super::Frontend::may_run`].
+    pub fn may_run(&self) -> bool {
+        self.live || self.stray
     }
 
     /// Whether there is a connection.
@@ -229,6 +248,7 @@ impl Machine {
                 self.events.push(Event::Started { ring });
             }
             Step::Stopped(ring) => {
+                self.live &= ring.is_some() || !self.running.is_empty();
                 let bases = std::mem::take(&mut self.bases);
                 self.events.push(Event::Stopped { ring, bases });
             }
@@ -426,6 +446,7 @@ impl Machine {
 
     fn go(&mut self, rings: &[Ring], one: Option<u16>) {
         self.running.extend(rings.iter().map(|ring| ring.index));
+        self.live = true;
         self.push_all(rings.iter().flat_map(script::set_up));
         if self.enables() {
             self.push_all(rings.iter().map(|ring| Step::enable(ring.index, true)));
