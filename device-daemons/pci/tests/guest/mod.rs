@@ -3,6 +3,8 @@
 #![allow(dead_code, reason = "each test uses a part")]
 #![allow(clippy::unwrap_used, clippy::indexing_slicing, reason = "helpers of tests")]
 
+pub mod drive;
+
 use std::cell::RefCell;
 use std::collections::{BTreeMap, BTreeSet};
 use std::os::fd::OwnedFd;
@@ -41,12 +43,14 @@ pub struct Mock {
     pub seen: Rc<RefCell<Seen>>,
     pub vectors: u16,
     pub bells: u64,
+    /// Of BAR 0.
+    pub size: u64,
 }
 
 impl Mock {
     pub fn new() -> (Self, Rc<RefCell<Seen>>) {
         let seen = Rc::new(RefCell::new(Seen { quiet: true, known: true, ..Seen::default() }));
-        (Self { seen: Rc::clone(&seen), vectors: 3, bells: 2 }, seen)
+        (Self { seen: Rc::clone(&seen), vectors: 3, bells: 2, size: 0x4000 }, seen)
     }
 }
 
@@ -95,7 +99,7 @@ impl Device for Mock {
     }
     fn bars(&self) -> Vec<Bar> {
         vec![
-            Bar { index: 0, size: 0x4000, wide: true, prefetch: true },
+            Bar { index: 0, size: self.size, wide: true, prefetch: true },
             Bar { index: 2, size: 0x2000, wide: false, prefetch: false },
         ]
     }
