@@ -8,10 +8,13 @@ libexec=$dest/usr/libexec/bulkhead
 root=$dest/usr/lib/bulkhead/root
 
 install -D -m 755 "$target/bulkhead" "$dest/usr/bin/bulkhead"
-for process in core loader console broker; do
+for process in core loader console broker pci block; do
 	install -D -m 755 "$target/bulkhead-$process" "$libexec/bulkhead-$process"
 done
+install -D -m 755 jail-profiles/generator.sh "$dest/usr/lib/systemd/system-generators/bulkhead-generator"
 for unit in jail-profiles/systemd/*; do
+	# Their programs do not exist yet.
+	case $unit in */bulkhead-net@* | */bulkhead-balloon@*) continue ;; esac
 	install -D -m 644 "$unit" "$dest/usr/lib/systemd/system/${unit##*/}"
 done
 # Root directory of the units: nothing but places to mount on.
@@ -19,9 +22,12 @@ for dir in dev proc run/bulkhead run/credentials run/private run/systemd sys tmp
 	usr/bin usr/libexec/bulkhead var/tmp var/lib/bulkhead var/lib/private; do
 	install -d -m 755 "$root/$dir"
 done
-for file in dev/kvm run/bulkhead/opener run/bulkhead/boot run/systemd/notify usr/bin/bulkhead \
-	usr/libexec/bulkhead/bulkhead-core usr/libexec/bulkhead/bulkhead-loader \
-	usr/libexec/bulkhead/bulkhead-console usr/libexec/bulkhead/bulkhead-broker; do
+for process in core loader console broker pci block net balloon; do
+	[ -e "$root/usr/libexec/bulkhead/bulkhead-$process" ] ||
+		install -m 444 /dev/null "$root/usr/libexec/bulkhead/bulkhead-$process"
+done
+install -d -m 755 "$root/dev/net" "$root/run/bulkhead-vhost"
+for file in dev/kvm dev/net/tun run/bulkhead/opener run/bulkhead/boot run/systemd/notify usr/bin/bulkhead; do
 	[ -e "$root/$file" ] || install -m 444 /dev/null "$root/$file"
 done
 install -d -m 755 "$dest/etc/bulkhead"

@@ -192,6 +192,12 @@ impl Link {
         Self { fd, buffer: Vec::new() }
     }
 
+    /// Takes over a link on which a predecessor of this process has exchanged hellos.
+    #[must_use]
+    pub fn resume(fd: OwnedFd) -> Self {
+        Self::new(fd)
+    }
+
     fn hello(&self, version: u16) -> Result<(), LinkError> {
         self.send(&Hello { magic: MAGIC, version })
     }

@@ -12,6 +12,8 @@ const LIBEXEC: &str = "/usr/libexec/bulkhead";
 const ROOT: &str = "/usr/lib/bulkhead/root";
 /// Sockets of the opener and the loader's FIFO: nobody but root enters this directory.
 const INNER: &str = "/run/bulkhead-inner/%i";
+/// Sockets of back ends that are not ours, a directory for each VM.
+const OTHERS: &str = "/run/bulkhead-vhost";
 const HEAD: &str =
     "# Made from topology.toml: change that, then run BLESS=1 cargo test -p bulkhead-jail --test units\n";
 
@@ -55,13 +57,13 @@ SystemCallFilter=@system-service seccomp landlock_create_ruleset landlock_add_ru
 SystemCallFilter=~@chown @clock @cpu-emulation @debug @module @mount @obsolete @privileged @raw-io @reboot @resources @swap @setuid
 ";
 
-/// The processes that have units: not yet pci and the device daemons.
-fn processes() -> impl Iterator<Item = &'static Process> {
-    PROCESSES.iter().copied().filter(|process| process.name != "pci" && !process.per_device)
-}
-
 fn user(out: &mut String, part: &str) {
     let _ = writeln!(out, "DynamicUser=yes\nUser=bh-{part}-%i\nSlice=bulkhead-%i.slice");
+}
+
+/// What an instance is: a VM, or one of its devices.
+fn instance(process: &Process) -> &'static str {
+    if process.per_device { "device" } else { "VM" }
 }
 
 fn root(out: &mut String, binary: &str, binds: &[&str]) {
@@ -87,9 +89,15 @@ fn limits(out: &mut String, process: &Process) {
 /// Order and death of a process.
 fn unit_section(process: &Process) -> String {
     let mut out = format!(
-        "{HEAD}[Unit]\nDescription=Bulkhead VM %i: {}\nDocumentation=man:bulkhead(1)\n",
+        "{HEAD}[Unit]\nDescription=Bulkhead {} %i: {}\nDocumentation=man:bulkhead(1)\n",
+        instance(process),
         process.about
     );
+    if process.per_device {
+        // Its instance does not say which VM it belongs to: the rest is in a drop-in that the generator makes.
+        out.push_str("StartLimitIntervalSec=0\n");
+        return out;
+    }
     if process.boots == Boots::Vm {
         // A loader ends with core's link; a restart of the target would start one that nobody asked for.
         out.push_str("PartOf=bulkhead@%i.target\n");
@@ -140,13 +148,18 @@ fn service(process: &Process) -> String {
         // They end when core has ended, and have nothing to say to a signal.
         "broker" => out
             .push_str("WatchdogSec=30s\nKillSignal=SIGKILL\nSuccessExitStatus=SIGKILL\nTimeoutStopSec=10s\n"),
-        "console" => out.push_str("KillSignal=SIGKILL\nSuccessExitStatus=SIGKILL\nTimeoutStopSec=10s\n"),
-        _ => {}
+        "loader" => {}
+        _ => out.push_str("KillSignal=SIGKILL\nSuccessExitStatus=SIGKILL\nTimeoutStopSec=10s\n"),
     }
     out.push_str("LogRateLimitIntervalSec=1s\nLogRateLimitBurst=200\n\n");
-    user(&mut out, process.name);
-    let opener = format!("{INNER}/{}:/run/bulkhead/opener", process.name);
-    root(&mut out, &binary, &[&opener]);
+    if process.per_device {
+        // Slices with a dash nest: the limits of the VM's slice hold for it.
+        out.push_str("DynamicUser=yes\nSlice=bulkhead-%i.slice\n");
+        root(&mut out, &binary, &[]);
+    } else {
+        user(&mut out, process.name);
+        root(&mut out, &binary, &[&format!("{INNER}/{}:/run/bulkhead/opener", process.name)]);
+    }
     if process.name == "core" {
         // ExecStop runs in the same root directory and as the same user, which may send core its signal.
         out.push_str("BindReadOnlyPaths=/usr/bin/bulkhead\n");
@@ -167,7 +180,7 @@ fn opener() -> String {
          Documentation=man:bulkhead(1)\nPartOf=bulkhead@%i.target\nRequires=bulkhead-loader@%i.socket bulkhead-limits@%i.service\n\
          After=bulkhead-limits@%i.service bulkhead-loader@%i.socket\nStartLimitIntervalSec=0\n\n\
          [Service]\nType=notify\nNotifyAccess=main\nExecStart=/usr/bin/bulkhead unit opener %i\n\
-         LoadCredential=machine:/etc/bulkhead/%i.toml\nRestart=always\nRestartSec=200ms\nFileDescriptorStoreMax=1024\n\
+         LoadCredential=machine:/etc/bulkhead/%i.toml\nRestart=always\nRestartSec=200ms\nFileDescriptorStoreMax=4096\n\
          RuntimeDirectory=bulkhead-links-%i\nRuntimeDirectoryMode=0700\nRuntimeDirectoryPreserve=restart\n\
          StateDirectory=bulkhead/%i\nStateDirectoryMode=0700\nKillSignal=SIGKILL\nSuccessExitStatus=SIGKILL\n\
          TimeoutStopSec=10s\nLogRateLimitIntervalSec=1s\nLogRateLimitBurst=200\n\n"
@@ -175,10 +188,24 @@ fn opener() -> String {
     user(&mut out, "opener");
     root(&mut out, "/usr/bin/bulkhead", &[&format!("{INNER}/boot:/run/bulkhead/boot"), "-/dev/kvm"]);
     out.push_str("SupplementaryGroups=kvm\nPrivateUsers=no\nDevicePolicy=closed\nDeviceAllow=/dev/kvm rw\n");
-    out.push_str("LimitNOFILE=2048\nLimitDATA=67108864\n");
+    out.push_str("LimitNOFILE=8192\nLimitDATA=67108864\n");
     out.push_str(SANDBOX);
     out.push_str(CALLS);
     out
+}
+
+/// Somebody else's back end: the command is the administrator's.
+fn vhost() -> String {
+    format!(
+        "{HEAD}[Unit]\nDescription=Bulkhead device %i: a vhost-user back end\nDocumentation=man:bulkhead(1)\n\
+         ConditionPathExists=/etc/bulkhead/%i.env\nStartLimitIntervalSec=0\n\n\
+         [Service]\nEnvironmentFile=/etc/bulkhead/%i.env\nExecStart=/usr/bin/env $COMMAND\nRestart=always\nRestartSec=200ms\n\
+         TimeoutStopSec=10s\nLogRateLimitIntervalSec=1s\nLogRateLimitBurst=200\n\n\
+         DynamicUser=yes\nSlice=bulkhead-%i.slice\nSupplementaryGroups=kvm\nTemporaryFileSystem={OTHERS}:ro\n\
+         PrivateUsers=yes\nPrivateDevices=yes\nDevicePolicy=closed\n{}{CALLS}",
+        // The opener connects to its socket by the group.
+        SANDBOX.replace("UMask=0077", "UMask=0007")
+    )
 }
 
 fn limits_service() -> String {
@@ -186,6 +213,7 @@ fn limits_service() -> String {
         "{HEAD}[Unit]\nDescription=Bulkhead VM %i: checks its machine file and limits its slice\nDocumentation=man:bulkhead(1)\n\
          PartOf=bulkhead@%i.target\n\n\
          [Service]\nType=oneshot\nRemainAfterExit=yes\n\
+         Group=kvm\nRuntimeDirectory=bulkhead-vhost/%i\nRuntimeDirectoryMode=2770\n\
          ExecStart=/usr/bin/bulkhead unit limits /etc/bulkhead/%i.toml\n\
          ExecReload=/usr/bin/bulkhead unit limits /etc/bulkhead/%i.toml\n\
          ExecReload=systemctl --no-block try-restart bulkhead-opener@%i.service\n\
@@ -233,7 +261,7 @@ fn last(service: &str) -> (&'static str, &'static str) {
 fn sockets() -> BTreeMap<String, String> {
     let mut all = BTreeMap::new();
     let mut lines = String::new();
-    for process in processes() {
+    for process in PROCESSES.iter().filter(|process| !process.per_device) {
         let _ = writeln!(lines, "ListenSequentialPacket={INNER}/{}", process.name);
     }
     // Each unit has one of them in its own root directory; nobody else gets through the directory.
@@ -263,7 +291,7 @@ fn sockets() -> BTreeMap<String, String> {
 
 fn units() -> BTreeMap<String, String> {
     let mut all = sockets();
-    for process in processes() {
+    for process in PROCESSES {
         let mut text = service(process);
         // A service without these would be started without its sockets.
         let own: Vec<String> = sockets()
@@ -280,6 +308,7 @@ fn units() -> BTreeMap<String, String> {
     let opener = opener().replace("[Service]\n", "[Service]\nSockets=bulkhead-opener@%i.socket\n");
     all.insert("bulkhead-opener@.service".to_owned(), opener);
     all.insert("bulkhead-limits@.service".to_owned(), limits_service());
+    all.insert("bulkhead-vhost@.service".to_owned(), vhost());
     all.insert("bulkhead@.target".to_owned(), target());
     all
 }

@@ -123,9 +123,12 @@ pub fn open_beneath(dir: BorrowedFd<'_>, request: &Open) -> Result<OwnedFd, Erro
         What::NativeGuest => files::sealed("native-guest", bulkhead_guest::ELF),
         What::Output { path, append } => files::output_beneath(dir, path, *append),
         What::Disk { path, read_only } => disk::open_beneath(dir, path, *read_only),
+        // Prepared by the administrator, for the opener's group.
+        What::Tap { netdev, name, several } => {
+            Taps::default().open(netdev, name.as_deref(), *several).map_err(Error::in_a_unit)
+        }
         What::StandardInput
         | What::StandardOutput
-        | What::Tap { .. }
         | What::TapFd(_)
         | What::Connection(_)
         | What::Inherited { .. }

@@ -5,8 +5,9 @@
 
 mod doors;
 mod kept;
-mod parts;
+pub mod parts;
 
+pub use doors::Asker;
 pub use parts::{LOADER, Part};
 
 use std::collections::BTreeMap;
@@ -30,7 +31,7 @@ use crate::relay::{Pumped, Relay, say};
 use crate::rendezvous::Rendezvous;
 use crate::spawn::{self, Host, Order, Started};
 use crate::terminal::Terminal;
-use doors::{Asker, Doors};
+use doors::Doors;
 use kept::Kept;
 use parts::Key;
 
@@ -338,7 +339,8 @@ impl Supervisor {
         self.start(part)?;
         for (link, connection) in connections {
             if let Some(opener) = self.find(link.connector).and_then(|peer| peer.opener.as_ref()) {
-                opener.give(link.as_name, connection.as_fd());
+                // A peer that is dying gets its connection when it is started anew.
+                let _ = opener.give(link.as_name, connection.as_fd());
             }
         }
         Ok(())

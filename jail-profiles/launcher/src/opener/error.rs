@@ -33,6 +33,11 @@ pub enum Error {
          tuntap add {0} mode tap vnet_hdr user $(id -un)"
     )]
     TapPermission(String),
+    #[error(
+        "could not configure /dev/net/tun ({0}): Operation not permitted: root makes the interface for units: ip tuntap \
+         add {0} mode tap vnet_hdr group kvm"
+    )]
+    TapPermissionInUnit(String),
     #[error("could not configure /dev/net/tun ({0}): Device or resource busy: another process has it")]
     TapBusy(String),
     #[error("File descriptor '{0}' is not a TAP interface")]
@@ -115,6 +120,14 @@ impl From<io::Error> for Cause {
 }
 
 impl Error {
+    /// The same with the remedy for a unit.
+    pub fn in_a_unit(self) -> Self {
+        match self {
+            Self::TapPermission(name) => Self::TapPermissionInUnit(name),
+            other => other,
+        }
+    }
+
     /// The same with the option that asked for it.
     pub fn of(self, at: &str) -> Self {
         Self::Of(at.to_owned(), Box::new(self))

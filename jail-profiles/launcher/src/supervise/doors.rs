@@ -87,16 +87,36 @@ impl Asker {
         Ok((Self { link, greeted: false, full: false }, theirs))
     }
 
+    /// One that a predecessor has begun.
+    pub fn resume(fd: OwnedFd) -> Self {
+        Self::begun(Link::resume(fd))
+    }
+
+    /// One on which hellos have been exchanged.
+    pub const fn begun(link: Link) -> Self {
+        Self { link, greeted: true, full: false }
+    }
+
+    /// Whether the other end is still there.
+    pub fn lives(&self) -> bool {
+        let mut fds = [PollFd::new(self.link.as_fd(), PollFlags::empty())];
+        let _ = poll(&mut fds, PollTimeout::ZERO);
+        !fds.iter().any(|fd| fd.any() == Some(true))
+    }
+
     /// What to wait for.
     pub fn poll_fd(&self) -> PollFd<'_> {
         let events = if self.full { PollFlags::POLLOUT } else { PollFlags::POLLIN };
         PollFd::new(self.link.as_fd(), events)
     }
 
-    /// Gives a descriptor. One that a compartment which is dying does not get, its successor gets.
-    pub fn give(&self, name: &str, fd: BorrowedFd<'_>) {
+    /// Gives a descriptor.
+    ///
+    /// # Errors
+    /// The compartment does not read, or is dying: then its successor gets one.
+    pub fn give(&self, name: &str, fd: BorrowedFd<'_>) -> Result<(), LinkError> {
         let given = FromOpener::Given { name: name.to_owned() };
-        let _ = self.link.send_with(&given, &[fd], MsgFlags::MSG_DONTWAIT);
+        self.link.send_with(&given, &[fd], MsgFlags::MSG_DONTWAIT)
     }
 
     /// Answers what the compartment has asked. False at the end of the link.

@@ -70,12 +70,6 @@ pub fn parse(name: &str, text: &str) -> Result<Machine, String> {
             "-pidfile and -nographic are for bulkhead run: a unit has neither file nor terminal".to_owned()
         );
     }
-    if let Some(device) = options.devices.first() {
-        return Err(format!("{}: units have no devices yet: use bulkhead run", device.at));
-    }
-    if let Some(drive) = options.drives.first().filter(|drive| drive.value.with_device) {
-        return Err(format!("{}: units have no devices yet: use bulkhead run", drive.at));
-    }
     add_sockets(name, &mut options, access)?;
     Ok(Machine { options, limits })
 }

@@ -4,7 +4,7 @@
 //! All of it is in the unit's descriptor store, too, so that an opener that is started anew goes on with it
 //! (`docs/decisions/0005-restarts-and-units.md`).
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
@@ -22,10 +22,16 @@ use crate::config_blob;
 use crate::machine::{Plan, What};
 use crate::opener;
 use crate::rendezvous;
+use crate::supervise::parts;
 
 /// How often the service manager is asked to keep something, and the pause before it is asked again.
 const KEEP_TRIES: u32 = 250;
 const KEEP_PAUSE: Duration = Duration::from_millis(20);
+/// Beginnings of names in the store.
+const LISTENING: &str = "listen.";
+const CONFIGURED: &str = "config.";
+/// Name in the store of where others' back ends listen.
+const PATHS: &str = "paths";
 /// Where the unit has the FIFO that asks for a loader.
 const BOOT: &str = "/run/bulkhead/boot";
 
@@ -36,25 +42,76 @@ pub struct Places {
     pub state: OwnedFd,
     /// A directory of the opener's own, for the listeners.
     pub links: PathBuf,
+    /// Where others' back ends listen.
+    pub others: PathBuf,
 }
 
 /// What the opener gives.
 #[derive(Debug)]
 pub struct Life {
-    configs: BTreeMap<&'static str, OwnedFd>,
+    /// By [`Member::name`].
+    configs: BTreeMap<String, OwnedFd>,
     fds: BTreeMap<String, OwnedFd>,
-    listeners: BTreeMap<&'static str, OwnedFd>,
+    /// By the name of the link, or `vhost.` or `side.` and the device.
+    listeners: BTreeMap<String, OwnedFd>,
+    /// Where others' back ends listen, by the name under which pci asks for them.
+    paths: BTreeMap<String, String>,
 }
 
-/// The processes that have units: not yet pci and the device daemons.
-fn started() -> impl Iterator<Item = &'static Process> {
-    PROCESSES.iter().copied().filter(|process| process.name != "pci" && !process.per_device)
+/// A process of the VM.
+#[derive(Clone, Debug)]
+pub struct Member {
+    /// Which.
+    pub process: &'static Process,
+    /// Its device, if there is one such process for each.
+    pub device: Option<String>,
 }
 
-/// The links between them.
-pub fn links() -> impl Iterator<Item = &'static Link> {
-    let is_started = |name: &str| started().any(|process| process.name == name);
-    LINKS.iter().copied().filter(move |link| is_started(link.listener) && is_started(link.connector))
+impl Member {
+    /// The one of that name.
+    pub fn find(name: &str) -> Option<Self> {
+        PROCESSES.iter().copied().find_map(|process| {
+            let rest = name.strip_prefix(process.name)?;
+            match rest.strip_prefix('-') {
+                Some(device) if process.per_device => Some(Self { process, device: Some(device.to_owned()) }),
+                None if rest.is_empty() && !process.per_device => Some(Self { process, device: None }),
+                _ => None,
+            }
+        })
+    }
+
+    /// Its name in a VM.
+    pub fn name(&self) -> String {
+        match &self.device {
+            Some(device) => format!("{}-{device}", self.process.name),
+            None => self.process.name.to_owned(),
+        }
+    }
+
+    /// Its own name for something that was opened for its device.
+    fn own_name(&self, opened: &str) -> Option<String> {
+        let device = self.device.as_ref()?;
+        let (kind, rest) = opened.split_once('.')?;
+        match rest.strip_prefix(device.as_str())? {
+            "" => Some(kind.to_owned()),
+            number => Some(format!("{kind}{}", number.strip_prefix('.').map(|_| number)?)),
+        }
+        .filter(|name| self.process.may_have(name))
+    }
+}
+
+/// The kind of socket that a listener is.
+fn kind_of(listener: &str) -> SockType {
+    if listener.starts_with("vhost.") { SockType::Stream } else { SockType::SeqPacket }
+}
+
+/// Names of all listeners of a VM.
+fn listeners(plan: &Plan) -> Vec<String> {
+    let residents = parts::residents(&plan.bus);
+    let links = parts::links(&residents).map(|link| link.name.to_owned());
+    let devices =
+        plan.bus.daemons.iter().flat_map(|d| ["vhost", "side"].map(|kind| format!("{kind}.{}", d.key)));
+    links.chain(devices).collect()
 }
 
 /// Name in the store of something opened.
@@ -63,13 +120,13 @@ fn given(name: &str) -> String {
 }
 
 /// Name in the store of a listener.
-fn listening(link: &Link) -> String {
-    format!("listen.{}", link.name)
+fn listening(listener: &str) -> String {
+    format!("{LISTENING}{listener}")
 }
 
 /// Name in the store of a configuration.
 fn configured(process: &str) -> String {
-    format!("config.{process}")
+    format!("{CONFIGURED}{process}")
 }
 
 /// Roles and lists of a new configuration, for the monitors that there are.
@@ -112,17 +169,19 @@ impl Life {
             fds.insert(request.name.clone(), fd);
         }
         let mut listeners = BTreeMap::new();
-        for link in links() {
-            let fd = listener(&places.links.join(link.name))
+        for name in self::listeners(plan) {
+            let fd = listener(kind_of(&name), &places.links.join(&name))
                 .map_err(|e| format!("cannot listen in {}: {e}", places.links.display()))?;
-            keep(starter, &listening(link), fd.as_fd())?;
-            listeners.insert(link.name, fd);
+            keep(starter, &listening(&name), fd.as_fd())?;
+            listeners.insert(name, fd);
         }
         let configs = configs(plan)?;
         for (process, config) in &configs {
             keep(starter, &configured(process), config.as_fd())?;
         }
-        Ok(Self { configs, fds, listeners })
+        let paths = plan.bus.paths.clone();
+        keep(starter, PATHS, config_blob::seal(&paths)?.as_fd())?;
+        Ok(Self { configs, fds, listeners, paths })
     }
 
     /// Goes on with what the store has. Of a new plan only who may connect counts: the rest is for the next life.
@@ -130,44 +189,66 @@ impl Life {
     /// # Errors
     /// Something is missing: the store was lost.
     pub fn go_on(plan: Option<&Plan>, mut store: BTreeMap<String, OwnedFd>) -> Result<Self, String> {
+        let under = |prefix: &str| -> Vec<String> {
+            store.keys().filter_map(|name| name.strip_prefix(prefix)).map(str::to_owned).collect()
+        };
+        let (processes, sockets) = (under(CONFIGURED), under(LISTENING));
         let mut take =
             |name: String| store.remove(&name).ok_or_else(|| format!("{name} is not in the store"));
         let mut configs = BTreeMap::new();
-        for process in started() {
-            configs.insert(process.name, take(configured(process.name))?);
+        // What every VM has must be there, devices as the life has them.
+        let basic = PROCESSES.iter().filter(|p| p.name != "pci" && !p.per_device).map(|p| p.name.to_owned());
+        for process in basic.chain(processes).collect::<BTreeSet<_>>() {
+            let config = take(configured(&process))?;
+            configs.insert(process, config);
         }
+        let has =
+            |end: &str| configs.keys().any(|name| Member::find(name).is_some_and(|m| m.process.name == end));
+        let links = LINKS.iter().filter(|link| has(link.listener) && has(link.connector));
+        let links = links.map(|link| link.name.to_owned());
         let mut listeners = BTreeMap::new();
-        for link in links() {
-            listeners.insert(link.name, take(listening(link))?);
+        for name in links.chain(sockets).collect::<BTreeSet<_>>() {
+            let listener = take(listening(&name))?;
+            listeners.insert(name, listener);
         }
+        let paths = config_blob::read(&take(PATHS.to_owned())?)?;
         if let (Some(plan), Some(broker)) = (plan, configs.get_mut("broker")) {
             let mut config: config::Broker = config_blob::read(broker)?;
             admit_as(&mut config, &plan.broker);
             *broker = config_blob::seal(&config)?;
         }
         let given = |(name, fd): (String, OwnedFd)| Some((name.strip_prefix("given.")?.to_owned(), fd));
-        Ok(Self { configs, fds: store.into_iter().filter_map(given).collect(), listeners })
+        Ok(Self { configs, fds: store.into_iter().filter_map(given).collect(), listeners, paths })
     }
 
     /// What a process is started with: names and copies of its descriptors.
     ///
     /// # Errors
     /// One line.
-    pub fn for_process(&self, process: &Process, places: &Places) -> Result<Vec<(String, OwnedFd)>, String> {
+    pub fn for_process(&self, member: &Member, places: &Places) -> Result<Vec<(String, OwnedFd)>, String> {
         let copy = |fd: &OwnedFd| fd.try_clone().map_err(|e| format!("dup: {e}"));
+        let process = member.process;
         let mut all = Vec::new();
-        if let Some(config) = self.configs.get(process.name) {
-            all.push(("config".to_owned(), copy(config)?));
+        let config = self.configs.get(&member.name()).ok_or("the machine has no such process")?;
+        all.push(("config".to_owned(), copy(config)?));
+        for (name, fd) in &self.listeners {
+            if process.may_have(name) {
+                all.push((name.clone(), copy(fd)?));
+            } else if let Some(own) = member.own_name(name) {
+                all.push((own, copy(fd)?));
+            }
         }
-        for (name, fd) in self.listeners.iter().filter(|(name, _)| process.may_have(name)) {
-            all.push(((*name).to_owned(), copy(fd)?));
+        for link in LINKS.iter().filter(|link| link.connector == process.name) {
+            if self.listeners.contains_key(link.name) {
+                all.push((link.as_name.to_owned(), self.connection(link, places)?));
+            }
         }
-        for link in links().filter(|link| link.connector == process.name) {
-            all.push((link.as_name.to_owned(), self.connection(link, places)?));
-        }
-        for (name, fd) in self.fds.iter().filter(|(name, _)| process.may_have(name)) {
+        for (name, fd) in &self.fds {
             // A character device has one owner.
-            if !name.starts_with("chardev.") || process.name == "console" {
+            let foreign = name.starts_with("chardev.") && process.name != "console";
+            if let Some(own) = member.own_name(name) {
+                all.push((own, copy(fd)?));
+            } else if member.device.is_none() && process.may_have(name) && !foreign {
                 all.push((name.clone(), copy(fd)?));
             }
         }
@@ -193,32 +274,49 @@ impl Life {
     /// # Errors
     /// Nobody listens.
     pub fn connection(&self, link: &Link, places: &Places) -> Result<OwnedFd, String> {
-        let path = places.links.join(link.name);
-        let listener =
-            self.listeners.get(link.name).ok_or_else(|| format!("{} has no listener", link.name))?;
-        rendezvous::connect(SockType::SeqPacket, listener.as_fd(), &path)
-            .map_err(|e| format!("cannot connect to {}: {e}", path.display()))
+        self.reach(link.name, places)
+            .map_err(|e| format!("cannot connect to {} in {}: {e}", link.name, places.links.display()))
+    }
+
+    fn reach(&self, listener: &str, places: &Places) -> Result<OwnedFd, Errno> {
+        let fd = self.listeners.get(listener).ok_or(Errno::EPERM)?;
+        rendezvous::connect(kind_of(listener), fd.as_fd(), &places.links.join(listener))
+    }
+
+    /// A new connection to a back end for pci, at once.
+    ///
+    /// # Errors
+    /// EPERM: the machine has no such back end; the kernel's.
+    pub fn back_end(&self, name: &str, places: &Places) -> Result<OwnedFd, Errno> {
+        match self.paths.get(name) {
+            Some(path) => opener::connect_now(&format!("{}/{path}", places.others.display())),
+            None if name.starts_with("vhost.") || name.starts_with("side.") => self.reach(name, places),
+            None => Err(Errno::EPERM),
+        }
     }
 }
 
-/// The process of that name.
-pub fn process(name: &str) -> Option<&'static Process> {
-    PROCESSES.iter().copied().find(|process| process.name == name)
+fn configs(plan: &Plan) -> Result<BTreeMap<String, OwnedFd>, String> {
+    let mut all = BTreeMap::from([
+        ("core".to_owned(), config_blob::seal(&plan.core)?),
+        ("loader".to_owned(), config_blob::seal(&plan.loader)?),
+        ("console".to_owned(), config_blob::seal(&plan.console)?),
+        ("broker".to_owned(), config_blob::seal(&plan.broker)?),
+    ]);
+    if !plan.bus.config.devices.is_empty() {
+        all.insert("pci".to_owned(), config_blob::seal(&plan.bus.config)?);
+    }
+    for daemon in &plan.bus.daemons {
+        let member = Member { process: daemon.process(), device: Some(daemon.key.clone()) };
+        all.insert(member.name(), daemon.seal()?);
+    }
+    Ok(all)
 }
 
-fn configs(plan: &Plan) -> Result<BTreeMap<&'static str, OwnedFd>, String> {
-    Ok(BTreeMap::from([
-        ("core", config_blob::seal(&plan.core)?),
-        ("loader", config_blob::seal(&plan.loader)?),
-        ("console", config_blob::seal(&plan.console)?),
-        ("broker", config_blob::seal(&plan.broker)?),
-    ]))
-}
-
-fn listener(path: &Path) -> Result<OwnedFd, Errno> {
+fn listener(kind: SockType, path: &Path) -> Result<OwnedFd, Errno> {
     // Of a former life: nobody listens there any more, or nobody who could still be meant.
     let _ = fs::remove_file(path);
-    rendezvous::listen(SockType::SeqPacket, path)
+    rendezvous::listen(kind, path)
 }
 
 #[cfg(test)]
@@ -230,17 +328,87 @@ mod tests {
         crate::machine::plan(&file::parse("vm1", text).unwrap().options).unwrap()
     }
 
+    #[test]
+    fn a_device_daemon_is_known_by_process_and_device() {
+        for name in ["core", "pci", "block-d0", "net-a-b"] {
+            assert_eq!(Member::find(name).unwrap().name(), name);
+        }
+        for name in ["", "core-d0", "block", "kvm", "blocks-d0"] {
+            assert!(Member::find(name).is_none(), "{name}");
+        }
+        let net = Member::find("net-n0").unwrap();
+        for (opened, own) in [
+            ("tap.n0.0", Some("tap.0")),
+            ("tap.n0.12", Some("tap.12")),
+            ("vhost.n0", Some("vhost")),
+            ("vhost.n00", None),
+            ("tap.n1.0", None),
+            ("disk.n0", None),
+            ("chardev.n0", None),
+        ] {
+            assert_eq!(net.own_name(opened).as_deref(), own, "{opened}");
+        }
+    }
+
+    /// An opener that is started anew gives devices what the life has, whatever the machine file says by now.
+    #[test]
+    fn devices_are_those_of_the_life() {
+        let old = plan(
+            "drive = { if = \"none\", id = \"d\", file = \"disk\" }\n\
+             chardev = { backend = \"socket\", id = \"c\", path = \"c\" }\n\
+             device = [{ driver = \"virtio-blk-pci\", id = \"d0\", drive = \"d\" }, \
+                       { driver = \"vhost-user-rng-pci\", chardev = \"c\" }]",
+        );
+        let dir = std::env::temp_dir().join(format!("bulkhead-life-{}", std::process::id()));
+        fs::create_dir_all(dir.join("others")).unwrap();
+        let null = || OwnedFd::from(fs::File::open("/dev/null").unwrap());
+        let mut store = BTreeMap::from([("given.disk.d0".to_owned(), null())]);
+        for (process, config) in configs(&old).unwrap() {
+            store.insert(configured(&process), config);
+        }
+        let names = listeners(&old);
+        assert!(
+            ["bus-pci", "control-pci", "vhost.d0", "side.d0"]
+                .iter()
+                .all(|n| names.contains(&(*n).to_owned()))
+        );
+        assert!(!names.contains(&"control-balloon".to_owned()));
+        for name in names {
+            let fd = listener(kind_of(&name), &dir.join(&name)).unwrap();
+            store.insert(listening(&name), fd);
+        }
+        store.insert(PATHS.to_owned(), config_blob::seal(&old.bus.paths).unwrap());
+        let life = Life::go_on(Some(&plan("")), store).unwrap();
+        let places = Places { state: null(), links: dir.clone(), others: dir.join("others") };
+        let given = |name: &str| {
+            let given = life.for_process(&Member::find(name).unwrap(), &places).unwrap();
+            given.into_iter().map(|(name, _)| name).collect::<Vec<_>>()
+        };
+        assert_eq!(given("block-d0"), ["config", "side", "vhost", "disk"]);
+        assert_eq!(given("pci"), ["config", "core", "broker"]);
+        assert!(life.for_process(&Member::find("net-n0").unwrap(), &places).is_err());
+        assert!(life.back_end("vhost.d0", &places).is_ok() && life.back_end("side.d0", &places).is_ok());
+        for name in ["vhost.d1", "control-pci", "chardev.d", "disk.d0"] {
+            assert_eq!(life.back_end(name, &places).unwrap_err(), Errno::EPERM, "{name}");
+        }
+        assert_eq!(life.back_end("chardev.c", &places).unwrap_err(), Errno::ENOENT);
+        let _listener = std::os::unix::net::UnixListener::bind(dir.join("others/c")).unwrap();
+        assert!(life.back_end("chardev.c", &places).is_ok());
+        fs::remove_dir_all(dir).unwrap();
+    }
+
     /// What a machine file says after the start counts from the next life on, but for who may connect.
     #[test]
     fn in_a_life_only_access_changes() {
         let old = plan("append = \"old\"");
         let mut store = BTreeMap::new();
         for (process, config) in configs(&old).unwrap() {
-            store.insert(configured(process), config);
+            store.insert(configured(&process), config);
         }
-        for link in links() {
-            store.insert(listening(link), OwnedFd::from(fs::File::open("/dev/null").unwrap()));
+        for name in listeners(&old) {
+            store.insert(listening(&name), OwnedFd::from(fs::File::open("/dev/null").unwrap()));
         }
+        store.insert(PATHS.to_owned(), config_blob::seal(&old.bus.paths).unwrap());
         store.insert("given.kernel".to_owned(), OwnedFd::from(fs::File::open("/dev/null").unwrap()));
         let new = plan(
             "append = \"new\"\nkernel = \"k\"\nchardev = { backend = \"null\", id = \"n\" }\naccess.monitor.uid = 7",

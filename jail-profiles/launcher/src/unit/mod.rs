@@ -1,6 +1,7 @@
 //! What the units of a VM run: `bulkhead unit opener|check|limits|power-off`.
 
 mod file;
+mod generate;
 mod life;
 mod serve;
 
@@ -17,7 +18,7 @@ use nix::sys::stat::Mode;
 use nix::unistd::Pid;
 
 use crate::cli::help;
-use crate::machine;
+use crate::machine::{self, Plan};
 use crate::opener::from_service_manager;
 use crate::relay::say;
 use file::Machine;
@@ -28,9 +29,14 @@ use serve::Opener;
 pub const USAGE: &str = "\
 usage: bulkhead unit check FILE           check a machine file; its name is the VM's
        bulkhead unit limits FILE          give the VM's slice the limits of its machine file (as root)
+       bulkhead unit generate DIRECTORY   write what devices add to the units (systemd.generator(7))
        bulkhead unit opener NAME          give the VM's processes their descriptors (started by its unit)
        bulkhead unit power-off PID        press the power button and wait for core's end (ExecStop of core)
 ";
+/// Where machine files are.
+const MACHINES: &str = "/etc/bulkhead";
+/// The longest name of a user that units can have, in bytes.
+const MAX_USER: usize = 31;
 /// How long a guest may take to power off.
 const POWER_OFF: Duration = Duration::from_secs(60);
 /// How often the wait says that it waits.
@@ -48,6 +54,7 @@ pub fn run(words: &[String]) -> Result<u8, String> {
         [] | ["help" | "-h" | "-help" | "--help"] => help::print(USAGE),
         ["check", path] => check(path),
         ["limits", path] => limits(path),
+        ["generate", directory, ..] => generate::generate(MACHINES.as_ref(), directory.as_ref()).map(|()| 0),
         ["opener", name] => opener(name),
         ["power-off"] => Ok(0),
         ["power-off", pid] => power_off(pid),
@@ -60,6 +67,44 @@ fn read(name: &str, path: &str) -> Result<Machine, String> {
     file::parse(name, &text).map_err(|e| format!("{path}: {e}"))
 }
 
+/// What a machine file plans.
+fn plan(name: &str, path: &str) -> Result<Plan, String> {
+    let machine = read(name, path)?;
+    let plan = machine::plan(&machine.options).map_err(|e| format!("{path}: {e}"))?;
+    check_devices(name, &plan).map_err(|e| format!("{path}: {e}"))?;
+    Ok(plan)
+}
+
+/// Whether units can carry the names of a machine's devices, and its back ends' sockets are where units have them.
+fn check_devices(name: &str, plan: &Plan) -> Result<(), String> {
+    let daemons = plan.bus.daemons.iter().map(|daemon| daemon.key.as_str());
+    let mut users = Vec::new();
+    for key in daemons.chain(generate::others(plan)) {
+        let plain = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '_');
+        let user = generate::user(name, key);
+        if key.starts_with('#') || !key.chars().all(plain) || user.len() > MAX_USER {
+            let most = MAX_USER - generate::user(name, "").len();
+            return Err(format!(
+                "{key:?} is no id for a device with a daemon in a unit: use a letter and up to {} letters, digits, '-' and '_'",
+                most - 1
+            ));
+        }
+        if users.contains(&user) {
+            return Err(format!(
+                "{key:?} is the id of a device and of a character device: their units need different users"
+            ));
+        }
+        users.push(user);
+    }
+    match plan.bus.paths.values().find(|path| path.contains('/') || path.is_empty()) {
+        None => Ok(()),
+        Some(path) => Err(format!(
+            "{path}: a back end's socket in a unit is a name without '/', in {}/{name}",
+            generate::OTHERS
+        )),
+    }
+}
+
 /// The VM's name: that of its machine file.
 fn name_of(path: &str) -> Result<String, String> {
     let file = path.rsplit('/').next().unwrap_or(path);
@@ -70,16 +115,17 @@ fn name_of(path: &str) -> Result<String, String> {
 }
 
 fn check(path: &str) -> Result<u8, String> {
-    let name = name_of(path)?;
-    let machine = read(&name, path)?;
-    machine::plan(&machine.options).map_err(|e| format!("{path}: {e}"))?;
-    Ok(0)
+    plan(&name_of(path)?, path).map(|_| 0)
 }
 
 /// Checks the machine file, then sets the limits until the host's next start.
 fn limits(path: &str) -> Result<u8, String> {
-    check(path)?;
     let name = name_of(path)?;
+    if !generate::is_current(&name, &plan(&name, path)?, generate::GENERATED.as_ref()) {
+        return Err(format!(
+            "{path}: its devices have changed: run systemctl daemon-reload, then start the VM"
+        ));
+    }
     let machine = read(&name, path)?;
     let slice = format!("bulkhead-{name}.slice");
     let mut words = vec!["set-property", "--runtime", &slice];
@@ -104,11 +150,13 @@ fn opener(name: &str) -> Result<u8, String> {
     let var =
         |name: &str| std::env::var(name).map_err(|_| format!("{name} is not set: this command is for units"));
     let credentials = PathBuf::from(var("CREDENTIALS_DIRECTORY")?);
-    let plan = read(name, &credentials.join("machine").display().to_string())
-        .and_then(|machine| machine::plan(&machine.options).map_err(|e| e.to_string()));
+    let plan = plan(name, &credentials.join("machine").display().to_string());
     let starter = Starter::connect(&var("NOTIFY_SOCKET")?).map_err(|e| format!("NOTIFY_SOCKET: {e}"))?;
-    let places =
-        Places { state: directory(&var("STATE_DIRECTORY")?)?, links: var("RUNTIME_DIRECTORY")?.into() };
+    let places = Places {
+        state: directory(&var("STATE_DIRECTORY")?)?,
+        links: var("RUNTIME_DIRECTORY")?.into(),
+        others: generate::OTHERS.into(),
+    };
     Opener::new(plan, places, starter, given)?.serve()
 }
 

@@ -12,25 +12,30 @@ use bulkhead_control_api::VERSION;
 use bulkhead_control_api::opener::FromOpener;
 use bulkhead_jail::link::{Link, LinkError};
 use bulkhead_jail::starter::Starter;
-use bulkhead_jail::topology::{Process, Restart};
+use bulkhead_jail::topology::{LINKS, PCI, Process, Restart};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::socket::{MsgFlags, UnixAddr, getsockname, setsockopt, sockopt};
 use nix::sys::time::{TimeVal, TimeValLike as _};
 
-use super::life::{self, Life, Places, links};
+use super::life::{self, Life, Member, Places};
 use crate::machine::Plan;
 use crate::relay::say;
+use crate::supervise::{Asker, parts};
 
 /// What the opener calls itself in messages.
 const NAME: &str = "bulkhead-opener";
 /// How long a process may take to say hello and to read, in seconds.
 const PATIENCE: i64 = 5;
-/// Processes whose link to the opener is kept: core's tells whether core lives, the others are given more later.
-const KEPT: [&str; 3] = ["core", "console", "broker"];
 
-/// A socket on which processes of one kind connect.
+/// Whether a process's link to the opener is kept: core's tells whether core lives, others are given more later, and pci
+/// asks for connections.
+fn is_kept(process: &Process) -> bool {
+    matches!(process.name, "core" | "broker") || parts::keeps_opener(process)
+}
+
+/// A socket on which one process connects.
 struct Door {
-    process: &'static Process,
+    member: Member,
     listener: UnixListener,
 }
 
@@ -43,20 +48,11 @@ pub struct Opener {
     doors: Vec<Door>,
     life: Life,
     /// Links to processes, by name.
-    links: BTreeMap<&'static str, OwnedFd>,
+    links: BTreeMap<String, Asker>,
 }
 
-/// Name in the store of a process's link.
-fn link_name(process: &str) -> String {
-    format!("link.{process}")
-}
-
-/// Whether the other end of a link is still there.
-fn lives(link: &OwnedFd) -> bool {
-    let mut fds = [PollFd::new(link.as_fd(), PollFlags::empty())];
-    let _ = poll(&mut fds, PollTimeout::ZERO);
-    !fds.iter().any(|fd| fd.any() == Some(true))
-}
+/// Beginning of the name in the store of a process's link.
+const LINK: &str = "link.";
 
 impl Opener {
     /// Takes what the service manager gave: the sockets, and what a predecessor has kept.
@@ -71,13 +67,15 @@ impl Opener {
     ) -> Result<Self, String> {
         let (doors, store): (Vec<_>, Vec<_>) = given.into_iter().partition(|(name, _)| name == "opener");
         let doors = doors.into_iter().map(|(_, fd)| door(fd)).collect::<Result<Vec<_>, _>>()?;
-        let mut store: BTreeMap<String, OwnedFd> = store.into_iter().collect();
-        let mut links = BTreeMap::new();
-        for name in KEPT {
-            if let Some(link) = store.remove(&link_name(name)).filter(lives) {
-                links.insert(name, link);
+        let (mut links, mut rest) = (BTreeMap::new(), BTreeMap::new());
+        for (name, fd) in store {
+            match name.strip_prefix(LINK) {
+                Some(process) => drop(links.insert(process.to_owned(), Asker::resume(fd))),
+                None => drop(rest.insert(name, fd)),
             }
         }
+        links.retain(|_, link| link.lives());
+        let store = rest;
         let life = if links.contains_key("core") {
             say("<5>", NAME, "goes on with what its predecessor has opened");
             if let Err(why) = &plan {
@@ -102,19 +100,22 @@ impl Opener {
         loop {
             let mut fds: Vec<_> =
                 self.doors.iter().map(|door| PollFd::new(door.listener.as_fd(), PollFlags::POLLIN)).collect();
+            // No other process asks.
+            fds.extend(self.links.get(PCI.name).map(Asker::poll_fd));
             match poll(&mut fds, PollTimeout::NONE) {
                 Ok(_) | Err(nix::errno::Errno::EINTR) => {}
                 Err(e) => return Err(format!("poll: {e}")),
             }
             let ready: Vec<bool> = fds.iter().map(|fd| fd.any() == Some(true)).collect();
+            self.connect_back_ends();
             for (index, _) in ready.into_iter().enumerate().filter(|(_, ready)| *ready) {
                 let Some(door) = self.doors.get(index) else { continue };
-                let process = door.process;
+                let member = door.member.clone();
                 // The standard library's listener accepts whatever type of socket it is.
                 match door.listener.accept() {
                     Ok((connection, _)) => {
-                        if let Err(why) = self.give(process, connection.into()) {
-                            say("<3>", NAME, &format!("{}: {why}", process.binary));
+                        if let Err(why) = self.give(&member, connection.into()) {
+                            say("<3>", NAME, &format!("{}: {why}", member.name()));
                         }
                     }
                     Err(e) => say("<4>", NAME, &format!("accept: {e}")),
@@ -123,8 +124,17 @@ impl Opener {
         }
     }
 
+    /// Answers pci.
+    fn connect_back_ends(&mut self) {
+        let Self { life, places, links, .. } = self;
+        if links.get_mut(PCI.name).is_some_and(|link| !link.serve(|name| life.back_end(name, places))) {
+            links.remove(PCI.name);
+        }
+    }
+
     /// Gives a process that has connected what it is started with.
-    fn give(&mut self, process: &'static Process, fd: OwnedFd) -> Result<(), String> {
+    fn give(&mut self, member: &Member, fd: OwnedFd) -> Result<(), String> {
+        let process = member.process;
         let time = TimeVal::seconds(PATIENCE);
         let timeouts = setsockopt(&fd, sockopt::ReceiveTimeout, &time)
             .and_then(|()| setsockopt(&fd, sockopt::SendTimeout, &time));
@@ -138,13 +148,13 @@ impl Opener {
         }
         let kept = fd.try_clone().map_err(|e| format!("dup: {e}"))?;
         let link = Link::accept(fd, VERSION).map_err(|e| e.to_string())?;
-        for (name, fd) in self.life.for_process(process, &self.places)? {
+        for (name, fd) in self.life.for_process(member, &self.places)? {
             give_one(&link, name, &fd).map_err(|e| e.to_string())?;
         }
         link.send(&FromOpener::Done).map_err(|e| e.to_string())?;
-        if KEPT.contains(&process.name) {
-            life::keep(&self.starter, &link_name(process.name), kept.as_fd())?;
-            self.links.insert(process.name, kept);
+        if is_kept(process) {
+            life::keep(&self.starter, &format!("{LINK}{}", member.name()), kept.as_fd())?;
+            self.links.insert(member.name(), Asker::begun(link));
         }
         self.connect_peers(process);
         Ok(())
@@ -155,10 +165,12 @@ impl Opener {
         if process.restart == Restart::Never {
             return;
         }
-        for link in links().filter(|link| link.listener == process.name) {
-            let Some(peer) = self.links.get(link.connector) else { continue };
+        for link in LINKS.iter().filter(|link| link.listener == process.name) {
+            let is_peer = |name: &str| Member::find(name).is_some_and(|m| m.process.name == link.connector);
+            let Some((_, peer)) = self.links.iter().find(|(name, _)| is_peer(name)) else { continue };
             let given = self.life.connection(link, &self.places).and_then(|connection| {
-                push(peer, link.as_name, &connection).map_err(|e| format!("{}: {e}", link.connector))
+                let given = peer.give(link.as_name, connection.as_fd());
+                given.map_err(|e| format!("{}: {e}", link.connector))
             });
             if let Err(why) = given {
                 say("<4>", NAME, &format!("link {}: {why}", link.name));
@@ -169,21 +181,11 @@ impl Opener {
     /// The machine file may say something else about who may connect than when the broker was started.
     fn tell_broker(&mut self) {
         let Some(broker) = self.links.get("broker") else { return };
-        let config = self.life.config("broker").and_then(|config| config.try_clone_to_owned().ok());
-        let Some(config) = config else { return };
-        if let Err(error) = push(broker, "config", &config) {
+        let Some(config) = self.life.config("broker") else { return };
+        if let Err(error) = broker.give("config", config) {
             say("<4>", NAME, &format!("the broker does not hear of its new configuration: {error}"));
         }
     }
-}
-
-/// Gives one more descriptor on a link that is in use. A peer that does not read, or is dying, is none of the opener's
-/// concern.
-fn push(link: &OwnedFd, name: &str, fd: &OwnedFd) -> Result<(), LinkError> {
-    let message = FromOpener::Given { name: name.to_owned() };
-    let packet = bulkhead_control_api::encode(&message).map_err(|_| LinkError::Malformed)?;
-    bulkhead_jail::link::send_packet(link.as_fd(), &packet, &[fd.as_fd()], MsgFlags::MSG_DONTWAIT)?;
-    Ok(())
 }
 
 fn give_one(link: &Link, name: String, fd: &OwnedFd) -> Result<(), LinkError> {
@@ -194,6 +196,6 @@ fn give_one(link: &Link, name: String, fd: &OwnedFd) -> Result<(), LinkError> {
 fn door(listener: OwnedFd) -> Result<Door, String> {
     let address = getsockname::<UnixAddr>(listener.as_raw_fd()).map_err(|e| format!("getsockname: {e}"))?;
     let name = address.path().and_then(Path::file_name).and_then(|name| name.to_str()).unwrap_or_default();
-    let process = life::process(name).ok_or_else(|| format!("a socket named {name:?} is for no process"))?;
-    Ok(Door { process, listener: listener.into() })
+    let member = Member::find(name).ok_or_else(|| format!("a socket named {name:?} is for no process"))?;
+    Ok(Door { member, listener: listener.into() })
 }

@@ -17,7 +17,7 @@ use crate::paths;
 pub const PARTS: [&str; 4] = ["opener", "core", "console", "broker"];
 
 /// Every socket and pipe of a VM, below /run.
-pub const SOCKETS: [&str; 9] = [
+pub const SOCKETS: [&str; 10] = [
     "bulkhead/NAME/operator",
     "bulkhead/NAME/monitor",
     "bulkhead/NAME/console",
@@ -27,6 +27,7 @@ pub const SOCKETS: [&str; 9] = [
     "bulkhead-inner/NAME/console",
     "bulkhead-inner/NAME/broker",
     "bulkhead-inner/NAME/loader",
+    "bulkhead-inner/NAME/pci",
 ];
 
 /// Seconds after which a tool is killed; a VM that is switched off may take 75.
