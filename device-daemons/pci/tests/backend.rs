@@ -12,7 +12,7 @@ use std::rc::Rc;
 use std::time::{Duration, Instant};
 
 use bulkhead_bus_api::pci;
-use bulkhead_pci::frontend::wire::{BIAS, CONFIG_CHANGE, PROTOCOL_FEATURES, Request, protocol};
+use bulkhead_pci::frontend::wire::{BIAS, CONFIG_CHANGE, HEADER, PROTOCOL_FEATURES, Request, protocol};
 use bulkhead_pci::frontend::{Event, Frontend, StartError};
 use bulkhead_pci::memory::{Memory, Region};
 use common::peer::{CONFIG_LEN, Peer, STOPPED_AT, memory, send, spec, take};
@@ -174,6 +174,31 @@ fn what_is_in_flight_goes_to_the_next_life_and_ends_with_a_reset() {
     assert!(front.inflight().is_none());
     peer.log.clear();
     assert_eq!(start(&mut front, &mut peer), (true, true));
+}
+
+/// The specification's structure ends where that of C is padded.
+#[test]
+fn in_flight_memory_is_told_with_and_without_padding() {
+    for len in [16, 19, 20, 21, 24] {
+        let (mut front, mut peer) = ready(protocol::WANTED);
+        let ram = Ram::new();
+        front.start(VERSION_1, &ram.memory, vec![ram.ring(0, 0)]).unwrap();
+        let mut events = front.advance();
+        while let Some((asked, answer)) = peer.turn() {
+            if let Some(mut answer) = answer {
+                if asked.request == Request::GET_INFLIGHT_FD as u32 {
+                    let payload = answer.bytes.split_off(HEADER);
+                    answer.payload(&payload[..len]);
+                }
+                peer.send(&answer);
+            }
+            events.extend(front.advance());
+        }
+        let right = matches!(len, 20 | 24);
+        let lost = Event::Lost("sent a wrong answer to GET_INFLIGHT_FD".into());
+        assert_eq!(events, [if right { Event::Started { ring: None } } else { lost }]);
+        assert_eq!(front.inflight().is_some(), right);
+    }
 }
 
 #[test]
