@@ -18,3 +18,4 @@ pub mod port;
 pub mod server;
 pub mod space;
 pub mod state;
+pub mod virtio;

@@ -12,6 +12,7 @@ use bulkhead_pci::device::Factory;
 use bulkhead_pci::event;
 use bulkhead_pci::server::{Parts, Server, ServerError};
 use bulkhead_pci::state::State;
+use bulkhead_pci::virtio::VirtioPci;
 
 /// Why the process fails.
 #[derive(Debug, thiserror::Error)]
@@ -46,8 +47,7 @@ fn run() -> Result<(), Failure> {
             Some(fd) => drop(connections.insert(name, fd)),
         }
     }
-    let factory: Factory =
-        Box::new(|config, _| Err(format!("{:?} is no device of this version", config.driver)));
+    let factory: Factory = Box::new(|config, memory| Ok(Box::new(VirtioPci::new(config, memory)?)));
     let parts = Parts {
         core: start.take("core")?,
         broker: start.take_optional("broker"),

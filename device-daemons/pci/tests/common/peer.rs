@@ -97,6 +97,10 @@ pub struct Peer {
     pub channel: Option<OwnedFd>,
     /// Requests that it got, in order.
     pub log: Vec<u32>,
+    /// Requests whose payloads are of interest ...
+    pub asks: Vec<u32>,
+    /// ... and those.
+    pub asked: Vec<Vec<u8>>,
 }
 
 pub fn spec() -> Spec {
@@ -110,9 +114,15 @@ impl Peer {
     }
 
     pub fn with(front: &mut Frontend, protocol: u64) -> Self {
+        let (peer, stream) = Self::pair(protocol);
+        front.connect(stream);
+        peer
+    }
+
+    /// A back end and the front end's side of the connection.
+    pub fn pair(protocol: u64) -> (Self, OwnedFd) {
         let (a, b) = socketpair(AddressFamily::Unix, SockType::Stream, None, SockFlag::SOCK_CLOEXEC).unwrap();
-        front.connect(a);
-        Self {
+        let peer = Self {
             stream: b,
             features: VERSION_1 | PROTOCOL_FEATURES | LOG_ALL | 0xff,
             protocol,
@@ -121,13 +131,19 @@ impl Peer {
             slots: 4,
             channel: None,
             log: Vec::new(),
-        }
+            asks: Vec::new(),
+            asked: Vec::new(),
+        };
+        (peer, a)
     }
 
     /// The next request and the right answer to it, if it wants one.
     pub fn turn(&mut self) -> Option<(Asked, Option<Answer>)> {
         let mut asked = take(&self.stream)?;
         self.log.push(asked.request);
+        if self.asks.contains(&asked.request) {
+            self.asked.push(asked.payload.clone());
+        }
         let is = |request: Request| asked.request == request as u32;
         let number = |n: u64| Some(n.to_ne_bytes().to_vec());
         let payload = if is(Request::GET_FEATURES) {

@@ -1,0 +1,411 @@
+//! The device's life with its back end: start and stop, loss and return, changes of configuration.
+
+use std::os::fd::OwnedFd;
+use std::rc::Rc;
+use std::time::{Duration, Instant};
+
+use bulkhead_control_api::side::ToPci;
+use nix::poll::PollFd;
+
+use super::common::{NO_VECTOR, Offer, status};
+use super::side::Side;
+use super::{Stage, VirtioPci, kind, ring};
+use crate::device::Backed;
+use crate::frontend::{Event, Ring, StartError};
+
+/// A back end that lost its connection has stopped after this.
+pub const STALE: Duration = Duration::from_secs(5);
+
+impl VirtioPci {
+    /// Whether queues are to run.
+    fn wants(&self) -> bool {
+        let bits = status::DRIVER_OK | status::NEEDS_RESET | status::FAILED;
+        let driven = self.common.status & bits == status::DRIVER_OK;
+        driven && !self.common.resetting && self.master && !self.paused
+    }
+
+    /// Does what follows from what is and what is to be.
+    pub(super) fn settle(&mut self) {
+        match self.stage {
+            Stage::Running if !self.wants() => {
+                self.front.stop();
+                self.stage = Stage::Stopping;
+            }
+            Stage::Stopped if self.common.resetting => self.end_reset(),
+            Stage::Stopped if self.wants() => self.launch(),
+            _ => {}
+        }
+    }
+
+    /// The guest or the machine resets the device.
+    pub(super) fn begin_reset(&mut self) {
+        self.common.begin_reset();
+        self.isr = 0;
+    }
+
+    /// The back end has stopped.
+    fn end_reset(&mut self) {
+        if std::mem::take(&mut self.used) {
+            self.front.reset();
+        }
+        self.resumed = false;
+        self.common.end_reset();
+        if let Some(offer) = self.offer {
+            self.show(offer);
+        }
+    }
+
+    /// What the guest is offered from now on.
+    fn show(&mut self, offer: Offer) {
+        self.shown = Some(offer);
+        let mut space = std::mem::take(&mut self.space);
+        kind::limit_queues(&self.config, offer.queues, &mut space);
+        self.space = space;
+    }
+
+    /// An enabled queue as the front end needs it; `None` if it is not one that the back end may have.
+    fn ring(&self, index: u16) -> Option<Ring> {
+        let queue = self.common.queues.get(usize::from(index))?;
+        let [desc, avail, used] = queue.areas;
+        let mut ring = Ring {
+            index,
+            size: queue.size,
+            desc,
+            avail,
+            used,
+            base: 0,
+            kick: Rc::clone(self.wires.bells.get(usize::from(index))?),
+            call: Rc::clone(self.call(queue.vector)),
+        };
+        if !ring.is_in(&self.memory) {
+            return None;
+        }
+        ring.base = match queue.base {
+            Some(base) => base,
+            // As another life of the back end has left it (vhost-user, "Inflight I/O tracking").
+            None => self.memory.read_u16(used + 2)?,
+        };
+        Some(ring)
+    }
+
+    /// The queues that are to run, or the number of one that cannot.
+    fn rings(&self) -> Result<Vec<Ring>, u16> {
+        let live = (0..).zip(&self.common.queues).filter(|(_, queue)| queue.is_live());
+        live.map(|(index, _)| self.ring(index).ok_or(index)).collect()
+    }
+
+    /// Why the back end that is there cannot go on with the device.
+    fn misfit(&self, offer: &Offer) -> Option<String> {
+        let missing = self.common.driver & !offer.features;
+        if missing != 0 {
+            return Some(format!("its back end has no longer the features {missing:#x}"));
+        }
+        let highest = (1..).zip(&self.common.queues).filter(|(_, queue)| queue.enabled).last();
+        let needs = highest.map_or(0, |(count, _)| count);
+        (needs > offer.queues).then(|| format!("its back end has {} of {needs} queues", offer.queues))
+    }
+
+    /// Starts all queues, if a back end is there.
+    fn launch(&mut self) {
+        let rings = match self.rings() {
+            Ok(rings) => rings,
+            // Whether there is a back end or not.
+            Err(index) => return self.needs_reset(&format!("queue {index} is not in its memory")),
+        };
+        let Some(offer) = self.offer else { return };
+        if let Some(why) = self.misfit(&offer) {
+            return self.needs_reset(&why);
+        }
+        let resumed = self.common.queues.iter().any(|queue| queue.is_live() && queue.base.is_none());
+        match self.front.start(self.common.driver, &self.memory, rings) {
+            // It is lost, as the next event says.
+            Err(StartError::NotReady) => {}
+            Err(error @ StartError::Ring(_)) => self.needs_reset(&error.to_string()),
+            Ok(()) => {
+                self.stage = Stage::Running;
+                self.used = true;
+                self.resumed |= resumed;
+                for queue in self.common.queues.iter_mut().filter(|queue| queue.is_live()) {
+                    queue.base = None;
+                }
+            }
+        }
+    }
+
+    /// A queue is to be reset by itself.
+    pub(super) fn stop_queue(&mut self, index: u16) {
+        match self.stage {
+            Stage::Running => self.front.stop_ring(index),
+            Stage::Stopped => self.common.end_queue_reset(index),
+            Stage::Stopping | Stage::Stale(_) => {}
+        }
+    }
+
+    /// A queue has been enabled anew.
+    pub(super) fn start_queue(&mut self, index: u16) {
+        let Some(ring) = self.ring(index) else {
+            return self.needs_reset(&format!("queue {index} is not in its memory"));
+        };
+        if self.stage != Stage::Running || !self.wants() {
+            return;
+        }
+        match self.front.start_ring(&self.memory, ring) {
+            Err(StartError::NotReady) => {}
+            Err(error @ StartError::Ring(_)) => self.needs_reset(&error.to_string()),
+            Ok(()) => {
+                if let Some(queue) = self.common.queues.get_mut(usize::from(index)) {
+                    queue.base = None;
+                }
+            }
+        }
+    }
+
+    /// A queue has another vector.
+    pub(super) fn change_call(&mut self, index: u16) {
+        let Some(queue) = self.common.queues.get(usize::from(index)) else { return };
+        if self.stage == Stage::Running && queue.is_live() {
+            let call = Rc::clone(self.call(queue.vector));
+            self.front.set_call(index, &call);
+        }
+    }
+
+    /// Tells the back end what the guest has written, one change at a time.
+    pub(super) fn sync_config(&mut self) {
+        if self.offer.is_none() {
+            return;
+        }
+        let told = self.sync.begin();
+        for (from, to) in &told {
+            if let (Some(bytes), Ok(offset)) = (self.space.get(*from..*to), u32::try_from(*from)) {
+                self.front.write_config(offset, bytes);
+            }
+        }
+        if !told.is_empty() {
+            // The answer comes after the writes, and says what the back end has made of them.
+            self.front.read_config();
+        }
+    }
+
+    /// The back end's configuration space. What the guest has written meanwhile is newer.
+    fn take_config(&mut self, config: &[u8]) {
+        let mut space = self.space.clone();
+        for (at, (to, from)) in space.iter_mut().zip(config).enumerate() {
+            if !self.sync.is_newer(at) {
+                *to = *from;
+            }
+        }
+        kind::limit_queues(&self.config, self.offered().queues, &mut space);
+        if space != self.space {
+            self.space = space;
+            self.common.generation = self.common.generation.wrapping_add(1);
+            self.interrupt();
+        }
+    }
+
+    fn on_event(&mut self, event: Event) {
+        match event {
+            Event::Ready { features, queues, config } => self.on_ready(features, queues, &config),
+            Event::Started { ring: None } if std::mem::take(&mut self.resumed) => {
+                // An interrupt of the life before may not have come; one too many does no harm.
+                let live = self.common.queues.iter().filter(|queue| queue.is_live());
+                for queue in live.filter(|queue| queue.vector != NO_VECTOR) {
+                    ring(self.call(queue.vector));
+                }
+            }
+            Event::Started { .. } | Event::Memory => {}
+            Event::Stopped { ring: Some(index), .. } => self.common.end_queue_reset(index),
+            Event::Stopped { ring: None, bases } => self.on_stopped(&bases),
+            Event::Config { config, changed } => {
+                if !changed {
+                    self.sync.answered();
+                }
+                self.take_config(&config);
+                self.sync_config();
+            }
+            Event::Lost(why) => self.on_lost(&why),
+        }
+        self.settle();
+    }
+
+    fn on_ready(&mut self, features: u64, queues: u16, config: &[u8]) {
+        if features & kind::VERSION_1 == 0 {
+            self.front.disconnect();
+            return self.on_lost("offers no virtio 1.0");
+        }
+        let queues = kind::queues(&self.config, queues);
+        let offer = Offer { features: kind::features(&self.config, features, queues), queues };
+        self.offer = Some(offer);
+        if matches!(self.stage, Stage::Stale(_)) {
+            self.halted();
+        }
+        if self.shown.is_none() || self.common.status == 0 {
+            self.show(offer);
+        }
+        self.sync.connected(!config.is_empty());
+        self.take_config(config);
+        self.sync_config();
+    }
+
+    fn on_stopped(&mut self, bases: &[(u16, u16)]) {
+        if self.stage != Stage::Stopping {
+            return;
+        }
+        for (index, base) in bases {
+            if let Some(queue) = self.common.queues.get_mut(usize::from(*index))
+                && queue.is_live()
+            {
+                queue.base = Some(*base);
+            }
+        }
+        self.halted();
+    }
+
+    /// Nothing runs at the back end any more.
+    fn halted(&mut self) {
+        self.stage = Stage::Stopped;
+        for index in 0..self.shape.queues {
+            self.common.end_queue_reset(index);
+        }
+    }
+
+    fn on_lost(&mut self, why: &str) {
+        self.complain(&format!("its back end {why}"));
+        self.offer = None;
+        self.sync.lost();
+        if !matches!(self.stage, Stage::Running | Stage::Stopping) {
+            return;
+        }
+        self.halted();
+        let driven = self.common.has(status::DRIVER_OK) && !self.common.resetting;
+        if driven && !self.can_resume() {
+            self.needs_reset("its back end may have lost requests");
+        }
+    }
+
+    /// Whether another life of the back end can go on with what this one has left.
+    fn can_resume(&self) -> bool {
+        self.config.resumes || self.front.inflight().is_some() || self.is_idle()
+    }
+
+    /// Whether every request that the guest has made so far is answered.
+    fn is_idle(&self) -> bool {
+        let ran = self.common.queues.iter().filter(|queue| queue.is_live() && queue.base.is_none());
+        let mut indices = ran.map(|queue| {
+            let [_, avail, used] = queue.areas;
+            // First the back end's, which does not move any more.
+            let used = self.memory.read_u16(used.checked_add(2)?)?;
+            Some((used, self.memory.read_u16(avail.checked_add(2)?)?))
+        });
+        indices.all(|pair| pair.is_some_and(|(used, avail)| used == avail))
+    }
+
+    fn on_events(&mut self, events: Vec<Event>) {
+        events.into_iter().for_each(|event| self.on_event(event));
+    }
+
+    fn hear(&mut self) {
+        let Some(side) = &mut self.side else { return };
+        match side.advance() {
+            Ok(said) => {
+                for message in said {
+                    match message {
+                        ToPci::ConfigChanged if self.offer.is_some() && self.sync.ask() => {
+                            self.front.read_config();
+                        }
+                        // It is read when there is a back end, or a second time already.
+                        ToPci::ConfigChanged => {}
+                        ToPci::NeedsReset => self.needs_reset("its back end says so"),
+                    }
+                }
+                self.settle();
+            }
+            Err(error) => {
+                self.complain(&format!("side link: {error}"));
+                self.side = None;
+            }
+        }
+    }
+}
+
+impl Backed for VirtioPci {
+    fn missing(&self) -> Vec<String> {
+        let socket = (!self.front.is_connected()).then(|| self.config.socket.clone());
+        let side = self.config.side.clone().filter(|_| self.side.is_none());
+        socket.into_iter().chain(side).collect()
+    }
+
+    fn connected(&mut self, name: &str, fd: OwnedFd) {
+        if name == self.config.socket && !self.front.is_connected() {
+            self.front.connect(fd);
+        } else if self.config.side.as_deref() == Some(name) && self.side.is_none() {
+            match Side::new(fd) {
+                Ok(side) => self.side = Some(side),
+                Err(error) => self.complain(&format!("side link: {error}")),
+            }
+        }
+    }
+
+    fn watch<'a>(&'a self, list: &mut Vec<PollFd<'a>>) {
+        self.front.watch(list);
+        list.extend(self.side.as_ref().map(Side::watch));
+    }
+
+    fn advance(&mut self) {
+        let events = self.front.advance();
+        self.on_events(events);
+        self.hear();
+    }
+
+    fn deadline(&self) -> Option<Instant> {
+        let stale = if let Stage::Stale(until) = self.stage { Some(until) } else { None };
+        self.front.deadline().into_iter().chain(stale).min()
+    }
+
+    fn expire(&mut self) {
+        let events = self.front.expire();
+        self.on_events(events);
+        if matches!(self.stage, Stage::Stale(until) if until <= Instant::now()) {
+            self.halted();
+            self.settle();
+        }
+    }
+
+    fn is_known(&self) -> bool {
+        self.shown.is_some()
+    }
+
+    fn is_connected(&self) -> bool {
+        self.offer.is_some()
+    }
+
+    fn pause(&mut self) {
+        self.paused = true;
+        self.settle();
+    }
+
+    fn resume(&mut self) {
+        self.paused = false;
+        self.settle();
+    }
+
+    fn is_quiet(&self) -> bool {
+        self.stage == Stage::Stopped
+    }
+
+    fn abandon(&mut self) {
+        self.front.disconnect();
+        self.on_lost("does not stop");
+        if matches!(self.stage, Stage::Stale(_)) {
+            self.halted();
+        }
+        self.settle();
+    }
+
+    fn kept(&self) -> Option<Rc<OwnedFd>> {
+        self.front.inflight().map(|inflight| Rc::clone(&inflight.fd))
+    }
+
+    fn inherit(&mut self, kept: OwnedFd) {
+        self.inherited = Some(kept);
+    }
+}

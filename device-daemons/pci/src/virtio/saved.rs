@@ -1,0 +1,71 @@
+//! What of a device outlives the process.
+
+use std::rc::Rc;
+use std::time::Instant;
+
+use bulkhead_control_api::{decode, encode};
+use serde::{Deserialize, Serialize};
+
+use super::common::{Common, Offer};
+use super::life::STALE;
+use super::sync::Span;
+use super::{Stage, VirtioPci};
+use crate::frontend::Inflight;
+
+/// Memory for requests in flight, beside the descriptor: length, offset, virtqueues, size of a virtqueue.
+type Room = (u64, u64, u16, u16);
+
+/// The state. Whether the guest lets the device master the bus, and whether it is paused, others know.
+#[derive(Debug, Serialize, Deserialize)]
+struct Saved {
+    shown: Option<Offer>,
+    common: Common,
+    space: Vec<u8>,
+    dirty: Vec<Span>,
+    isr: u8,
+    used: bool,
+    inflight: Option<Room>,
+}
+
+impl VirtioPci {
+    /// Encodes it.
+    pub(super) fn saved(&self) -> Vec<u8> {
+        let room =
+            |inflight: &Inflight| (inflight.size, inflight.offset, inflight.queues, inflight.queue_size);
+        let saved = Saved {
+            shown: self.shown,
+            common: self.common.clone(),
+            space: self.space.clone(),
+            dirty: self.sync.unknown(),
+            isr: self.isr,
+            used: self.used,
+            inflight: self.front.inflight().map(room),
+        };
+        // It is shorter than a message by far.
+        encode(&saved).unwrap_or_default()
+    }
+
+    /// Goes on from it; false, and nothing is changed, if it belongs to another device.
+    pub(super) fn take_over(&mut self, saved: &[u8]) -> bool {
+        let inherited = self.inherited.take();
+        let Ok(saved) = decode::<Saved>(saved) else { return false };
+        if !saved.common.fits(self.shape) || saved.space.len() != self.space.len() {
+            return false;
+        }
+        self.shown = saved.shown;
+        self.common = saved.common;
+        self.space = saved.space;
+        saved.dirty.into_iter().for_each(|span| self.sync.add(span));
+        self.isr = saved.isr;
+        self.used = saved.used;
+        if self.used {
+            self.stage = Stage::Stale(Instant::now() + STALE);
+        }
+        if let (Some(fd), Some((size, offset, queues, queue_size))) = (inherited, saved.inflight) {
+            let inflight = Inflight { fd: Rc::new(fd), size, offset, queues, queue_size };
+            self.front.set_inflight(Some(inflight));
+        }
+        self.settle();
+        true
+    }
+}

@@ -1,0 +1,56 @@
+//! The side link of a device daemon of ours (`control-api::side`).
+
+use std::os::fd::{AsFd as _, OwnedFd};
+
+use bulkhead_control_api::VERSION;
+use bulkhead_control_api::side::ToPci;
+use bulkhead_jail::link::{Link, LinkError};
+use nix::poll::{PollFd, PollFlags};
+use nix::sys::socket::MsgFlags;
+
+/// Messages in one call of [`Side::advance`].
+const TURNS: usize = 16;
+
+/// The link.
+pub struct Side {
+    link: Link,
+    greeted: bool,
+}
+
+impl Side {
+    /// Greets the daemon.
+    ///
+    /// # Errors
+    /// It is gone.
+    pub fn new(fd: OwnedFd) -> Result<Self, LinkError> {
+        Ok(Self { link: Link::begin(fd, VERSION)?, greeted: false })
+    }
+
+    /// What to wait for.
+    pub fn watch(&self) -> PollFd<'_> {
+        PollFd::new(self.link.as_fd(), PollFlags::POLLIN)
+    }
+
+    /// What the daemon has said since the last call.
+    ///
+    /// # Errors
+    /// The link is over.
+    pub fn advance(&mut self) -> Result<Vec<ToPci>, LinkError> {
+        let mut said = Vec::new();
+        for _ in 0..TURNS {
+            let result = if self.greeted {
+                self.link.recv_with::<ToPci>(MsgFlags::MSG_DONTWAIT).map(|(message, _)| said.push(message))
+            } else {
+                self.link.finish(VERSION, MsgFlags::MSG_DONTWAIT).map(|()| self.greeted = true)
+            };
+            match result {
+                Ok(()) => {}
+                Err(LinkError::WouldBlock) => break,
+                // What was said before the end still counts; the end is found again by the next call.
+                Err(_) if !said.is_empty() => break,
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(said)
+    }
+}
