@@ -336,3 +336,41 @@ impl Started {
         Ok(if text.is_empty() { None } else { Some(text) })
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use bulkhead_jail::topology::{BLOCK, BROKER, CONSOLE, CORE, PCI};
+
+    use super::*;
+
+    /// What the changelog says.
+    #[test]
+    fn the_limit_of_descriptors_follows_from_the_parts() {
+        let mut parts = vec![Part::of(&CORE), Part::of(&CONSOLE), Part::of(&BROKER)];
+        assert_eq!(most_descriptors(&parts), 3056);
+        parts.push(Part::of(&PCI));
+        assert_eq!(most_descriptors(&parts), 3356);
+        parts.extend([0, 1].map(|device| Part { process: &BLOCK, device: Some(device) }));
+        assert_eq!(most_descriptors(&parts), 3356 + 2 * 33);
+    }
+
+    #[test]
+    fn host_ids_stay_in_their_range() {
+        let id = |process, device| {
+            Host::host_id(&Order { process, device, names: Vec::new(), fds: Vec::new(), ram: 0 })
+        };
+        let all = [
+            id(&CORE, None),
+            id(&PCI, None),
+            id(&BLOCK, Some(0)),
+            id(&BLOCK, Some(47)),
+            id(&BLOCK, Some(254)),
+        ];
+        for (index, id) in all.iter().enumerate() {
+            assert!((FIRST_HOST_ID..=i32::MAX.unsigned_abs()).contains(id));
+            assert!(!all[..index].contains(id), "{all:x?}");
+        }
+        // A device's number counts round.
+        assert_eq!(id(&BLOCK, Some(48)), id(&BLOCK, Some(0)));
+    }
+}
