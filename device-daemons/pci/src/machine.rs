@@ -237,6 +237,8 @@ impl Machine {
         if !function.restore(saved) {
             error!("device {id:?}: its saved state cannot be used; the guest finds it as after power-on");
         }
+        // It is kept already, if it has come back: a starter may not keep it twice.
+        function.kept_fd = function.device_ref().filter(|_| saved.kept.is_some()).and_then(|d| d.kept());
         self.bus.insert(index, function);
         Ok(())
     }

@@ -4,16 +4,20 @@
 mod guest;
 mod rig;
 
+use std::collections::BTreeMap;
 use std::os::fd::AsFd as _;
+use std::os::linux::net::SocketAddrExt as _;
+use std::os::unix::net::{SocketAddr, UnixDatagram, UnixListener, UnixStream};
 use std::time::{Duration, Instant};
 
 use bulkhead_bus_api::main_link::Command;
 use bulkhead_bus_api::pci::{FromCore, ToCore};
 use bulkhead_control_api::opener::{FromOpener, ToOpener};
 use bulkhead_control_api::pci::{Answer, Event, FromPci, Function, Op, Refusal, Request};
+use bulkhead_jail::starter::Starter;
 use guest::{Seen, config, device, port};
 use nix::sys::socket::MsgFlags;
-use rig::{Rig, pair};
+use rig::{Given, Rig, memfd, pair};
 
 fn ready_at_once(_: &mut Seen) {}
 
@@ -256,4 +260,60 @@ fn a_device_that_has_no_place_ends_the_start() {
     let expected =
         "device \"d\": PCI: slot 0 function 0 not available for virtio-blk-pci, in use by gpex-root";
     assert_eq!(error, expected);
+}
+
+#[test]
+fn connections_come_from_the_start_or_from_who_connects() {
+    let devices = || vec![device("d", "pcie.0", None)];
+    let connections = BTreeMap::from([("vhost.d".to_owned(), pair().0)]);
+    let rig = Rig::with(devices(), without_back_end, Given { connections, ..Given::default() });
+    assert_eq!(rig.next(), ToCore::Ready);
+
+    let address = SocketAddr::from_abstract_name(format!("bulkhead-pci-{}", std::process::id())).unwrap();
+    let listener = UnixListener::bind_addr(&address).unwrap();
+    listener.set_nonblocking(true).unwrap();
+    let listeners = BTreeMap::from([("vhost.d".to_owned(), listener)]);
+    let rig = Rig::with(devices(), without_back_end, Given { listeners, ..Given::default() });
+    rig.silence();
+    let _back_end = UnixStream::connect_addr(&address).unwrap();
+    assert_eq!(rig.next(), ToCore::Ready);
+}
+
+/// A device that has something to be kept, or has inherited it.
+fn keeping(seen: &mut Seen) {
+    (seen.known, seen.inherits) = (false, true);
+    (seen.missing, seen.kept) = (vec!["vhost.d".to_owned()], Some(memfd().into()));
+}
+
+#[test]
+fn what_a_device_wants_kept_comes_back_to_it() {
+    let (starter, words) = UnixDatagram::pair().unwrap();
+    let state = memfd();
+    let connections = BTreeMap::from([("vhost.d".to_owned(), pair().0)]);
+    let starter = Starter::new(Some(starter.into()));
+    let given = Given { state: Some(state.try_clone().unwrap()), connections, starter, ..Given::default() };
+    let rig = Rig::with(vec![device("d", "pcie.0", None)], keeping, given);
+    assert_eq!(rig.next(), ToCore::Ready);
+    let mut word = [0; 64];
+    let len = words.recv(&mut word).unwrap();
+    assert_eq!(word.get(..len).unwrap(), b"FDSTORE=1\nFDPOLL=0\nFDNAME=kept.0");
+    // When it has answered this, it has noted the number.
+    rig.command(1, Command::Resume);
+    assert_eq!(rig.next(), ToCore::Done { id: 1 });
+    let Rig { server, commands, .. } = rig;
+    drop(commands);
+    server.join().unwrap().unwrap();
+
+    let kept = BTreeMap::from([("kept.0".to_owned(), memfd()), ("kept.9".to_owned(), memfd())]);
+    let (starter, words) = UnixDatagram::pair().unwrap();
+    let starter = Starter::new(Some(starter.into()));
+    let given = Given { state: Some(state), kept, starter, ..Given::default() };
+    let rig = Rig::with(vec![device("d", "pcie.0", None)], keeping, given);
+    assert_eq!(rig.next(), ToCore::Ready);
+    let len = words.recv(&mut word).unwrap();
+    assert_eq!(word.get(..len).unwrap(), b"FDSTOREREMOVE=1\nFDNAME=kept.9", "nobody's");
+    rig.command(1, Command::Resume);
+    assert_eq!(rig.next(), ToCore::Done { id: 1 });
+    words.set_nonblocking(true).unwrap();
+    assert!(words.recv(&mut word).is_err(), "it is kept already, under its name");
 }

@@ -35,6 +35,9 @@ pub struct Seen {
     pub paused: bool,
     pub quiet: bool,
     pub abandoned: usize,
+    pub kept: Option<Rc<OwnedFd>>,
+    /// Known once it has inherited something.
+    pub inherits: bool,
 }
 
 /// A device with BAR 0 (64 bits, prefetchable, registers and doorbells) and BAR 2 (MSI-X). A write to byte 12 of its
@@ -89,6 +92,14 @@ impl Backed for Mock {
         let mut seen = self.seen.borrow_mut();
         seen.abandoned += 1;
         seen.quiet = true;
+    }
+    fn kept(&self) -> Option<Rc<OwnedFd>> {
+        self.seen.borrow().kept.clone()
+    }
+    fn inherit(&mut self, kept: OwnedFd) {
+        let mut seen = self.seen.borrow_mut();
+        seen.known |= seen.inherits;
+        seen.kept = Some(Rc::new(kept));
     }
 }
 

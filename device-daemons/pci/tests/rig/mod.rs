@@ -10,6 +10,7 @@
 use std::cell::RefCell;
 use std::collections::BTreeMap;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::unix::net::UnixListener;
 use std::rc::Rc;
 use std::sync::{Arc, Mutex, mpsc};
 use std::thread;
@@ -21,6 +22,7 @@ use bulkhead_bus_api::platform::ECAM;
 use bulkhead_bus_api::{Access, Op, Reply, Request, Space, VERSION};
 use bulkhead_control_api::config::PciDevice;
 use bulkhead_jail::link::Link;
+use bulkhead_jail::starter::Starter;
 use bulkhead_pci::core_link::CoreLink;
 use bulkhead_pci::device::Factory;
 use bulkhead_pci::machine::{Machine, MachineError};
@@ -166,6 +168,16 @@ pub fn write(addr: u64, size: u8, value: u64) -> Access {
     Access { space: Space::Mmio, addr, size, op: Op::Write(value) }
 }
 
+/// What a starter gives beside the links.
+#[derive(Default)]
+pub struct Given {
+    pub state: Option<OwnedFd>,
+    pub listeners: BTreeMap<String, UnixListener>,
+    pub connections: BTreeMap<String, OwnedFd>,
+    pub kept: BTreeMap<String, OwnedFd>,
+    pub starter: Starter,
+}
+
 /// A pci's server in a thread, with core's ends of its links.
 pub struct Rig {
     pub host: Arc<Mutex<Inner>>,
@@ -213,16 +225,17 @@ impl Vcpu {
 impl Rig {
     /// Starts a pci with these devices; `begin` prepares the mocks.
     pub fn new(devices: Vec<PciDevice>, begin: fn(&mut Seen)) -> Self {
-        Self::with_state(devices, begin, memfd())
+        Self::with(devices, begin, Given::default())
     }
 
-    pub fn with_state(devices: Vec<PciDevice>, begin: fn(&mut Seen), memfd: OwnedFd) -> Self {
+    /// The same with more that its starter gives.
+    pub fn with(devices: Vec<PciDevice>, begin: fn(&mut Seen), given: Given) -> Self {
         let inner = Arc::new(Mutex::new(Inner::default()));
         let (core_ours, core) = pair();
         let (broker_ours, broker) = pair();
         let (opener_ours, opener) = pair();
         let server = thread::spawn(move || {
-            let (state, left) = State::open(memfd, LIFE).unwrap();
+            let (state, left) = State::open(given.state.unwrap_or_else(memfd), LIFE).unwrap();
             let mocks = Rc::default();
             let parts = bulkhead_pci::server::Parts {
                 core,
@@ -230,14 +243,14 @@ impl Rig {
                 opener: Some(Link::connect(opener, bulkhead_control_api::VERSION).unwrap()),
                 devices,
                 factory: factory(&mocks, begin),
-                listeners: BTreeMap::new(),
-                connections: BTreeMap::new(),
-                kept: BTreeMap::new(),
+                listeners: given.listeners,
+                connections: given.connections,
+                kept: given.kept,
                 state,
                 left,
             };
             let server = bulkhead_pci::server::Server::new(parts).map_err(|error| error.to_string())?;
-            server.run(bulkhead_jail::starter::Starter::default()).map_err(|error| error.to_string())
+            server.run(given.starter).map_err(|error| error.to_string())
         });
         let opener = Link::accept(opener_ours, bulkhead_control_api::VERSION).unwrap();
         let broker = Link::accept(broker_ours, bulkhead_control_api::VERSION).unwrap();
