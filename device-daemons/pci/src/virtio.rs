@@ -5,7 +5,8 @@
 //!   Stopped ------------------------------------------------> Running
 //!     ^  ^                                                      |
 //!     |  +-- lost, or it says so ------ Stopping <--------------+  anything of that is no more
-//!     +----- back end answers, or is silent for 5 s -- Stale <---  a predecessor of this process had it running
+//!     +----- back end answers, or is silent for 5 s -- Stale <---  a predecessor of this process had it running,
+//!                                                                  or it was given up and may not know
 //! ```
 //! The guest's registers say what is to be, [`life`] makes it so. A reset by the guest is over when the back end has
 //! stopped; until then the device status reads what it was.
@@ -56,8 +57,8 @@ enum Stage {
     Running,
     /// It is to stop.
     Stopping,
-    /// What a predecessor of this process has started runs until the back end notices that its connection is over: not
-    /// beyond its next answer, nor this moment.
+    /// What was started on a connection that this process or a predecessor of it has ended runs until the back end notices
+    /// that: not beyond its next answer, nor this moment.
     Stale(Instant),
 }
 
@@ -88,6 +89,8 @@ pub struct VirtioPci {
     paused: bool,
     /// Queues have been started since the last reset.
     used: bool,
+    /// The connection ended while they ran, and whether requests are lost is to be found out.
+    orphaned: bool,
     /// They went on where another life of the back end had left them.
     resumed: bool,
     /// What a predecessor has kept.
@@ -134,6 +137,7 @@ impl VirtioPci {
             master: false,
             paused: false,
             used: false,
+            orphaned: false,
             resumed: false,
             inherited: None,
             pace: Pace::new(LINES),

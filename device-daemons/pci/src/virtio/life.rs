@@ -236,7 +236,7 @@ impl VirtioPci {
         let offer = Offer { features: kind::features(&self.config, features, queues), queues };
         self.offer = Some(offer);
         if matches!(self.stage, Stage::Stale(_)) {
-            self.halted();
+            self.end_stale();
         }
         if self.shown.is_none() || self.common.status == 0 {
             self.show(offer);
@@ -275,7 +275,26 @@ impl VirtioPci {
         if !matches!(self.stage, Stage::Running | Stage::Stopping) {
             return;
         }
+        if self.front.may_run() {
+            // It was given up, but goes on until it notices: neither is a reset over, nor do its rings stand still.
+            self.stage = Stage::Stale(Instant::now() + STALE);
+            self.orphaned = true;
+            return;
+        }
         self.halted();
+        self.mourn();
+    }
+
+    /// A back end that nobody is connected to any more has stopped.
+    fn end_stale(&mut self) {
+        self.halted();
+        if std::mem::take(&mut self.orphaned) {
+            self.mourn();
+        }
+    }
+
+    /// Whether the device can go on after a back end that has stopped without saying where.
+    fn mourn(&mut self) {
         let driven = self.common.has(status::DRIVER_OK) && !self.common.resetting;
         if driven && !self.can_resume() {
             self.needs_reset("its back end may have lost requests");
@@ -365,7 +384,7 @@ impl Backed for VirtioPci {
         let events = self.front.expire();
         self.on_events(events);
         if matches!(self.stage, Stage::Stale(until) if until <= Instant::now()) {
-            self.halted();
+            self.end_stale();
             self.settle();
         }
     }
@@ -396,7 +415,7 @@ impl Backed for VirtioPci {
         self.front.disconnect();
         self.on_lost("does not stop");
         if matches!(self.stage, Stage::Stale(_)) {
-            self.halted();
+            self.end_stale();
         }
         self.settle();
     }

@@ -1,0 +1,105 @@
+//! The virtio-pci transport and a back end that loses its connection while it is alive.
+#![allow(
+    clippy::unwrap_used,
+    clippy::indexing_slicing,
+    clippy::panic,
+    reason = "a test that cannot go on fails"
+)]
+
+mod common;
+mod transport;
+
+use std::time::{Duration, Instant};
+
+use bulkhead_pci::device::Backed as _;
+use bulkhead_pci::frontend::wire::Request;
+use common::peer::Answer;
+use transport::*;
+
+/// The back end breaks the protocol, so that it is given up; it keeps its side of the connection.
+fn give_up(bench: &mut Bench) -> common::peer::Peer {
+    let peer = bench.peer.take().unwrap();
+    peer.send(&Answer::new(Request::GET_QUEUE_NUM as u32, &[]));
+    bench.device.advance();
+    assert!(!bench.device.is_connected());
+    peer
+}
+
+#[test]
+fn a_reset_is_not_over_while_a_back_end_that_was_given_up_may_write_memory() {
+    let mut bench = Bench::running();
+    bench.write(STATUS, 1, 0);
+    bench.device.advance();
+    let _alive = give_up(&mut bench);
+    assert_eq!(bench.status(), READY);
+    assert!(!bench.device.is_quiet());
+    // The next answer says that it is done with the old connection.
+    bench.connect();
+    assert_eq!(bench.status(), 0);
+    assert!(bench.device.is_quiet());
+
+    // Without one it has five seconds.
+    let mut bench = Bench::running();
+    bench.write(STATUS, 1, 0);
+    bench.device.advance();
+    let _alive = give_up(&mut bench);
+    let begun = Instant::now();
+    while bench.status() != 0 {
+        assert!(begun.elapsed() < Duration::from_secs(20));
+        std::thread::sleep(bench.device.deadline().unwrap().saturating_duration_since(Instant::now()));
+        bench.device.expire();
+    }
+    assert!(begun.elapsed() > Duration::from_millis(4900));
+}
+
+#[test]
+fn queues_go_on_from_where_a_back_end_that_was_given_up_came_to() {
+    let mut bench = Bench::running();
+    bench.set_indices(0, 9, 5);
+    let _alive = give_up(&mut bench);
+    bench.set_indices(0, 9, 8);
+    bench.connect_with(|peer| peer.asks.push(Request::SET_VRING_BASE as u32));
+    let bases: Vec<Vec<u8>> = bench.peer.as_mut().unwrap().asked.drain(..).collect();
+    assert_eq!(bases, [[0u32, 8], [1, 0]].map(|state| state.map(u32::to_ne_bytes).concat()));
+    assert_eq!(bench.status(), READY);
+}
+
+#[test]
+fn a_device_that_may_lose_requests_is_asked_after_its_back_end_is_done() {
+    for (used, status) in [(9, READY), (8, READY | NEEDS_RESET)] {
+        let mut bench =
+            Bench::running_of(bulkhead_control_api::config::Virtio { resumes: false, ..virtio() });
+        bench.set_indices(0, 9, 5);
+        // Without memory for what is in flight.
+        bench.kill();
+        assert_eq!(bench.status() & NEEDS_RESET, 0, "the peer has such memory");
+
+        let mut bench = Bench::empty(bulkhead_control_api::config::Virtio { resumes: false, ..virtio() });
+        bench.connect_with(|peer| peer.protocol &= !bulkhead_pci::frontend::wire::protocol::INFLIGHT_SHMFD);
+        bench.drive(common::VERSION_1);
+        bench.serve();
+        bench.set_indices(0, 9, 5);
+        let _alive = give_up(&mut bench);
+        assert_eq!(bench.status(), READY);
+        bench.set_indices(0, 9, used);
+        bench.connect();
+        assert_eq!(bench.status(), status);
+    }
+}
+
+#[test]
+fn a_machine_that_loses_its_patience_does_not_wait_for_a_back_end() {
+    let mut bench = Bench::running();
+    bench.device.pause();
+    bench.device.advance();
+    assert!(!bench.device.is_quiet());
+    bench.device.abandon();
+    assert!(bench.device.is_quiet());
+    assert_eq!(bench.status(), READY);
+    bench.connect();
+    assert!(bench.device.is_quiet());
+    bench.log();
+    bench.device.resume();
+    bench.serve();
+    assert!(bench.log().contains(&(Request::SET_VRING_KICK as u32)));
+}
