@@ -55,7 +55,7 @@ fn functions(rig: &mut Rig, from: u16) -> (Vec<Function>, bool) {
 fn the_machine_starts_when_every_back_end_is_known() {
     let mut rig = Rig::new(vec![device("d", "pcie.0", None)], without_back_end);
     let asked = |rig: &mut Rig| {
-        let ToOpener::Connect { name } = rig.opener.recv().unwrap();
+        let ToOpener::Connect { name } = rig.opener.recv().unwrap() else { panic!("not pci's to ask") };
         assert_eq!(name, "vhost.d");
     };
     for _ in 0..3 {
@@ -191,7 +191,7 @@ fn a_device_whose_back_end_does_not_answer_is_not_added() {
     let mut rig = Rig::new(vec![port("p", 1)], without_back_end);
     assert_eq!(rig.next(), ToCore::Ready);
     rig.broker.send(&Request { id: 1, op: Op::Add(Box::new(device("d", "p", None))) }).unwrap();
-    let ToOpener::Connect { name } = rig.opener.recv().unwrap();
+    let ToOpener::Connect { name } = rig.opener.recv().unwrap() else { panic!("not pci's to ask") };
     assert_eq!(name, "vhost.d");
     assert_eq!(functions(&mut rig, 0).0.len(), 2, "nobody sees it yet");
     let text = "its back end did not answer".to_owned();

@@ -194,6 +194,8 @@ fn broker(
         used_fdsets: devices.all.iter().filter_map(file).collect(),
         preconfig: options.preconfig,
         options: table::groups(),
+        back_ends: devices.all.iter().filter(|d| d.owner == Owner::Pci).map(Device::config).collect(),
+        iothreads: options.iothreads.iter().map(|thread| pci::io_thread(&thread.value)).collect(),
     }
 }
 

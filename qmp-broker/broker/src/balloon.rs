@@ -11,9 +11,9 @@ use crate::commands::{Reply, reply};
 use crate::hub::{Hub, away};
 
 /// QEMU's name of the device model.
-const DRIVER: &str = "virtio-balloon-pci";
+pub const DRIVER: &str = "virtio-balloon-pci";
 
-fn unexpected() -> Error {
+pub fn unexpected() -> Error {
     Error::generic("the balloon answered something else")
 }
 

@@ -1,9 +1,8 @@
 //! What each command does: at once, or through core or console.
 
-use bulkhead_control_api::{config, console, core};
+use bulkhead_control_api::{config, core};
 use bulkhead_qapi::request::{Call, Mode};
 use bulkhead_qapi::table::{self, Handler, Role};
-use bulkhead_qapi::types::char::ChardevInfo;
 use bulkhead_qapi::types::control::{
     CommandInfo, EventInfo, QMPCapability, QmpCapabilitiesArg, VersionInfo, VersionTriple,
 };
@@ -101,6 +100,16 @@ pub fn begin(call: Call, known: &Known<'_>, mode: &mut Mode) -> Step {
         Handler::QueryPci => Step::Devices(devices::Op::Pci),
         Handler::QueryBalloon => Step::Devices(devices::Op::QueryBalloon),
         Handler::Balloon => with(call.args, |args| Step::Devices(devices::Op::Balloon(args))),
+        Handler::DeviceAdd => Step::Devices(devices::Op::DeviceAdd(call.args)),
+        Handler::DeviceDel => with(call.args, |args| Step::Devices(devices::Op::DeviceDel(args))),
+        Handler::QomList => with(call.args, |args| Step::Devices(devices::Op::QomList(args))),
+        Handler::QomGet => with(call.args, |args| Step::Devices(devices::Op::QomGet(args))),
+        Handler::QomSet => with(call.args, |args| Step::Devices(devices::Op::QomSet(args))),
+        Handler::ObjectAdd => Step::Devices(devices::Op::ObjectAdd(call.args)),
+        Handler::ObjectDel => with(call.args, |args| Step::Devices(devices::Op::ObjectDel(args))),
+        Handler::ChardevAdd => Step::Devices(devices::Op::ChardevAdd(call.args)),
+        Handler::ChardevChange => Step::Devices(devices::Op::ChardevChange(call.args)),
+        Handler::ChardevRemove => with(call.args, |args| Step::Devices(devices::Op::ChardevRemove(args))),
         Handler::XExitPreconfig => Step::ExitPreconfig,
         Handler::HumanMonitorCommand => with(call.args, Step::Human),
         Handler::QueryCommandLineOptions => with(call.args, |args: QueryCommandLineOptionsArg| {
@@ -121,7 +130,7 @@ fn with<A: DeserializeOwned>(args: Map<String, Value>, step: impl FnOnce(A) -> S
 }
 
 /// The arguments of a command, which have been checked against the schema.
-fn parse<A: DeserializeOwned>(args: Map<String, Value>) -> Result<A, Error> {
+pub(crate) fn parse<A: DeserializeOwned>(args: Map<String, Value>) -> Result<A, Error> {
     serde_json::from_value(Value::Object(args)).map_err(|error| Error::generic(error.to_string()))
 }
 
@@ -163,6 +172,16 @@ fn answer(query: Handler, known: &Known<'_>) -> Reply {
         | Handler::QueryPci
         | Handler::QueryBalloon
         | Handler::Balloon
+        | Handler::DeviceAdd
+        | Handler::DeviceDel
+        | Handler::QomList
+        | Handler::QomGet
+        | Handler::QomSet
+        | Handler::ObjectAdd
+        | Handler::ObjectDel
+        | Handler::ChardevAdd
+        | Handler::ChardevChange
+        | Handler::ChardevRemove
         | Handler::XExitPreconfig
         | Handler::HumanMonitorCommand
         | Handler::QueryCommandLineOptions
@@ -248,20 +267,4 @@ fn cpu_info(index: i64, cpu: &core::Cpu) -> CpuInfoFast {
         arch: CpuInfoArch::X86,
         target: SysEmuTarget::X86_64,
     }
-}
-
-/// The reply of `query-chardev`: the broker's monitors, then the console's devices.
-///
-/// # Errors
-/// The console answered something else than was asked.
-pub fn chardev_reply(mut monitors: Vec<ChardevInfo>, answer: console::Answer) -> Reply {
-    let console::Answer::Chardevs(chardevs) = answer else {
-        return Err(Error::generic("the console answered something else"));
-    };
-    monitors.extend(chardevs.into_iter().map(|chardev| ChardevInfo {
-        label: chardev.label,
-        filename: chardev.filename,
-        frontend_open: chardev.frontend_open,
-    }));
-    reply(monitors)
 }

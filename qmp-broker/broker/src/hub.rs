@@ -10,20 +10,20 @@ use bulkhead_jail::topology;
 use bulkhead_jail::warn;
 use bulkhead_qapi::request::{self, Call, Mode, Refusal};
 use bulkhead_qapi::table::Role;
-use bulkhead_qapi::types::char::ChardevInfo;
 use bulkhead_qapi::types::run_state::{
     GuestPanicAction, GuestPanickedData, ResetData, ShutdownCause, ShutdownData,
 };
 use bulkhead_qapi::{Error, json, table};
 use serde_json::{Value, json};
-use tokio::sync::Notify;
+use tokio::sync::{Mutex, Notify};
 use tokio::time::{Instant, sleep_until, timeout, timeout_at};
 
 use crate::audit::Audit;
 use crate::client::Client;
-use crate::commands::{self, Known, Reply, Step};
+use crate::commands::{self, Known, Reply, Step, reply};
 use crate::descriptors::Descriptors;
 use crate::monitor::Monitor;
+use crate::opener::Opener;
 use crate::peer::{NoAnswer, Peer};
 use crate::policy::{Credentials, Denied, Policy, Subject};
 use crate::store::Store;
@@ -46,7 +46,7 @@ const QUIT: Duration = Duration::from_secs(5);
 /// What all clients share.
 #[derive(Debug)]
 pub struct Hub {
-    config: config::Broker,
+    pub(crate) config: config::Broker,
     /// Who may connect and do what.
     policy: RefCell<Policy>,
     pub(crate) audit: Audit,
@@ -62,6 +62,10 @@ pub struct Hub {
     pub balloon: Peer<balloon::Answer>,
     /// `BALLOON_CHANGE` is not sent more often than QEMU does.
     pub(crate) balloon_change: Throttle,
+    /// Held while a command adds or removes something by what is there.
+    pub(crate) device_turn: Mutex<()>,
+    /// Link to the opener.
+    pub opener: Opener,
     /// Bytes held by all clients' requests.
     pub held: Rc<Cell<usize>>,
     /// Descriptors that clients passed.
@@ -105,6 +109,8 @@ impl Hub {
             pci: Peer::new(PCI),
             balloon: Peer::new(BALLOON),
             balloon_change: Throttle::default(),
+            device_turn: Mutex::default(),
+            opener: Opener::default(),
             held: Rc::default(),
             descriptors: RefCell::new(descriptors),
             store,
@@ -335,10 +341,7 @@ impl Hub {
                 let answer = self.core.ask(|id| core::Request { id, op }).await;
                 commands::core_reply(op, answer.map_err(|error| away("The machine", error))?)
             }
-            Step::Chardevs => {
-                let own = self.monitors.iter().map(|monitor| monitor.info()).collect();
-                commands::chardev_reply(own, self.ask_console(console::Op::Chardevs).await?)
-            }
+            Step::Chardevs => reply(self.chardevs().await?),
             Step::PowerButton => {
                 if self.may_press_power_button() {
                     self.ask_console(console::Op::PowerButton).await?;
@@ -356,7 +359,7 @@ impl Hub {
         }
     }
 
-    async fn ask_console(&self, op: console::Op) -> Result<console::Answer, Error> {
+    pub(crate) async fn ask_console(&self, op: console::Op) -> Result<console::Answer, Error> {
         self.console.ask(|id| console::Request { id, op }).await.map_err(|error| away("The console", error))
     }
 
@@ -477,11 +480,4 @@ pub fn greeting_line() -> String {
     let mut line = String::new();
     json::write(&mut line, &commands::greeting());
     line
-}
-
-/// The broker's character devices.
-impl Monitor {
-    fn info(&self) -> ChardevInfo {
-        ChardevInfo { label: self.label.clone(), filename: self.filename(), frontend_open: true }
-    }
 }

@@ -1,10 +1,6 @@
 //! What is on the PCI bus, as pci tells it and as QEMU shows it.
 
-use std::rc::Rc;
-
-use bulkhead_control_api::pci::{
-    Answer, Bridge, FromPci, Function, MAX_FUNCTIONS, Op, Refusal, Region, Request,
-};
+use bulkhead_control_api::pci::{Answer, Bridge, Function, MAX_FUNCTIONS, Op, Refusal, Region, Request};
 use bulkhead_qapi::Error;
 use bulkhead_qapi::types::pci::{
     PciBridgeInfo, PciBusInfo, PciDeviceClass, PciDeviceId, PciDeviceInfo, PciDevices, PciInfo,
@@ -160,14 +156,6 @@ impl Hub {
         match self.functions().await? {
             none if none.is_empty() => reply(Vec::<PciInfo>::new()),
             functions => reply(info(&functions)),
-        }
-    }
-
-    /// What pci says.
-    pub(crate) fn pci_message(self: &Rc<Self>, message: FromPci) {
-        match message {
-            FromPci::Reply { id, result } => self.pci.answer(id, result),
-            FromPci::Event(_) => {}
         }
     }
 }

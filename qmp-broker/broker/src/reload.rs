@@ -1,6 +1,7 @@
-//! Another configuration while the broker runs: who may connect, and with which role.
+//! What the opener sends: another configuration while the broker runs, of which counts who may connect, and with which
+//! role; and answers.
 
-use std::os::fd::{AsFd as _, OwnedFd};
+use std::os::fd::AsFd as _;
 use std::rc::Rc;
 
 use bulkhead_control_api::opener::FromOpener;
@@ -8,14 +9,15 @@ use bulkhead_control_api::{MAX_MESSAGE, config, decode};
 use bulkhead_jail::link::{LinkError, recv_packet};
 use bulkhead_jail::start::read_config;
 use bulkhead_jail::{info, notice, warn};
+use nix::errno::Errno;
 use nix::sys::socket::MsgFlags;
-use tokio::io::unix::AsyncFd;
 
 use crate::hub::Hub;
 use crate::policy::Policy;
 
-/// Takes configurations from the opener until its link ends.
-pub async fn follow(hub: Rc<Hub>, opener: AsyncFd<OwnedFd>) {
+/// Takes messages from the opener until its link ends.
+pub async fn follow(hub: Rc<Hub>) {
+    let Some(opener) = hub.opener.link() else { return };
     let mut buffer = vec![0; MAX_MESSAGE];
     loop {
         let Ok(mut guard) = opener.readable().await else { return };
@@ -28,6 +30,7 @@ pub async fn follow(hub: Rc<Hub>, opener: AsyncFd<OwnedFd>) {
                 info!(
                     "the opener is gone; the configuration stays as it is until this process is started anew"
                 );
+                hub.opener.end();
                 return;
             }
             Ok(received) => received,
@@ -42,6 +45,10 @@ pub async fn follow(hub: Rc<Hub>, opener: AsyncFd<OwnedFd>) {
                     }
                     Err(error) => warn!("new {error}; the policy stays as it is"),
                 }
+            }
+            (Ok(FromOpener::Defined { name }), None) => hub.opener.answer(&name, Ok(())),
+            (Ok(FromOpener::NotGiven { name, errno }), None) => {
+                hub.opener.answer(&name, Err(Errno::from_raw(errno)));
             }
             _ => warn!("opener: a message that is not for this process"),
         }

@@ -61,7 +61,9 @@ pub async fn run(hub: Rc<Hub>, sources: Sources) -> Result<(), LinkError> {
     // The next one is to know that it is not the first.
     hub.commit().await;
     if let Some(opener) = sources.opener {
-        spawn_local(reload::follow(Rc::clone(&hub), opener));
+        hub.opener.begin(opener);
+        spawn_local(reload::follow(Rc::clone(&hub)));
+        spawn_local(define_again(Rc::clone(&hub)));
     }
     let monitors = hub.monitors.clone();
     for (monitor, source) in monitors.iter().zip(sources.monitors) {
@@ -86,6 +88,11 @@ pub async fn run(hub: Rc<Hub>, sources: Sources) -> Result<(), LinkError> {
     };
     let _ = timeout(FLUSH, flush).await;
     ended
+}
+
+/// Tells the opener what a predecessor had told it: it may have been started anew, too.
+async fn define_again(hub: Rc<Hub>) {
+    hub.define_again().await;
 }
 
 /// Follows core until its link ends.

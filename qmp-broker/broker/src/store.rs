@@ -27,11 +27,12 @@ use crate::descriptors::Descriptors;
 use crate::fd::watch;
 use crate::held::Held;
 use crate::index::{Index, MAX_KEY};
+use crate::registry::Registry;
 
 /// First bytes of each slot.
 const MAGIC: [u8; 8] = *b"BLKHBRKR";
 /// Version of the content.
-const VERSION: u32 = 1;
+const VERSION: u32 = 2;
 /// Bytes of a slot. More than 1,024 names of 1,024 bytes and 64 KiB of `opaque` take.
 const SLOT: usize = 4 << 20;
 /// Bytes of a header.
@@ -60,6 +61,8 @@ pub struct State {
     pub index: Index,
     /// The machine has left `preconfig`.
     pub configured: bool,
+    /// Character devices and objects that came while the machine ran.
+    pub registry: Registry,
 }
 
 /// Where it is kept. By default nowhere.
@@ -70,6 +73,8 @@ pub struct Store {
     room: Option<AsyncFd<OwnedFd>>,
     memfd: Option<OwnedFd>,
     configured: Cell<bool>,
+    /// Character devices and objects that came while the machine ran; counts from the next commit on.
+    pub(crate) registry: RefCell<Registry>,
     life: u64,
     generation: Cell<u64>,
     /// Names of what the starter keeps that mean nothing here.
@@ -112,7 +117,7 @@ pub fn read(memfd: &OwnedFd, life: u64) -> Option<(State, u64)> {
         return None;
     }
     let state: State = decode(&content).ok()?;
-    state.index.is_plausible().then_some((state, header.generation))
+    (state.index.is_plausible() && state.registry.is_plausible()).then_some((state, header.generation))
 }
 
 impl Store {
@@ -194,7 +199,8 @@ impl Store {
             }
         }
         let index = descriptors.borrow().index();
-        if let Err(error) = self.write(&State { index, configured: self.configured() }) {
+        let registry = self.registry.borrow().clone();
+        if let Err(error) = self.write(&State { index, configured: self.configured(), registry }) {
             warn!("what clients passed would be lost with this process: {error}");
         }
         let leaving = descriptors.borrow().leaving();
@@ -312,6 +318,7 @@ pub fn restore(
     let store = Store { strangers: RefCell::new(strangers), ..Store::new(memfd, life, generation) };
     let index = former.map(|(state, _)| {
         store.configured.set(state.configured);
+        store.registry.replace(state.registry);
         state.index
     });
     (store, index, held)
@@ -337,6 +344,7 @@ mod tests {
 
     use super::*;
     use crate::descriptors::Op;
+    use crate::registry::{Chardev, Kind};
 
     fn memfd() -> OwnedFd {
         memfd_create("test", MFdFlags::MFD_CLOEXEC).unwrap()
@@ -356,7 +364,20 @@ mod tests {
     }
 
     fn state(configured: bool) -> State {
-        State { index: Index::default(), configured }
+        State { configured, ..State::default() }
+    }
+
+    #[test]
+    fn what_came_while_the_machine_ran_outlives_the_broker() {
+        let fd = memfd();
+        let (store, ..) = restore(fd.try_clone().unwrap(), 7, BTreeMap::new());
+        let chardev = Chardev { id: "c".to_owned(), kind: Kind::Socket("/c".to_owned()) };
+        store.registry.borrow_mut().chardevs.push(chardev.clone());
+        commit(&store, &RefCell::new(Descriptors::default()));
+        let (store, ..) = restore(fd.try_clone().unwrap(), 7, BTreeMap::new());
+        assert_eq!(store.registry.borrow().chardevs, [chardev]);
+        let (store, ..) = restore(fd, 8, BTreeMap::new());
+        assert_eq!(*store.registry.borrow(), Registry::default(), "another life");
     }
 
     #[test]
@@ -409,7 +430,9 @@ mod tests {
         ];
         for index in indexes {
             let fd = memfd();
-            Store::new(fd.try_clone().unwrap(), 7, 0).write(&State { index, configured: true }).unwrap();
+            Store::new(fd.try_clone().unwrap(), 7, 0)
+                .write(&State { index, configured: true, ..State::default() })
+                .unwrap();
             assert_eq!(read(&fd, 7), None);
         }
         let fd = memfd();

@@ -1,7 +1,9 @@
 //! The one table of commands, and the table of events.
 
+use serde_json::Value;
+
 use crate::schema::{Described, EMPTY, Object, Type};
-use crate::types::{balloon, char, control, introspect, machine, misc, pci, run_state};
+use crate::types::{balloon, char, control, introspect, machine, misc, pci, qdev, qom, run_state};
 
 /// What a client may do, and what it must be allowed to do for a command.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -68,6 +70,16 @@ pub enum Handler {
     QueryPci,
     QueryBalloon,
     Balloon,
+    DeviceAdd,
+    DeviceDel,
+    QomList,
+    QomGet,
+    QomSet,
+    ObjectAdd,
+    ObjectDel,
+    ChardevAdd,
+    ChardevChange,
+    ChardevRemove,
 }
 
 /// A command.
@@ -85,6 +97,8 @@ pub struct Command {
     pub allow_oob: bool,
     /// May be executed in run state `preconfig`.
     pub allow_preconfig: bool,
+    /// Its handler checks the arguments, of which the schema names some only (`'gen': false`).
+    pub open: bool,
     /// Is deprecated.
     pub deprecated: bool,
     /// Who may execute it.
@@ -99,7 +113,7 @@ impl Command {
     #[must_use]
     pub const fn changes_state(&self) -> bool {
         matches!(self.role, Role::Console | Role::Operator)
-            && !matches!(self.handler, Handler::HumanMonitorCommand)
+            && !matches!(self.handler, Handler::HumanMonitorCommand | Handler::QomList | Handler::QomGet)
     }
 
     const fn new(name: &'static str, handler: Handler, role: Role, doc: &'static str) -> Self {
@@ -110,6 +124,7 @@ impl Command {
             returns: None,
             allow_oob: false,
             allow_preconfig: false,
+            open: false,
             deprecated: false,
             role,
             handler,
@@ -128,6 +143,11 @@ impl Command {
 
     const fn preconfig(mut self) -> Self {
         self.allow_preconfig = true;
+        self
+    }
+
+    const fn open(mut self) -> Self {
+        self.open = true;
         self
     }
 
@@ -261,6 +281,29 @@ pub static COMMANDS: &[Command] = &[
         "Asks the guest to give memory back, or take it.",
     )
     .args(balloon::BalloonArg::DESCRIPTION),
+    // qdev
+    Command::new("device_add", Handler::DeviceAdd, Role::Operator, "Plugs a device in.")
+        .args(qdev::DeviceAddArg::DESCRIPTION)
+        .open(),
+    Command::new("device_del", Handler::DeviceDel, Role::Operator, "Asks the guest to give a device up.")
+        .args(qdev::DeviceDelArg::DESCRIPTION),
+    // qom
+    Command::new("qom-list", Handler::QomList, Role::Operator, "The properties of an object.")
+        .args(qom::QomListArg::DESCRIPTION)
+        .returns::<Vec<qom::ObjectPropertyInfo>>()
+        .preconfig(),
+    Command::new("qom-get", Handler::QomGet, Role::Operator, "The value of a property.")
+        .args(qom::QomGetArg::DESCRIPTION)
+        .returns::<Value>()
+        .preconfig(),
+    Command::new("qom-set", Handler::QomSet, Role::Operator, "Changes a property.")
+        .args(qom::QomSetArg::DESCRIPTION)
+        .preconfig(),
+    Command::new("object-add", Handler::ObjectAdd, Role::Operator, "Makes an object: a memory back end.")
+        .args(qom::ObjectAddArg::DESCRIPTION)
+        .open(),
+    Command::new("object-del", Handler::ObjectDel, Role::Operator, "Removes an object.")
+        .args(qom::ObjectDelArg::DESCRIPTION),
     // machine
     Command::new("query-cpus-fast", Handler::QueryCpusFast, Role::Monitor, "The vCPUs and their threads.")
         .returns::<Vec<machine::CpuInfoFast>>(),
@@ -268,6 +311,14 @@ pub static COMMANDS: &[Command] = &[
     Command::new("query-chardev", Handler::QueryChardev, Role::Monitor, "The character devices.")
         .returns::<Vec<char::ChardevInfo>>()
         .preconfig(),
+    Command::new("chardev-add", Handler::ChardevAdd, Role::Operator, "Adds a character device.")
+        .args(char::ChardevAddArg::DESCRIPTION)
+        .returns::<char::ChardevReturn>(),
+    Command::new("chardev-change", Handler::ChardevChange, Role::Operator, "Changes one that nothing uses.")
+        .args(char::ChardevAddArg::DESCRIPTION)
+        .returns::<char::ChardevReturn>(),
+    Command::new("chardev-remove", Handler::ChardevRemove, Role::Operator, "Removes a character device.")
+        .args(char::ChardevRemoveArg::DESCRIPTION),
 ];
 
 /// Finds a command by name.
@@ -325,6 +376,35 @@ pub static BALLOON_CHANGE: Event = Event {
     data: balloon::BalloonChangeData::DESCRIPTION,
 };
 
+/// `DEVICE_DELETED`.
+pub static DEVICE_DELETED: Event = Event {
+    name: "DEVICE_DELETED",
+    doc: "A device is gone: the guest has given it up.",
+    data: qdev::DeviceDeletedData::DESCRIPTION,
+};
+/// QEMU 5.1 has no event for it; its later ones have other names.
+pub static DEVICE_UNPLUG_REFUSED: Event = Event {
+    name: "__org.bulkhead_DEVICE_UNPLUG_REFUSED",
+    doc: "The guest keeps a device that `device_del` asked for. Not of QEMU.",
+    data: qdev::DeviceUnplugRefusedData::DESCRIPTION,
+};
+/// QEMU has no such event.
+pub static DEVICE_BACK_END: Event = Event {
+    name: "__org.bulkhead_DEVICE_BACK_END",
+    doc: "The back end of a device is away, or there again. Not of QEMU.",
+    data: qdev::DeviceBackEndData::DESCRIPTION,
+};
+
 /// All events.
-pub static EVENTS: &[&Event] =
-    &[&SHUTDOWN, &POWERDOWN, &RESET, &STOP, &RESUME, &GUEST_PANICKED, &BALLOON_CHANGE];
+pub static EVENTS: &[&Event] = &[
+    &SHUTDOWN,
+    &POWERDOWN,
+    &RESET,
+    &STOP,
+    &RESUME,
+    &GUEST_PANICKED,
+    &BALLOON_CHANGE,
+    &DEVICE_DELETED,
+    &DEVICE_UNPLUG_REFUSED,
+    &DEVICE_BACK_END,
+];

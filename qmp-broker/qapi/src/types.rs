@@ -7,4 +7,6 @@ pub mod introspect;
 pub mod machine;
 pub mod misc;
 pub mod pci;
+pub mod qdev;
+pub mod qom;
 pub mod run_state;

@@ -179,10 +179,11 @@ impl Broker {
             autostart,
             preconfig,
             options: vec![memory_options()],
+            back_ends: if devices == Some(true) { vec![back_end()] } else { Vec::new() },
+            iothreads: vec![config::IoThread { id: "io0".to_owned(), ..config::IoThread::default() }],
             ..config::Broker::default()
         };
-        let pair = socketpair(AddressFamily::Unix, SockType::SeqPacket, None, SockFlag::SOCK_CLOEXEC);
-        let (ours, theirs) = pair.map_err(std::io::Error::from)?;
+        let (ours, theirs) = seqpacket_pair()?;
         let core = fake::Core::start(theirs.try_clone()?, theirs);
         if let Some(slow) = former {
             core.set_running(slow);
@@ -192,7 +193,11 @@ impl Broker {
         let (pci, to_pci) = meeting(scratch.path(), "pci", devices.is_some())?;
         let (balloon, to_balloon) = meeting(scratch.path(), "balloon", devices.is_some())?;
         let bus = devices.map(|with_devices| Bus::start(with_devices, to_pci, to_balloon));
-        let listeners = (listener, bus.is_some().then_some((pci, balloon)));
+        let (to_opener, opener) = seqpacket_pair()?;
+        if let Some(bus) = &bus {
+            bus.serve_opener(opener);
+        }
+        let listeners = (listener, bus.is_some().then_some((pci, balloon, to_opener)));
         let (policy, policies) = unbounded_channel();
         let thread =
             std::thread::spawn(move || serve(config, (ours, listeners), fds, (policies, former.is_some())));
@@ -232,6 +237,13 @@ impl Broker {
     }
 }
 
+/// `-chardev socket,id=sk,path=/sk`.
+fn back_end() -> config::Chardev {
+    let (fd, address) = ("chardev.sk".to_owned(), "/sk".to_owned());
+    let kind = config::ChardevKind::Socket { fd, address, server: false, wait: false };
+    config::Chardev { id: "sk".to_owned(), kind }
+}
+
 /// The parameters of `-m`.
 fn memory_options() -> config::OptionGroup {
     let parameter = |name: &str, kind| config::Parameter { name: name.to_owned(), kind, help: String::new() };
@@ -255,6 +267,11 @@ fn meeting(dir: &Path, name: &str, connected: bool) -> Result<(OwnedFd, Option<O
     let fd = seqpacket()?;
     connect(fd.as_raw_fd(), &address).map_err(std::io::Error::from)?;
     Ok((listener, Some(fd)))
+}
+
+fn seqpacket_pair() -> Result<(OwnedFd, OwnedFd)> {
+    let pair = socketpair(AddressFamily::Unix, SockType::SeqPacket, None, SockFlag::SOCK_CLOEXEC);
+    Ok(pair.map_err(std::io::Error::from)?)
 }
 
 fn seqpacket() -> Result<OwnedFd> {
@@ -281,8 +298,8 @@ fn former_store(runtime: &Runtime) -> std::result::Result<Store, String> {
     Ok(restore(memfd, 1, BTreeMap::new()).0)
 }
 
-/// What the console connects to, and pci and balloon.
-type Listeners = (OwnedFd, Option<(OwnedFd, OwnedFd)>);
+/// What the console connects to, and pci and balloon, and the opener.
+type Listeners = (OwnedFd, Option<(OwnedFd, OwnedFd, OwnedFd)>);
 
 /// The life of the process, less its jail.
 fn serve(
@@ -303,11 +320,11 @@ fn serve(
         let monitors = config.monitors.iter().map(open).collect::<std::result::Result<_, _>>()?;
         let watch = |fd| watch(fd).map_err(|(_, error)| error.to_string());
         let console = watch(console)?;
-        let (pci, balloon) = match bus {
-            Some((pci, balloon)) => (Some(watch(pci)?), Some(watch(balloon)?)),
-            None => (None, None),
+        let (pci, balloon, opener) = match bus {
+            Some((pci, balloon, opener)) => (Some(watch(pci)?), Some(watch(balloon)?), Some(watch(opener)?)),
+            None => (None, None, None),
         };
-        Sources { core, callers: Callers { console, pci, balloon }, opener: None, monitors }
+        Sources { core, callers: Callers { console, pci, balloon }, opener, monitors }
     };
     let store = if restored { former_store(&runtime)? } else { Store::default() };
     let hub = Rc::new(Hub::new(config, Descriptors::default(), store));

@@ -1,13 +1,16 @@
-//! Stand-ins for pci and the balloon that speak the control links.
+//! Stand-ins for pci, the balloon and the opener that speak their links.
 
+use std::collections::BTreeMap;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use bulkhead_control_api::opener::{FromOpener, ToOpener};
 use bulkhead_control_api::pci::{
     Answer, BackEnd, Bridge, Event, FromPci, Function, MAX_FUNCTIONS, Op, Refusal, Region, Request,
 };
-use bulkhead_control_api::{VERSION, balloon, config, encode};
-use bulkhead_jail::link::{Link, send_packet};
+use bulkhead_control_api::{MAX_MESSAGE, VERSION, balloon, config, decode, encode};
+use bulkhead_jail::link::{Link, recv_packet, send_packet};
+use nix::errno::Errno;
 use nix::sys::socket::MsgFlags;
 use serde::Serialize;
 
@@ -27,6 +30,8 @@ struct State {
     added: Vec<config::PciDevice>,
     target: Option<u64>,
     stats: balloon::Stats,
+    /// What the opener was told of names.
+    defined: BTreeMap<String, String>,
     pci: Option<OwnedFd>,
     balloon: Option<OwnedFd>,
 }
@@ -113,6 +118,34 @@ impl Bus {
         }
     }
 
+    /// Serves the opener's side of its link, which has begun, from a thread. There is nothing below /nope.
+    pub fn serve_opener(&self, fd: OwnedFd) {
+        let bus = self.clone();
+        std::thread::spawn(move || {
+            let mut buffer = vec![0; MAX_MESSAGE];
+            while let Ok((length, _)) = recv_packet(fd.as_fd(), &mut buffer, MsgFlags::empty()) {
+                let request = decode::<ToOpener>(buffer.get(..length).unwrap_or_default());
+                let answer = match request {
+                    Ok(ToOpener::Define { name, path, must_exist }) => {
+                        bus.state().define(name, path, must_exist)
+                    }
+                    Ok(ToOpener::Forget { name }) => {
+                        bus.state().defined.remove(&name);
+                        FromOpener::Defined { name }
+                    }
+                    Ok(ToOpener::Connect { .. }) | Err(_) => return,
+                };
+                send(Some(&fd), &answer);
+            }
+        });
+    }
+
+    /// The path that a name stands for.
+    #[must_use]
+    pub fn defined(&self, name: &str) -> Option<String> {
+        self.state().defined.get(name).cloned()
+    }
+
     fn serve_balloon(&self, fd: OwnedFd) {
         let Ok(mut link) = Link::connect(fd, VERSION) else { return };
         while let Ok(balloon::Request { id, op }) = link.recv::<balloon::Request>() {
@@ -169,6 +202,17 @@ impl Bus {
 }
 
 impl State {
+    fn define(&mut self, name: String, path: String, must_exist: bool) -> FromOpener {
+        if must_exist && path.starts_with("/nope") {
+            return FromOpener::NotGiven { name, errno: Errno::ENOENT as i32 };
+        }
+        if self.defined.get(&name).is_some_and(|other| *other != path) {
+            return FromOpener::NotGiven { name, errno: Errno::EEXIST as i32 };
+        }
+        self.defined.insert(name.clone(), path);
+        FromOpener::Defined { name }
+    }
+
     fn act(&mut self, op: Op) -> Result<Answer, Refusal> {
         match op {
             Op::Functions { from } => {

@@ -32,6 +32,7 @@ impl Qemu {
             "virtio-blk-pci,drive=d0,addr=4,disable-legacy=on",
         ];
         let mut args = vec!["-M", "q35", "-m", "64", "-drive", "if=none,id=d0,driver=null-co"];
+        args.extend(["-object", "iothread,id=io0"]);
         args.extend(devices.iter().flat_map(|device| ["-device", device]));
         Self::with(&args)
     }

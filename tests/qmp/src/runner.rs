@@ -114,11 +114,18 @@ fn matches(expected: &[&Value], received: &[&Value]) -> bool {
 }
 
 /// Whether a value is as expected: "*" stands for anything; an object that has the member "..." may
-/// have others, an array that ends with "..." too.
+/// have others, an array that ends with "..." too; an array may have its elements `in any order`.
 #[must_use]
 pub fn like(expected: &Value, received: &Value) -> bool {
     match (expected, received) {
         (Value::String(any), _) if any == "*" => true,
+        (Value::Object(any), Value::Array(received)) => match any.get("in any order") {
+            Some(Value::Array(expected)) => {
+                expected.len() == received.len()
+                    && expected.iter().all(|e| received.iter().any(|r| like(e, r)))
+            }
+            _ => false,
+        },
         (Value::Object(expected), Value::Object(received)) => {
             let open = expected.contains_key("...");
             let named = |key: &String| key != "...";
@@ -149,5 +156,7 @@ mod tests {
         assert!(like(&json!({"a": "*", "...": 0}), &json!({"a": 1, "b": 2})));
         assert!(like(&json!([1, "..."]), &json!([1, 2])));
         assert!(!like(&json!([1, "..."]), &json!([2])));
+        assert!(like(&json!({ "in any order": [1, 2] }), &json!([2, 1])));
+        assert!(!like(&json!({ "in any order": [1, 2] }), &json!([2, 3])));
     }
 }

@@ -2,6 +2,8 @@
 
 use std::time::{Duration, Instant};
 
+use bulkhead_control_api::config::PciKind;
+use bulkhead_control_api::pci::Event;
 use bulkhead_framework::Result;
 use bulkhead_qmp_tests::broker::{Broker, Kind};
 use bulkhead_qmp_tests::wire::Wire;
@@ -82,5 +84,148 @@ fn the_bus_is_printed() -> Result<()> {
       id \"b0\"
 ";
     assert!(text.contains(port) && text.contains(balloon), "{text}");
+    Ok(())
+}
+
+fn execute(wire: &mut Wire, command: &str, arguments: Value) -> Result<Value> {
+    wire.ask(&json!({ "execute": command, "arguments": arguments }).to_string())
+}
+
+fn unix(path: &str) -> Value {
+    let addr = json!({ "type": "unix", "data": { "path": path } });
+    json!({ "type": "socket", "data": { "addr": addr, "server": false } })
+}
+
+fn desc(reply: &Value) -> &str {
+    reply.pointer("/error/desc").and_then(Value::as_str).unwrap_or_default()
+}
+
+/// Of `query-chardev`.
+fn filename(wire: &mut Wire, id: &str) -> Result<Value> {
+    let all = wire.ask("{'execute': 'query-chardev'}")?;
+    let all = all.get("return").and_then(Value::as_array).cloned().unwrap_or_default();
+    let named = |chardev: &Value| chardev.get("label").and_then(Value::as_str) == Some(id);
+    Ok(all.into_iter().find(named).unwrap_or_default())
+}
+
+/// As systemd-vmspawn does it: a character device, then the device behind it; and back.
+#[test]
+fn a_device_comes_with_its_character_device_and_goes() -> Result<()> {
+    let broker = Broker::with_devices()?;
+    let bus = broker.bus.clone().ok_or("no bus")?;
+    let mut wire = negotiated(&broker)?;
+    let done = json!({ "return": {} });
+    assert_eq!(execute(&mut wire, "chardev-add", json!({ "id": "fs", "backend": unix("/fs.sock") }))?, done);
+    assert_eq!(bus.defined("chardev.fs").as_deref(), Some("/fs.sock"));
+    let chardev = filename(&mut wire, "fs")?;
+    assert_eq!(
+        (&chardev["filename"], &chardev["frontend-open"]),
+        (&json!("disconnected:unix:/fs.sock"), &json!(false))
+    );
+    let device = json!({
+        "driver": "vhost-user-fs-pci", "id": "fs0", "bus": "rp0", "chardev": "fs", "tag": "share",
+        "num-request-queues": "2", "queue-size": 1024,
+    });
+    assert_eq!(execute(&mut wire, "device_add", device.clone())?, done);
+    let added = bus.added();
+    let PciKind::Virtio(virtio) = &added[0].kind else { return Err("not virtio".into()) };
+    assert_eq!((virtio.device_type, virtio.queues, virtio.queue_size), (26, 3, 1024));
+    assert_eq!(
+        (virtio.socket.as_str(), &virtio.config[..6], virtio.config.len()),
+        ("chardev.fs", &b"share\0"[..], 40)
+    );
+    let chardev = filename(&mut wire, "fs")?;
+    assert_eq!((&chardev["filename"], &chardev["frontend-open"]), (&json!("unix:/fs.sock"), &json!(true)));
+
+    assert_eq!(desc(&execute(&mut wire, "device_add", device)?), "Duplicate ID 'fs0' for device");
+    let second = json!({ "driver": "vhost-user-vsock-pci", "bus": "rp1", "chardev": "fs" });
+    let in_use = "Property 'vhost-user-vsock-device.chardev' can't take value 'fs', it's in use";
+    assert_eq!(desc(&execute(&mut wire, "device_add", second)?), in_use);
+    let third = json!({ "driver": "vhost-user-vsock-pci", "bus": "rp0", "chardev": "sk" });
+    let taken = "PCI: slot 0 function 0 not available for vhost-user-vsock-pci, in use by vhost-user-fs-pci";
+    assert_eq!(desc(&execute(&mut wire, "device_add", third)?), taken);
+    let ours = json!({ "driver": "virtio-blk-pci", "bus": "rp1" });
+    assert!(desc(&execute(&mut wire, "device_add", ours)?).contains("on the command line only"));
+    assert_eq!(desc(&execute(&mut wire, "chardev-remove", json!({ "id": "fs" }))?), "Chardev 'fs' is busy");
+
+    assert_eq!(execute(&mut wire, "device_del", json!({ "id": "fs0" }))?, done);
+    let again = execute(&mut wire, "device_del", json!({ "id": "/machine/peripheral/fs0" }))?;
+    assert_eq!(desc(&again), "Device /machine/peripheral/fs0 is already in the process of unplug");
+    bus.event(Event::Deleted { id: "fs0".to_owned() });
+    let event = wire.line()?;
+    assert_eq!(event["event"], "DEVICE_DELETED");
+    assert_eq!(event["data"], json!({ "device": "fs0", "path": "/machine/peripheral/fs0" }));
+    assert_eq!(execute(&mut wire, "chardev-remove", json!({ "id": "fs" }))?, done);
+    assert_eq!((bus.defined("chardev.fs"), filename(&mut wire, "fs")?), (None, Value::Null));
+    Ok(())
+}
+
+#[test]
+fn what_happens_to_devices_is_told() -> Result<()> {
+    let broker = Broker::with_devices()?;
+    let bus = broker.bus.clone().ok_or("no bus")?;
+    let mut wire = negotiated(&broker)?;
+    wire.ask("{'execute': 'query-pci'}")?;
+    bus.event(Event::BackEnd { id: "b0".to_owned(), connected: false });
+    let event = wire.line()?;
+    assert_eq!(event["event"], "__org.bulkhead_DEVICE_BACK_END");
+    assert_eq!(
+        event["data"],
+        json!({ "device": "b0", "path": "/machine/peripheral/b0", "connected": false })
+    );
+    bus.event(Event::UnplugRefused { id: "b0".to_owned() });
+    let event = wire.line()?;
+    assert_eq!(event["event"], "__org.bulkhead_DEVICE_UNPLUG_REFUSED");
+    assert_eq!(event["data"], json!({ "device": "b0", "path": "/machine/peripheral/b0" }));
+    Ok(())
+}
+
+#[test]
+fn statistics_are_those_of_the_guest() -> Result<()> {
+    let broker = Broker::with_devices()?;
+    let bus = broker.bus.clone().ok_or("no bus")?;
+    let mut wire = negotiated(&broker)?;
+    bus.set_stats(1_600_000_000, vec![(4, 123), (5, 456), (77, 1)]);
+    let get = json!({ "path": "/machine/peripheral/b0", "property": "guest-stats" });
+    let reply = execute(&mut wire, "qom-get", get)?;
+    assert_eq!(reply.pointer("/return/last-update"), Some(&json!(1_600_000_000)));
+    assert_eq!(reply.pointer("/return/stats/stat-free-memory"), Some(&json!(123)));
+    assert_eq!(reply.pointer("/return/stats/stat-total-memory"), Some(&json!(456)));
+    assert_eq!(reply.pointer("/return/stats/stat-swap-in"), Some(&json!(u64::MAX)));
+    Ok(())
+}
+
+/// What is kept is bounded; kinds that need more than the opener gives are refused.
+#[test]
+fn character_devices_are_bounded() -> Result<()> {
+    let broker = Broker::with_devices()?;
+    let mut wire = negotiated(&broker)?;
+    let null = |id: &str| json!({ "id": id, "backend": { "type": "null", "data": {} } });
+    for number in 0..128 {
+        let reply = execute(&mut wire, "chardev-add", null(&format!("c{number}")))?;
+        assert_eq!(reply, json!({ "return": {} }), "{number}");
+    }
+    let reply = execute(&mut wire, "chardev-add", null("one-more"))?;
+    assert!(desc(&reply).starts_with("at most 128 character devices"), "{reply}");
+    let file = json!({ "type": "file", "data": { "out": "/f" } });
+    let reply = execute(&mut wire, "chardev-change", json!({ "id": "c0", "backend": file }))?;
+    assert!(desc(&reply).contains("on the command line only"), "{reply}");
+    let long = "/".repeat(108);
+    let reply = execute(&mut wire, "chardev-add", json!({ "id": "x", "backend": unix(&long) }))?;
+    assert_eq!(desc(&reply), format!("UNIX socket path '{long}' is too long"));
+    Ok(())
+}
+
+/// A character device of the command line that no device uses can be removed, and its id used again.
+#[test]
+fn a_character_device_of_the_command_line_can_be_removed() -> Result<()> {
+    let broker = Broker::with_devices()?;
+    let mut wire = negotiated(&broker)?;
+    assert_eq!(filename(&mut wire, "sk")?["filename"], "disconnected:unix:/sk");
+    assert_eq!(execute(&mut wire, "chardev-remove", json!({ "id": "sk" }))?, json!({ "return": {} }));
+    assert_eq!(filename(&mut wire, "sk")?, Value::Null);
+    let reply = execute(&mut wire, "chardev-add", json!({ "id": "sk", "backend": unix("/other") }))?;
+    assert_eq!(reply, json!({ "return": {} }));
+    assert_eq!(filename(&mut wire, "sk")?["filename"], "disconnected:unix:/other");
     Ok(())
 }

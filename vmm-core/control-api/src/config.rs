@@ -230,6 +230,10 @@ pub struct Broker {
     pub preconfig: bool,
     /// The groups of parameters that the command line has, in the order of the option table.
     pub options: Vec<OptionGroup>,
+    /// Character devices of pci, behind which there are back ends of devices.
+    pub back_ends: Vec<Chardev>,
+    /// `-object iothread` in the order of the command line.
+    pub iothreads: Vec<IoThread>,
 }
 
 /// Configuration of the pci daemon.

@@ -19,6 +19,24 @@ pub enum ToOpener {
         /// Its name: `vhost.ID` or `side.ID` of a device, see [`crate::config::PciDevice`].
         name: String,
     },
+    /// From now on pci may ask for a connection by this name, to the socket at this path: the broker's to say, for
+    /// `chardev-add`. Answered by [`FromOpener::Defined`], also if it is so already, or by [`FromOpener::NotGiven`]:
+    /// `EEXIST` for a name that stands for something else, `ENOENT` or another error of `lstat(2)` if `must_exist` and no
+    /// socket is there. Nobody connects yet: a back end may take only one connection in its life.
+    Define {
+        /// `chardev.ID`.
+        name: String,
+        /// As the user named it.
+        path: String,
+        /// Something must be there.
+        must_exist: bool,
+    },
+    /// The name stands for nothing any more, also one of the configuration: the broker's to say, for `chardev-remove`.
+    /// Answered by [`FromOpener::Defined`]; `ENOENT` if it stands for no path.
+    Forget {
+        /// `chardev.ID`.
+        name: String,
+    },
 }
 
 /// Opener to process.
@@ -31,6 +49,11 @@ pub enum FromOpener {
     },
     /// All that the process is started with has been given.
     Done,
+    /// A [`ToOpener::Define`] or [`ToOpener::Forget`] of this name is done.
+    Defined {
+        /// Its name.
+        name: String,
+    },
     /// What was asked for cannot be given now.
     NotGiven {
         /// Its name.

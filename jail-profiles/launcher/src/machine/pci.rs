@@ -147,6 +147,12 @@ pub fn bus(
     planner.finish()
 }
 
+/// An I/O thread as its daemon and the broker know it.
+pub fn io_thread(thread: &IoThread) -> config::IoThread {
+    let IoThread { id, poll_max_ns, poll_grow, poll_shrink } = thread.clone();
+    config::IoThread { id, poll_max_ns, poll_grow, poll_shrink }
+}
+
 fn unique<T>(kind: &'static str, list: &[At<T>], id: impl Fn(&T) -> Option<&String>) -> Result<(), Error> {
     for (index, option) in list.iter().enumerate() {
         let Some(own) = id(&option.value) else { continue };
@@ -261,9 +267,8 @@ impl Planner<'_> {
     fn iothread(&self, id: Option<&String>) -> Result<config::IoThread, Problem> {
         let Some(id) = id else { return Ok(config::IoThread::default()) };
         let found = self.options.iothreads.iter().find(|thread| thread.value.id == *id);
-        let IoThread { id, poll_max_ns, poll_grow, poll_shrink } =
-            found.ok_or_else(|| Problem::IoThreadNotFound(id.clone()))?.value.clone();
-        Ok(config::IoThread { id, poll_max_ns, poll_grow, poll_shrink })
+        let found = found.ok_or_else(|| Problem::IoThreadNotFound(id.clone()))?;
+        Ok(io_thread(&found.value))
     }
 
     /// A daemon of ours and its front end. All our daemons go on from the used index.
