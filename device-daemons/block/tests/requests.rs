@@ -149,6 +149,12 @@ fn queues_are_served_side_by_side_and_stop_where_they_are() {
     first.queue.kick(1);
     front_end.start(&first.queue, 1);
     assert!(first.queue.wait(common::LIMIT));
+    assert!(first.queue.take().is_some());
+    // A ring that goes on raises its interrupt: its last one may have died with a daemon.
+    let _ = first.queue.call.read();
+    assert_eq!(front_end.stop(&first.queue), 2);
+    front_end.start(&first.queue, 2);
+    assert!(first.queue.interrupted(common::LIMIT));
 }
 
 #[test]

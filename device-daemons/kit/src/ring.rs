@@ -73,6 +73,8 @@ pub struct Ring {
     owed: VecDeque<u16>,
     spare: Vec<Chain>,
     given: bool,
+    /// It goes on where a predecessor may have given something back and died before it said so.
+    unsaid: bool,
     broken: Option<RingError>,
 }
 
@@ -102,8 +104,9 @@ impl Ring {
         }
         let used = read_u16(&memory, setup.used + 2).map_err(|_| RingError::Memory)?;
         let left = setup.tracker.as_mut().map(|tracker| tracker.recover(setup.base, used));
+        let next_avail = left.as_ref().map_or(setup.base, |left| left.next_avail);
         queue.set_next_used(used);
-        queue.set_next_avail(left.as_ref().map_or(setup.base, |left| left.next_avail));
+        queue.set_next_avail(next_avail);
         Ok(Self {
             index: setup.index,
             queue,
@@ -113,6 +116,7 @@ impl Ring {
             owed: left.map_or_else(VecDeque::new, |left| left.heads.into()),
             spare: Vec::new(),
             given: false,
+            unsaid: next_avail != 0,
             broken: None,
         })
     }
@@ -231,7 +235,9 @@ impl Ring {
 
     /// Raises the interrupt if there is reason to.
     pub fn signal(&mut self) {
-        if !std::mem::take(&mut self.given) || !self.wants_interrupt() {
+        let unsaid = std::mem::take(&mut self.unsaid);
+        let wanted = std::mem::take(&mut self.given) && self.wants_interrupt();
+        if !wanted && !unsaid {
             return;
         }
         let Some(call) = &self.call else { return };

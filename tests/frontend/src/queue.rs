@@ -181,10 +181,12 @@ impl Queue {
         self.used_index() != self.next_used
     }
 
-    fn interrupted(&self, limit: Duration) {
+    /// Waits for an interrupt; false after `limit`.
+    #[must_use]
+    pub fn interrupted(&self, limit: Duration) -> bool {
         let limit = i32::try_from(limit.as_millis()).unwrap_or(i32::MAX).max(1);
-        let _ = self.epoll.wait(limit, &mut [EpollEvent::default()]);
-        let _ = self.call.read();
+        let came = self.epoll.wait(limit, &mut [EpollEvent::default()]).is_ok_and(|count| count > 0);
+        came && self.call.read().is_ok()
     }
 
     /// Waits for an interrupt, or until there is a finished request; false after `limit`.
@@ -196,7 +198,7 @@ impl Queue {
             if left.is_zero() {
                 return false;
             }
-            self.interrupted(left);
+            let _ = self.interrupted(left);
         }
         true
     }
