@@ -165,3 +165,43 @@ fn a_first_pci_that_dies_while_it_begins_leaves_nothing_behind() {
         assert_eq!(access(&host, &mut machine, 1, &read(config(0, 2, 0, 0), 4)).unwrap(), 0x000c_1b36);
     }
 }
+
+#[test]
+fn the_largest_bus_is_enumerated_and_survives_a_death() {
+    let mut devices = Vec::new();
+    for n in 0..32 {
+        let mut port = port(&format!("p{n}"), n);
+        port.place.addr = Some((28 + u8::try_from(n / 8).unwrap(), u8::try_from(n % 8).unwrap()));
+        devices.push(port);
+    }
+    devices.extend((0..216).map(|n| device(&format!("d{n}"), "pcie.0", Some((1 + n / 8, n % 8)))));
+    devices.extend((0..7).map(|n| device(&format!("b{n}"), &format!("p{n}"), None)));
+    assert_eq!(devices.len(), 255);
+    devices.iter_mut().for_each(|device| device.place.multifunction = true);
+    let host = Host::new(devices);
+    let mut machine = host.machine().unwrap();
+    let mut found = 0;
+    let mut seq = 0;
+    let mut step = |machine: &mut Machine, what: Access| {
+        seq += 1;
+        access(&host, machine, seq, &what).unwrap()
+    };
+    for slot in 0..32 {
+        for function in 0..8 {
+            let id = step(&mut machine, read(config(0, slot, function, 0), 4));
+            found += u64::from(id != 0xffff_ffff);
+            if id == 0x000c_1b36 {
+                let bus = 1 + (slot - 28) * 8 + function;
+                step(&mut machine, write(config(0, slot, function, 0x18), 4, bus << 16 | bus << 8));
+                found += u64::from(step(&mut machine, read(config(bus, 0, 0, 0), 4)) != 0xffff_ffff);
+            }
+        }
+    }
+    assert_eq!(found, 256);
+    drop(machine);
+    let mut machine = host.machine().unwrap();
+    assert_eq!(host.inner.lock().unwrap().core.mapped.len(), 256);
+    assert_eq!(step(&mut machine, read(config(7, 0, 0, 0), 4)), 0x1042_1af4);
+    let more = device("more", "p8", None);
+    assert!(matches!(machine.find_place(&more), Err(bulkhead_control_api::pci::Refusal::NoRoom(_))));
+}
