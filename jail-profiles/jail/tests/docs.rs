@@ -17,7 +17,7 @@ fn process(out: &mut String, process: &Process) -> fmt::Result {
     };
     let fsize = match process.limits.fsize {
         FileSize::Bytes(bytes) => format!("{bytes} bytes"),
-        FileSize::Ram => "the size of guest RAM".into(),
+        FileSize::Ram => "the size of guest RAM, at least 256 MiB".into(),
         FileSize::Unlimited => "unlimited".into(),
     };
     writeln!(out, "### {} (`{}`)\n\n{}.\n", process.name, process.binary, process.about)?;

@@ -176,7 +176,7 @@ impl Child<'_> {
         set(Resource::RLIMIT_DATA, limits.data)?;
         match limits.fsize {
             FileSize::Bytes(bytes) => set(Resource::RLIMIT_FSIZE, bytes),
-            FileSize::Ram => set(Resource::RLIMIT_FSIZE, self.ram),
+            FileSize::Ram => set(Resource::RLIMIT_FSIZE, self.ram.max(ECAM.len)),
             FileSize::Unlimited => Ok(()),
         }
     }

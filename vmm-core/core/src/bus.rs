@@ -1,10 +1,10 @@
 //! The bus: accesses of vCPUs to the daemon that claims the address.
 
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex};
 
-use bulkhead_bus_api::platform::{COALESCED_PORT, CONSOLE_PORTS};
+use bulkhead_bus_api::platform::{COALESCED_PORT, CONSOLE_PORTS, ECAM, PCI_MEM32, Range, pci_mem64};
 use bulkhead_bus_api::{Access, Action, MAX_REQUEST_LEN, Op, REPLY_LEN, Reply, Request, Space, WRITE_LEN};
 use bulkhead_control_api::core::Counters;
 use bulkhead_jail::link::receive;
@@ -16,9 +16,8 @@ use nix::sys::time::{TimeVal, TimeValLike};
 
 use crate::coalesce::Coalescer;
 use crate::error::{Result, system};
-use crate::gate::lock;
 use crate::notice::{Notice, Notices};
-use crate::presence::{Presence, Wait};
+use crate::presence::{Daemon, Presence, Seat, Wait};
 
 /// A wait for a reply looks up this often, in milliseconds.
 const WAIT_STEP_MS: i64 = 100;
@@ -26,10 +25,10 @@ const WAIT_STEP_MS: i64 = 100;
 /// time, so that a VM whose processes were all stopped for a while goes on.
 pub const MAX_WAIT_STEPS: u32 = 50;
 
-/// Replies that are not to the present request: a console answers once more what it was asked again
+/// Replies that are not to the present request: a daemon answers once more what it was asked again
 /// after its predecessor's death. No more than this are dropped, in a row.
 const MAX_STALE: u32 = 8;
-/// What a console has left in a link: as much as a queue holds, and more than an honest one leaves.
+/// What a daemon has left in a link: as much as a queue holds, and more than an honest one leaves.
 const MAX_LEFT: u32 = 1024;
 
 /// Core's end of one access link, with room for one request.
@@ -38,16 +37,16 @@ pub struct AccessLink {
     fd: OwnedFd,
     seq: u32,
     packet: [u8; MAX_REQUEST_LEN],
-    /// Number of the console that it was last used with.
-    console: u32,
-    /// Length of a request that waits for the next console.
+    /// Number of the daemon that it was last used with.
+    daemon: u32,
+    /// Length of a request that waits for the next daemon.
     pending: Option<usize>,
 }
 
 /// Why an exchange gave no reply.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Trouble {
-    /// The console is gone; the next one is asked again.
+    /// The daemon is gone; the next one is asked again.
     Gone,
     /// It broke the protocol; the next one is asked again.
     Broke(&'static str),
@@ -73,10 +72,10 @@ impl AccessLink {
         // The wait for a reply must end even if no reply ever comes, see `exchange`.
         setsockopt(&ours, ReceiveTimeout, &TimeVal::milliseconds(WAIT_STEP_MS))
             .map_err(system("SO_RCVTIMEO"))?;
-        Ok((Self { fd: ours, seq: 0, packet: [0; MAX_REQUEST_LEN], console: 0, pending: None }, theirs))
+        Ok((Self { fd: ours, seq: 0, packet: [0; MAX_REQUEST_LEN], daemon: 0, pending: None }, theirs))
     }
 
-    /// Whether a request waits for the next console.
+    /// Whether a request waits for the next daemon.
     pub fn is_pending(&self) -> bool {
         self.pending.is_some()
     }
@@ -90,7 +89,7 @@ impl AccessLink {
         head.len() + writes(rest) * WRITE_LEN
     }
 
-    /// Sends the built request to console `number` and waits for its reply, or until `watch` is readable.
+    /// Sends the built request to daemon `number` and waits for its reply, or until `watch` is readable.
     fn exchange(
         &mut self,
         len: usize,
@@ -98,14 +97,14 @@ impl AccessLink {
         presence: &Presence,
         watch: Option<BorrowedFd<'_>>,
     ) -> std::result::Result<Reply, Trouble> {
-        if std::mem::replace(&mut self.console, number) != number && !empty(self.fd.as_fd()) {
+        if std::mem::replace(&mut self.daemon, number) != number && !empty(self.fd.as_fd()) {
             return Err(Trouble::Broke("it sends without being asked"));
         }
         let packet = self.packet.get(..len).unwrap_or(&self.packet);
         let flags = MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_NOSIGNAL;
         match send(self.fd.as_raw_fd(), packet, flags) {
             Ok(_) => {}
-            // There is one request at a time, and with a new console none.
+            // There is one request at a time, and with a new daemon none.
             Err(Errno::EAGAIN) => return Err(Trouble::Broke("its access link is full")),
             Err(_) => return Err(Trouble::Failed("its access link is closed")),
         }
@@ -143,6 +142,27 @@ impl AccessLink {
         }
     }
 
+    /// Asks one daemon after the other until one answers.
+    fn ask(&mut self, len: usize, seat: &Seat) -> Outcome {
+        let mut last = 0;
+        loop {
+            last = match seat.presence.wait(last) {
+                Wait::There(number) => number,
+                Wait::Discarded => return UNCLAIMED,
+                Wait::GivenUp => return FAILED,
+            };
+            match self.exchange(len, last, &seat.presence, None) {
+                Ok(reply) => return Outcome { data: reply.data, action: Some(reply.action) },
+                Err(Trouble::Gone) => {}
+                Err(Trouble::Broke(why)) => seat.note_breach(last, why),
+                Err(Trouble::Failed(why)) => {
+                    seat.fail(why);
+                    return FAILED;
+                }
+            }
+        }
+    }
+
     /// Waits for a reply, for one step; false if `watch` is readable and nothing came.
     fn wait(&self, watch: BorrowedFd<'_>) -> bool {
         let mut fds = [self.fd.as_fd(), watch].map(|fd| PollFd::new(fd, PollFlags::POLLIN));
@@ -151,6 +171,15 @@ impl AccessLink {
         let [replied, watched] = fds.map(|fd| fd.revents().is_some_and(|events| !events.is_empty()));
         replied || !watched
     }
+}
+
+/// A vCPU's links.
+#[derive(Debug)]
+pub struct Links {
+    /// To the console.
+    pub console: AccessLink,
+    /// To pci, in a machine that has one.
+    pub pci: Option<AccessLink>,
 }
 
 /// What the vCPU does after an access.
@@ -185,118 +214,79 @@ pub struct Bus {
     /// Collected writes to the console.
     pub coalescer: Coalescer,
     /// The console.
-    pub presence: Presence,
-    /// The console that broke the protocol, and how.
-    breach: Mutex<Option<(u32, &'static str)>>,
+    pub console: Arc<Seat>,
+    /// The pci daemon, which does not come in a machine that has none.
+    pub pci: Arc<Seat>,
+    /// Where pci decodes memory.
+    windows: [Range; 3],
     unclaimed: AtomicU64,
     forwarded: AtomicU64,
     collected: AtomicU64,
 }
 
-fn claimed(access: &Access) -> bool {
-    let size = u64::from(access.size);
-    access.space == Space::Pio && CONSOLE_PORTS.iter().any(|r| r.contains(access.addr, size))
+fn is_within(ranges: &[Range], access: &Access) -> bool {
+    ranges.iter().any(|range| range.contains(access.addr, u64::from(access.size)))
 }
 
 impl Bus {
-    /// The bus with the console's drainer.
-    pub fn new(notices: Arc<Notices>, coalescer: Coalescer) -> Self {
+    /// The bus with the console's drainer, of a machine whose RAM ends at `ram_end`.
+    pub fn new(notices: Arc<Notices>, coalescer: Coalescer, ram_end: u64) -> Self {
+        let seat = |daemon| Arc::new(Seat::new(daemon, Arc::clone(&notices)));
         Self {
+            console: seat(Daemon::Console),
+            pci: seat(Daemon::Pci),
             notices,
             coalescer,
-            presence: Presence::default(),
-            breach: Mutex::default(),
+            windows: [ECAM, PCI_MEM32, pci_mem64(ram_end)],
             unclaimed: AtomicU64::new(0),
             forwarded: AtomicU64::new(0),
             collected: AtomicU64::new(0),
         }
     }
 
-    /// The console is away.
-    pub fn console_left(&self) {
-        self.presence.leave();
-        self.coalescer.wake();
-    }
-
-    /// From now on, or no longer, accesses that wait for an absent console are let go: a reset or the end
+    /// From now on, or no longer, accesses that wait for an absent daemon are let go: a reset or the end
     /// makes them meaningless.
     pub fn discard_waiting(&self, discard: bool) {
-        self.presence.set_discard(discard);
+        self.console.presence.set_discard(discard);
+        self.pci.presence.set_discard(discard);
         self.coalescer.wake();
     }
 
-    /// Whether the console is given up.
-    pub fn console_failed(&self) -> bool {
-        self.presence.is_given_up()
-    }
-
-    /// Gives the console up; the first reason counts.
-    pub fn fail_console(&self, why: &'static str) {
-        if self.presence.give_up() {
-            self.notices.post(Notice::PeerFailed("console", why));
+    /// Carries out one access over the vCPU's link to who claims the address.
+    pub fn access(&self, links: &mut Links, access: &Access) -> Outcome {
+        match (access.space, &mut links.pci) {
+            (Space::Pio, _) if is_within(&CONSOLE_PORTS, access) => {
+                self.access_console(&mut links.console, access)
+            }
+            (Space::Mmio, Some(link)) if is_within(&self.windows, access) => {
+                self.forwarded.fetch_add(1, Ordering::Relaxed);
+                // Collected writes wait on: they are for another device, which shares no state with any
+                // behind pci, so no order between the two can be seen. A stop delivers them in any case.
+                let len = link.build(access, |_| 0);
+                link.ask(len, &self.pci)
+            }
+            _ => {
+                self.unclaimed.fetch_add(1, Ordering::Relaxed);
+                UNCLAIMED
+            }
         }
     }
 
-    /// Console `number` broke the protocol. What a vCPU says late of a console that is over must not hide what
-    /// its successor has done: whoever met that waits until the successor is cut off.
-    fn note_breach(&self, number: u32, why: &'static str) {
-        let mut breach = lock(&self.breach);
-        if breach.is_none_or(|(latest, _)| latest <= number) {
-            *breach = Some((number, why));
-        }
-        drop(breach);
-        self.notices.post(Notice::Breach);
-    }
-
-    /// Takes what the console that is there has done against the protocol.
-    pub fn take_breach(&self) -> Option<&'static str> {
-        let (number, why) = lock(&self.breach).take()?;
-        Some(why).filter(|_| !self.presence.is_over(number))
-    }
-
-    /// Carries out one access over the vCPU's link.
-    pub fn access(&self, link: &mut AccessLink, access: &Access) -> Outcome {
-        if !claimed(access) {
-            self.unclaimed.fetch_add(1, Ordering::Relaxed);
-            return UNCLAIMED;
-        }
-        if self.console_failed() {
+    fn access_console(&self, link: &mut AccessLink, access: &Access) -> Outcome {
+        if self.console.has_failed() {
             return FAILED;
         }
         self.forwarded.fetch_add(1, Ordering::Relaxed);
         // Held until the reply, so that nobody overtakes the writes that go along.
-        let Ok(drain) = self.coalescer.drain(|| self.presence.lets_go()) else { return UNCLAIMED };
+        let Ok(drain) = self.coalescer.drain(|| self.console.presence.lets_go()) else { return UNCLAIMED };
         let len = link.build(access, |room| self.fill(drain.as_ref(), room));
-        let outcome = self.ask(link, len);
+        let outcome = link.ask(len, &self.console);
         drop(drain);
         let plain_output = matches!(access.op, Op::Write(_)) && access.addr == u64::from(COALESCED_PORT);
         if plain_output && access.size == 1 && self.coalescer.wants_start() {
             self.notices.post(Notice::Output);
         }
         outcome
-    }
-
-    /// Asks one console after the other until one answers.
-    fn ask(&self, link: &mut AccessLink, len: usize) -> Outcome {
-        let mut last = 0;
-        loop {
-            last = match self.presence.wait(last) {
-                Wait::There(number) => number,
-                Wait::Discarded => return UNCLAIMED,
-                Wait::GivenUp => return FAILED,
-            };
-            match link.exchange(len, last, &self.presence, None) {
-                Ok(reply) => return Outcome { data: reply.data, action: Some(reply.action) },
-                Err(Trouble::Gone) => {}
-                Err(Trouble::Broke(why)) => {
-                    self.note_breach(last, why);
-                }
-                Err(Trouble::Failed(why)) => {
-                    self.fail_console(why);
-                    return FAILED;
-                }
-            }
-        }
     }
 
     fn fill(&self, drain: Option<&crate::coalesce::Drain<'_>>, room: &mut [u8]) -> usize {
@@ -308,7 +298,7 @@ impl Bus {
     /// Delivers what is collected, without waiting for a console that is away. For the main thread, whose
     /// turn lasts until all that it took is delivered. `main` is the console's main link.
     pub fn flush(&self, link: &mut AccessLink, main: Option<BorrowedFd<'_>>) -> Flushed {
-        let (Some(number), Some(main)) = (self.presence.there(), main) else {
+        let (Some(number), Some(main)) = (self.console.presence.there(), main) else {
             return if link.is_pending() || self.coalescer.has_more() {
                 Flushed::Waiting
             } else {
@@ -336,14 +326,12 @@ impl Bus {
             }
         };
         // A write to the collected port asks for nothing, so the action is of no interest.
-        match link.exchange(len, number, &self.presence, Some(main)) {
+        match link.exchange(len, number, &self.console.presence, Some(main)) {
             Ok(_) => return Flushed::Delivered,
             Err(Trouble::Gone) => {}
-            Err(Trouble::Broke(why)) => {
-                self.note_breach(number, why);
-            }
+            Err(Trouble::Broke(why)) => self.console.note_breach(number, why),
             Err(Trouble::Failed(why)) => {
-                self.fail_console(why);
+                self.console.fail(why);
                 return Flushed::Nothing;
             }
         }
@@ -367,25 +355,5 @@ impl Bus {
             collected: self.collected.load(Ordering::Relaxed),
             resets: 0,
         }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_late_breach_does_not_hide_that_of_the_next_console() {
-        let bus = Bus::new(Arc::new(Notices::new().unwrap()), Coalescer::new(None));
-        bus.presence.arrive();
-        bus.note_breach(1, "first");
-        bus.console_left();
-        assert_eq!(bus.take_breach(), None, "it is over");
-        bus.presence.arrive();
-        for late in [[(1, "first"), (3, "second")], [(3, "second"), (1, "first")]] {
-            late.iter().for_each(|(number, why)| bus.note_breach(*number, why));
-            assert_eq!(bus.take_breach(), Some("second"));
-        }
-        assert_eq!(bus.take_breach(), None);
     }
 }

@@ -22,10 +22,10 @@ pub enum Error {
     #[error("guest RAM does not fit into the {0} physical address bits of this host")]
     AddressWidth(u32),
     /// A memfd could not be made as large as the RAM.
-    #[error("guest RAM of {0} MiB: RLIMIT_FSIZE is too small (a memfd counts)")]
+    #[error("guest memory of {0} MiB: RLIMIT_FSIZE is too small (a memfd counts)")]
     FileSize(u64),
     /// The host has no room for the guest's RAM.
-    #[error("guest RAM of {0} MiB: not enough memory ({1})")]
+    #[error("guest memory of {0} MiB: not enough memory ({1})")]
     Memory(u64, Errno),
     /// KVM refused a request.
     #[error("KVM: {0}: {1}")]

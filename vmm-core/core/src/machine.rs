@@ -1,4 +1,4 @@
-//! The main thread: one loop over signals, vCPU messages, console, broker and loader.
+//! The main thread: one loop over signals, vCPU messages, bus daemons, broker and loader.
 
 use std::os::fd::AsFd;
 use std::sync::Arc;
@@ -16,19 +16,20 @@ use nix::sys::signalfd::SignalFd;
 use crate::boot::{Boot, Phase};
 use crate::bus::{AccessLink, Flushed};
 use crate::coalesce::{IDLE_PERIODS, PERIOD_MS};
-use crate::console::{Console, Fault};
 use crate::control::{Broker, permitted};
 use crate::door::Arrival;
 use crate::error::{Error, Result, kvm, system};
 use crate::gate::lock;
 use crate::notice::{Notice, What};
+use crate::peer::{Fault, Peer};
+use crate::presence::Daemon;
 use crate::registers;
 use crate::snapshot::{Chips, VcpuState};
 use crate::state::{Effect, State};
 use crate::vcpu::{Shared, Vcpu};
 use crate::vm::Vm;
 
-/// How long vCPUs may take to come out before the console is given up for holding one.
+/// How long vCPUs may take to come out before a daemon is given up for holding one.
 const STOP_PATIENCE: Duration = Duration::from_secs(6);
 /// The same before an exit.
 const EXIT_PATIENCE: Duration = Duration::from_secs(1);
@@ -36,7 +37,7 @@ const EXIT_PATIENCE: Duration = Duration::from_secs(1);
 const LAST_PATIENCE: Duration = Duration::from_secs(10);
 /// How long the broker has to tell its clients before core exits.
 const FAREWELL: Duration = Duration::from_secs(1);
-/// How often the console's door is looked at while vCPUs come out.
+/// How often the daemons' doors are looked at while vCPUs come out.
 const HALT_STEP: Duration = Duration::from_millis(20);
 /// How often deadlines are looked at while there are any, in milliseconds.
 const DEADLINE_STEP_MS: u16 = 250;
@@ -70,7 +71,9 @@ pub struct Machine {
     pub shared: Arc<Shared>,
     pub power_on: PowerOn,
     pub boot: Boot,
-    pub console: Console,
+    pub console: Peer,
+    /// Of a machine with devices behind it.
+    pub pci: Option<Peer>,
     pub broker: Broker,
     pub state: State,
     pub drainer: AccessLink,
@@ -87,7 +90,7 @@ pub struct Now {
     /// A loader has succeeded: the failure of a later one is not the end.
     booted: bool,
     exiting: bool,
-    /// A `start` that waits for loader and console.
+    /// A `start` that waits for loader and daemons.
     held_start: Option<u32>,
     resets: u64,
     idle_looks: u32,
@@ -100,6 +103,7 @@ struct Readable {
     notices: bool,
     loader: bool,
     console: bool,
+    pci: bool,
     broker: bool,
 }
 
@@ -135,7 +139,10 @@ impl Machine {
                 self.after_loader(ended)?;
             }
             if readable.console {
-                self.on_console();
+                self.on_peer(Daemon::Console);
+            }
+            if readable.pci {
+                self.on_peer(Daemon::Pci);
             }
             if readable.broker && !self.now.exiting {
                 if let Some(request) = self.broker.advance() {
@@ -150,7 +157,8 @@ impl Machine {
     }
 
     fn wait(&self) -> Result<Readable> {
-        let collects = self.shared.bus.coalescer.is_active() && self.shared.bus.presence.there().is_some();
+        let collects =
+            self.shared.bus.coalescer.is_active() && self.shared.bus.console.presence.there().is_some();
         let timeout = if collects {
             PollTimeout::from(PERIOD_MS)
         } else if self.has_deadlines() {
@@ -163,6 +171,7 @@ impl Machine {
             Some(self.shared.notices.as_fd()),
             self.boot.door.poll_fd(),
             self.console.door.poll_fd(),
+            self.pci.as_ref().and_then(|pci| pci.door.poll_fd()),
             self.broker.door.poll_fd(),
         ];
         let mut fds: Vec<_> =
@@ -173,20 +182,22 @@ impl Machine {
         }
         let mut polled = fds.iter();
         // A door that is shut was not polled; any event counts, also the end of a link.
-        let [signals, notices, loader, console, broker] = sources.map(|source| {
+        let [signals, notices, loader, console, pci, broker] = sources.map(|source| {
             source.is_some() && polled.next().is_some_and(|p| p.revents().is_some_and(|e| !e.is_empty()))
         });
-        Ok(Readable { signals, notices, loader, console, broker })
+        Ok(Readable { signals, notices, loader, console, pci, broker })
     }
 
     fn has_deadlines(&self) -> bool {
-        let doors = [&self.boot.door, &self.console.door, &self.broker.door];
-        matches!(self.boot.phase, Phase::Loading(_)) || doors.iter().any(|door| door.is_greeting())
+        let others = [&self.boot.door, &self.broker.door];
+        let mut doors = self.peers().map(|peer| &peer.door).chain(others);
+        matches!(self.boot.phase, Phase::Loading(_)) || doors.any(|door| door.is_greeting())
     }
 
     fn look_at_deadlines(&mut self) -> Result<()> {
         if self.has_deadlines() {
             self.console.door.expire();
+            self.pci.iter_mut().for_each(|pci| pci.door.expire());
             self.broker.door.expire();
             let expired = self.boot.expire();
             self.after_loader(expired)?;
@@ -222,36 +233,39 @@ impl Machine {
         self.kick_all();
         let patience = if last { EXIT_PATIENCE } else { STOP_PATIENCE };
         if !self.wait_idle(patience) {
-            self.shared.bus.fail_console("it held up a stop");
-            self.shared.bus.abandon(&mut self.drainer);
+            // Who is there answers in time or is given up by whom it lets wait.
+            let all = self.are_there();
+            for peer in self.peers().filter(|peer| all || peer.seat.presence.there().is_none()) {
+                peer.seat.fail("it held up a stop");
+            }
+            self.abandon();
             if !self.shared.gate.wait_idle(LAST_PATIENCE) {
                 return Err(Error::Stuck);
             }
         }
         // More than once, because one request may not hold all of a full ring; nobody fills it now.
         while self.flush() == Flushed::Delivered {}
-        if !last && !self.shared.bus.console_failed() {
-            let paused = self.console.pause();
-            self.judge_console(paused);
+        if !last {
+            self.tell_peers(Peer::pause);
         }
         self.now.clock = Some(self.vm.fd.get_clock().map_err(kvm("KVM_GET_CLOCK"))?);
         Ok(())
     }
 
-    /// Waits until no vCPU is inside the gate. A vCPU may wait for a console that is away, so one that comes
-    /// is let in meanwhile.
+    /// Waits until no vCPU is inside the gate. A vCPU may wait for a daemon that is away, so one that comes
+    /// is let in meanwhile; or for pci, which waits for an answer of this thread.
     fn wait_idle(&mut self, patience: Duration) -> bool {
         let start = Instant::now();
         while !self.shared.gate.wait_idle(HALT_STEP) {
             if start.elapsed() > patience {
                 return false;
             }
-            if self.shared.bus.console_failed() {
-                self.shared.bus.abandon(&mut self.drainer);
-            }
-            self.look_at_breach();
-            if self.console.door.is_readable() {
-                self.on_console();
+            self.abandon();
+            for daemon in [Daemon::Console, Daemon::Pci] {
+                self.look_at_breach(daemon);
+                if self.peer(daemon).is_some_and(|peer| peer.door.is_readable()) {
+                    self.on_peer(daemon);
+                }
             }
             if self.drainer.is_pending() {
                 self.flush();
@@ -260,21 +274,71 @@ impl Machine {
         true
     }
 
+    /// Drops collected output for a console that is given up.
+    fn abandon(&mut self) {
+        if self.console.seat.has_failed() {
+            self.shared.bus.abandon(&mut self.drainer);
+        }
+    }
+
+    /// The bus daemons that the machine has.
+    fn peers(&self) -> impl Iterator<Item = &Peer> {
+        std::iter::once(&self.console).chain(&self.pci)
+    }
+
+    fn peer(&mut self, daemon: Daemon) -> Option<&mut Peer> {
+        match daemon {
+            Daemon::Console => Some(&mut self.console),
+            Daemon::Pci => self.pci.as_mut(),
+        }
+    }
+
+    /// Whether accesses would be answered.
+    fn are_there(&self) -> bool {
+        self.peers().all(|peer| peer.seat.presence.there().is_some())
+    }
+
+    /// Tells each daemon that is not given up; whether all have done it.
+    fn tell_peers(&mut self, tell: impl Fn(&mut Peer, &Vm) -> std::result::Result<(), Fault>) -> bool {
+        let mut done = true;
+        for daemon in [Daemon::Console, Daemon::Pci] {
+            done &= self.with_peer(daemon, &tell);
+        }
+        done
+    }
+
+    /// Has a daemon do something, unless it is given up, and judges it by that.
+    fn with_peer(
+        &mut self,
+        daemon: Daemon,
+        tell: impl Fn(&mut Peer, &Vm) -> std::result::Result<(), Fault>,
+    ) -> bool {
+        let Self { console, pci, vm, .. } = self;
+        let peer = if daemon == Daemon::Console { Some(console) } else { pci.as_mut() };
+        let Some(peer) = peer.filter(|peer| !peer.seat.has_failed()) else { return true };
+        let Err(fault) = tell(peer, vm) else { return true };
+        if peer.judge(fault) {
+            self.shared.bus.coalescer.wake();
+            self.kick_all();
+        }
+        false
+    }
+
     /// Delivers collected output, as far as the console is there.
     fn flush(&mut self) -> Flushed {
         let Self { shared, drainer, console, .. } = self;
         shared.bus.flush(drainer, console.door.poll_fd())
     }
 
-    /// Lets the vCPUs run if the state says so and guest and console are there.
+    /// Lets the vCPUs run if the state says so and guest and daemons are there.
     fn release(&mut self) -> Result<()> {
         if self.now.released || self.now.exiting || self.state.run() != RunState::Running {
             return Ok(());
         }
-        if self.shared.bus.console_failed() {
+        if self.peers().any(|peer| peer.seat.has_failed()) {
             return self.apply(State::internal_error);
         }
-        if self.shared.bus.presence.there().is_none() {
+        if !self.are_there() {
             return Ok(());
         }
         match self.boot.phase {
@@ -290,9 +354,7 @@ impl Machine {
             Phase::Started => {}
             Phase::Loading(_) | Phase::Failed => return Ok(()),
         }
-        let resumed = self.console.resume();
-        if resumed.is_err() {
-            self.judge_console(resumed);
+        if !self.tell_peers(Peer::resume) {
             return Ok(());
         }
         if let Some(clock) = self.now.clock.take() {
@@ -313,10 +375,7 @@ impl Machine {
     fn reset(&mut self) -> Result<()> {
         self.now.resets += 1;
         self.shared.gate.next_epoch();
-        if !self.shared.bus.console_failed() {
-            let reset = self.console.reset();
-            self.judge_console(reset);
-        }
+        self.tell_peers(Peer::reset);
         for vcpu in &self.vcpus {
             vcpu.forget_nmi();
         }
@@ -345,57 +404,25 @@ impl Machine {
         }
     }
 
-    fn judge_console(&mut self, result: std::result::Result<(), Fault>) {
-        match result {
-            Ok(()) => {}
-            Err(Fault::Gone) => {
-                if self.console.door.is_linked() {
-                    info!("the console is gone; the machine waits for the next one where it needs it");
-                    self.console.door.close();
-                    self.console_left();
-                }
-            }
-            Err(Fault::Broke(why)) => {
-                error!("console: {why}; it is cut off");
-                if !self.console.cut_off() {
-                    self.shared.bus.fail_console("too many consoles broke the protocol");
-                }
-                self.console_left();
-            }
-            Err(Fault::Late(why)) => self.shared.bus.fail_console(why),
-        }
-    }
-
-    fn console_left(&self) {
-        self.shared.bus.console_left();
-        self.kick_all();
-    }
-
     fn kick_all(&self) {
         for vcpu in &self.vcpus {
             vcpu.kick(self.host.process);
         }
     }
 
-    fn look_at_breach(&mut self) {
-        if let Some(why) = self.shared.bus.take_breach() {
-            self.judge_console(Err(Fault::Broke(why)));
+    fn look_at_breach(&mut self, daemon: Daemon) {
+        if let Some(why) = self.peer(daemon).and_then(|peer| peer.seat.take_breach()) {
+            self.with_peer(daemon, |_, _| Err(Fault::Broke(why)));
         }
     }
 
-    fn on_console(&mut self) {
-        match self.console.door.advance() {
-            Arrival::Nothing => {}
-            Arrival::Connected => match self.console.welcome() {
-                // Whoever waits repeats what it asked the last one.
-                Ok(()) => self.shared.bus.presence.arrive(),
-                fault => self.judge_console(fault),
-            },
-            Arrival::Message => {
-                let unasked = self.console.unasked();
-                self.judge_console(unasked);
-            }
-        }
+    fn on_peer(&mut self, daemon: Daemon) {
+        // Whoever waits repeats what it asked the last one.
+        self.with_peer(daemon, |peer, vm| match peer.door.advance() {
+            Arrival::Nothing => Ok(()),
+            Arrival::Connected => peer.welcome(vm),
+            Arrival::Message => peer.unasked(vm),
+        });
     }
 
     fn on_signal(&mut self) -> Result<()> {
@@ -405,8 +432,7 @@ impl Machine {
                 let on =
                     matches!(self.state.run(), RunState::Prelaunch | RunState::Running | RunState::Paused);
                 if on {
-                    let pressed = self.console.press_power_button();
-                    self.judge_console(pressed);
+                    self.with_peer(Daemon::Console, Peer::press_power_button);
                 }
                 self.broker.tell(Event::PowerButton, self.state.run());
                 Ok(())
@@ -425,11 +451,12 @@ impl Machine {
                 // What happened before a reset is no longer of interest.
                 Notice::Vcpu(epoch, what) if epoch == self.shared.gate.epoch() => self.on_vcpu(what)?,
                 Notice::Vcpu(..) => {}
-                Notice::Breach => self.look_at_breach(),
-                Notice::PeerFailed(peer, why) => {
-                    error!("{peer} is given up: {why}; the machine cannot go on without it");
-                    self.console.door.shut();
-                    self.shared.bus.abandon(&mut self.drainer);
+                Notice::Breach(daemon) => self.look_at_breach(daemon),
+                Notice::PeerFailed(daemon, why) => {
+                    let name = daemon.name();
+                    error!("{name} is given up: {why}; the machine cannot go on without it");
+                    self.peer(daemon).into_iter().for_each(|peer| peer.door.shut());
+                    self.abandon();
                     self.apply(State::internal_error)?;
                 }
                 Notice::Output => self.shared.bus.coalescer.start(&self.vm.fd)?,
@@ -476,7 +503,7 @@ impl Machine {
             // The next broker asks again.
             self.now.held_start = None;
         }
-        let ready = matches!(self.boot.phase, Phase::Ready(_)) && self.console.door.is_linked();
+        let ready = matches!(self.boot.phase, Phase::Ready(_)) && self.are_there();
         if let Some(id) = self.now.held_start.take_if(|_| ready || !self.state.to_start() || self.now.exiting)
         {
             self.apply(State::start)?;

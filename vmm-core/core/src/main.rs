@@ -7,7 +7,6 @@
 mod boot;
 mod bus;
 mod coalesce;
-mod console;
 mod control;
 mod cpuid;
 mod door;
@@ -16,6 +15,7 @@ mod gate;
 mod machine;
 mod memory;
 mod notice;
+mod peer;
 mod power_on;
 mod presence;
 mod registers;
@@ -28,9 +28,11 @@ mod tests;
 mod threads;
 mod vcpu;
 mod vm;
+mod wiring;
 
 use std::process::ExitCode;
 
+use bulkhead_bus_api::platform::ECAM;
 use bulkhead_jail::start::Start;
 use bulkhead_jail::topology;
 
@@ -50,11 +52,13 @@ fn run() -> error::Result<()> {
     sys::one_heap();
     let mut start = Start::begin(&topology::CORE)?;
     let config: bulkhead_control_api::config::Core = start.config()?;
-    memory::limit_file_size(config.ram)?;
+    let pci = start.take_optional("bus-pci");
+    memory::limit_file_size(if pci.is_some() { config.ram.max(ECAM.len) } else { config.ram })?;
     let parts = Parts {
         config,
         kvm: start.take("kvm")?,
         console: start.take("bus-console")?,
+        pci,
         broker: start.take("control-broker")?,
         loader: start.take("loader")?,
         boot: start.take("boot")?,

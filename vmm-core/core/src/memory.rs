@@ -1,12 +1,14 @@
 //! Guest RAM: one sealed memfd per region, around the 32-bit hole.
 
+use std::ffi::CStr;
 use std::os::fd::OwnedFd;
 
-use bulkhead_bus_api::platform::{HIGH_RAM_START, LOW_RAM_END};
+use bulkhead_bus_api::platform::{ECAM, HIGH_RAM_START, LOW_RAM_END};
 use bulkhead_control_api::loader::Region;
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, SealFlag, fcntl};
 use nix::sys::memfd::{MFdFlags, memfd_create};
+use nix::sys::mman::ProtFlags;
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use nix::unistd::ftruncate;
 
@@ -16,7 +18,7 @@ use crate::sys::Mapping;
 /// Page size of x86.
 pub const PAGE: u64 = 4096;
 
-/// One region of guest RAM, mapped.
+/// One region of guest memory, mapped.
 #[derive(Debug)]
 pub struct Ram {
     /// Where the guest sees it.
@@ -38,13 +40,13 @@ pub fn regions(ram: u64) -> Vec<Region> {
     regions
 }
 
-/// Limits this process to files of the size of RAM; a memfd counts. A unit file cannot know that size.
-pub fn limit_file_size(ram: u64) -> Result<()> {
+/// Limits this process to files of `size` bytes, its largest memfd. A unit file cannot know that size.
+pub fn limit_file_size(size: u64) -> Result<()> {
     let (_, hard) = getrlimit(Resource::RLIMIT_FSIZE).map_err(system("getrlimit"))?;
-    if hard <= ram {
+    if hard <= size {
         return Ok(());
     }
-    setrlimit(Resource::RLIMIT_FSIZE, ram, ram).map_err(system("setrlimit"))
+    setrlimit(Resource::RLIMIT_FSIZE, size, size).map_err(system("setrlimit"))
 }
 
 /// Makes and maps guest RAM of `ram` bytes.
@@ -55,11 +57,21 @@ pub fn create(ram: u64) -> Result<Vec<Ram>> {
     if ram == 0 || !ram.is_multiple_of(PAGE) || i64::try_from(ram).is_err() {
         return Err(Error::Config("guest RAM is not a positive multiple of 4096 bytes"));
     }
-    regions(ram).into_iter().map(|region| create_region(region, ram >> 20)).collect()
+    let prot = ProtFlags::PROT_READ | ProtFlags::PROT_WRITE;
+    let name = |region: &Region| if region.gpa == 0 { c"ram-low" } else { c"ram-high" };
+    regions(ram).into_iter().map(|region| create_region(name(&region), region, prot, ram >> 20)).collect()
 }
 
-fn create_region(region: Region, mib: u64) -> Result<Ram> {
-    let name = if region.gpa == 0 { c"ram-low" } else { c"ram-high" };
+/// Makes the configuration window, empty, and maps it read-only: pci writes it.
+///
+/// # Errors
+/// As [`create`].
+pub fn create_ecam() -> Result<Ram> {
+    let region = Region { gpa: ECAM.base, len: ECAM.len };
+    create_region(c"ecam", region, ProtFlags::PROT_READ, ECAM.len >> 20)
+}
+
+fn create_region(name: &CStr, region: Region, prot: ProtFlags, mib: u64) -> Result<Ram> {
     let fd = memfd_create(name, MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING)
         .map_err(system("memfd_create"))?;
     let len = i64::try_from(region.len).map_err(|_| Error::Config("guest RAM is too large"))?;
@@ -71,7 +83,7 @@ fn create_region(region: Region, mib: u64) -> Result<Ram> {
     let seals = SealFlag::F_SEAL_SHRINK | SealFlag::F_SEAL_GROW | SealFlag::F_SEAL_SEAL;
     fcntl(&fd, FcntlArg::F_ADD_SEALS(seals)).map_err(system("F_ADD_SEALS"))?;
     let len = usize::try_from(region.len).map_err(|_| Error::Config("guest RAM is too large"))?;
-    let mapping = Mapping::of_ram(&fd, len).map_err(|errno| Error::Memory(mib, errno))?;
+    let mapping = Mapping::of_memfd(&fd, len, prot).map_err(|errno| Error::Memory(mib, errno))?;
     Ok(Ram { region, fd, mapping })
 }
 

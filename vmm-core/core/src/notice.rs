@@ -8,6 +8,7 @@ use nix::sys::eventfd::{EfdFlags, EventFd};
 
 use crate::error::{Result, system};
 use crate::gate::lock;
+use crate::presence::Daemon;
 
 /// Something that a vCPU cannot settle itself. It stays out of KVM until the next release.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -28,9 +29,9 @@ pub enum Notice {
     /// From a vCPU that was running in this epoch.
     Vcpu(u64, What),
     /// A bus daemon is given up: which, and why.
-    PeerFailed(&'static str, &'static str),
+    PeerFailed(Daemon, &'static str),
     /// A bus daemon broke the protocol.
-    Breach,
+    Breach(Daemon),
     /// Console output begins: collecting writes pays.
     Output,
 }

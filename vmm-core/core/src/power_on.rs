@@ -8,9 +8,8 @@ use bulkhead_control_api::config::{Core, CpuTopology};
 use kvm_ioctls::{Cap, Kvm};
 
 use crate::boot::Boot;
-use crate::bus::{AccessLink, Bus};
+use crate::bus::{AccessLink, Bus, Links};
 use crate::coalesce::Coalescer;
-use crate::console::Console;
 use crate::control::Broker;
 use crate::cpuid::Template;
 use crate::door::Door;
@@ -18,11 +17,13 @@ use crate::error::{Error, Result, kvm, system};
 use crate::gate::{Gate, lock};
 use crate::machine::{Host, Machine, Now, PowerOn};
 use crate::notice::Notices;
+use crate::peer::{Gifts, Peer};
 use crate::snapshot::{self, Chips, MsrSet, VcpuState};
 use crate::state::State;
 use crate::sys::Ring;
 use crate::vcpu::{self, Shared, Vcpu};
 use crate::vm::{self, Vm};
+use crate::wiring::Wiring;
 use crate::{memory, signals, threads};
 
 /// What core is started with.
@@ -34,6 +35,8 @@ pub struct Parts {
     pub kvm: OwnedFd,
     /// Listener for the console.
     pub console: OwnedFd,
+    /// Listener for pci, in a machine that has it.
+    pub pci: Option<OwnedFd>,
     /// Listener for the broker.
     pub broker: OwnedFd,
     /// Listener for loaders.
@@ -64,18 +67,17 @@ pub fn power_on(parts: Parts) -> Result<Machine> {
     let ring = make_ring(&host, &vcpus, parts.coalesce)?;
 
     let notices = Arc::new(Notices::new()?);
-    let bus = Bus::new(Arc::clone(&notices), Coalescer::new(ring));
+    let bus = Bus::new(Arc::clone(&notices), Coalescer::new(ring), vm.ram_end());
     let shared = Arc::new(Shared { gate: Gate::default(), notices, bus });
-    let mut links = Vec::new();
-    let mut ends = Vec::new();
-    for _ in 0..=vcpus.len() {
-        let (ours, theirs) = AccessLink::pair()?;
-        links.push(ours);
-        ends.push(theirs);
-    }
-    let drainer = links.pop().ok_or(Error::Config("no access link"))?;
+    let (to_console, mut ends) = access_links(vcpus.len())?;
+    let (drainer, end) = AccessLink::pair()?;
+    ends.push(end);
     let interrupts = CONSOLE_GSIS.iter().map(|gsi| vm.interrupt(*gsi)).collect::<Result<Vec<_>>>()?;
     let door = Door::new("bus-console", bulkhead_bus_api::VERSION, parts.console);
+    let console = Peer::new(door, Arc::clone(&shared.bus.console), ends, Gifts::Interrupts(interrupts));
+    let (pci, to_pci) = make_pci(parts.pci, &vm, &shared.bus, vcpus.len())?;
+    let to_pci = to_pci.into_iter().map(Some).chain(std::iter::repeat_with(|| None));
+    let links = to_console.into_iter().zip(to_pci).map(|(console, pci)| Links { console, pci }).collect();
     start_threads(&vcpus, &shared, links)?;
     let threads = thread_ids(&vcpus, parts.tasks)?;
     let broker = Door::new("control-broker", bulkhead_control_api::VERSION, parts.broker);
@@ -86,7 +88,8 @@ pub fn power_on(parts: Parts) -> Result<Machine> {
         shared,
         power_on,
         boot,
-        console: Console::new(door, ends, interrupts),
+        console,
+        pci,
         broker: Broker { door: broker },
         state: State::new(config.autostart, config.no_reboot, config.no_shutdown),
         drainer,
@@ -137,7 +140,26 @@ fn make_ring(host: &Kvm, vcpus: &[Arc<Vcpu>], wanted: bool) -> Result<Option<Rin
     }
 }
 
-fn start_threads(vcpus: &[Arc<Vcpu>], shared: &Arc<Shared>, links: Vec<AccessLink>) -> Result<()> {
+/// Access links for each vCPU, and the daemon's ends.
+fn access_links(vcpus: usize) -> Result<(Vec<AccessLink>, Vec<OwnedFd>)> {
+    (0..vcpus).map(|_| AccessLink::pair()).collect()
+}
+
+/// Pci, if the machine has it, and the vCPUs' links to it.
+fn make_pci(
+    listener: Option<OwnedFd>,
+    vm: &Vm,
+    bus: &Bus,
+    vcpus: usize,
+) -> Result<(Option<Peer>, Vec<AccessLink>)> {
+    let Some(listener) = listener else { return Ok((None, Vec::new())) };
+    let (links, ends) = access_links(vcpus)?;
+    let door = Door::new("bus-pci", bulkhead_bus_api::VERSION, listener);
+    let wiring = Gifts::Wiring(Wiring::new(memory::create_ecam()?, vm.ram_end()));
+    Ok((Some(Peer::new(door, Arc::clone(&bus.pci), ends, wiring)), links))
+}
+
+fn start_threads(vcpus: &[Arc<Vcpu>], shared: &Arc<Shared>, links: Vec<Links>) -> Result<()> {
     // A thread allocates and sets itself up before it waits here: nothing of that is in the filter.
     let ready = Arc::new(Barrier::new(vcpus.len() + 1));
     for (index, (vcpu, link)) in vcpus.iter().zip(links).enumerate() {

@@ -1,24 +1,92 @@
-//! Whether the console is there, and which one: what a vCPU that waits for it looks at.
+//! Whether a bus daemon is there, and which one: what a vCPU that waits for it looks at.
 
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
-use std::sync::{Condvar, Mutex, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, PoisonError};
 
 use crate::gate::lock;
+use crate::notice::{Notice, Notices};
 
-/// The console is given up for good.
+/// The daemon is given up for good.
 const GIVEN_UP: u32 = u32::MAX;
 
-/// Counts consoles: odd while one is there, even while it is away, one more with each change.
+/// The bus daemons.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Daemon {
+    /// Ports of the serial line and the platform.
+    Console,
+    /// Configuration space and the windows of PCI.
+    Pci,
+}
+
+impl Daemon {
+    /// Its name in the topology.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Console => "console",
+            Self::Pci => "pci",
+        }
+    }
+}
+
+/// What all threads share of one bus daemon.
+#[derive(Debug)]
+pub struct Seat {
+    /// Which one.
+    pub daemon: Daemon,
+    /// Whether it is there.
+    pub presence: Presence,
+    /// The one that broke the protocol, and how.
+    breach: Mutex<Option<(u32, &'static str)>>,
+    notices: Arc<Notices>,
+}
+
+impl Seat {
+    /// The seat of a daemon that has not come yet.
+    pub fn new(daemon: Daemon, notices: Arc<Notices>) -> Self {
+        Self { daemon, presence: Presence::default(), breach: Mutex::default(), notices }
+    }
+
+    /// Whether the daemon is given up.
+    pub fn has_failed(&self) -> bool {
+        self.presence.is_given_up()
+    }
+
+    /// Gives the daemon up; the first reason counts.
+    pub fn fail(&self, why: &'static str) {
+        if self.presence.give_up() {
+            self.notices.post(Notice::PeerFailed(self.daemon, why));
+        }
+    }
+
+    /// Daemon `number` broke the protocol. What a vCPU says late of a daemon that is over must not hide what
+    /// its successor has done: whoever met that waits until the successor is cut off.
+    pub fn note_breach(&self, number: u32, why: &'static str) {
+        let mut breach = lock(&self.breach);
+        if breach.is_none_or(|(latest, _)| latest <= number) {
+            *breach = Some((number, why));
+        }
+        drop(breach);
+        self.notices.post(Notice::Breach(self.daemon));
+    }
+
+    /// Takes what the daemon that is there has done against the protocol.
+    pub fn take_breach(&self) -> Option<&'static str> {
+        let (number, why) = lock(&self.breach).take()?;
+        Some(why).filter(|_| !self.presence.is_over(number))
+    }
+}
+
+/// Counts daemons: odd while one is there, even while it is away, one more with each change.
 #[derive(Debug, Default)]
 pub struct Presence {
     count: AtomicU32,
-    /// Whoever waits for an absent console is let go (a reset, the end): its access no longer matters.
+    /// Whoever waits for an absent daemon is let go (a reset, the end): its access no longer matters.
     discard: AtomicBool,
     turn: Mutex<()>,
     changed: Condvar,
 }
 
-/// What became of waiting for the console.
+/// What became of waiting for the daemon.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Wait {
     /// It is there, with this number.
@@ -34,17 +102,17 @@ const fn is_there(count: u32) -> bool {
 }
 
 impl Presence {
-    /// The number of the console that is there.
+    /// The number of the daemon that is there.
     pub fn there(&self) -> Option<u32> {
         Some(self.count.load(Ordering::SeqCst)).filter(|count| is_there(*count))
     }
 
-    /// Whether the console of this number is there no more.
+    /// Whether the daemon of this number is there no more.
     pub fn is_over(&self, number: u32) -> bool {
         self.count.load(Ordering::SeqCst) != number
     }
 
-    /// Whether the console is given up.
+    /// Whether the daemon is given up.
     pub fn is_given_up(&self) -> bool {
         self.count.load(Ordering::SeqCst) == GIVEN_UP
     }
@@ -54,7 +122,7 @@ impl Presence {
         self.discard.load(Ordering::SeqCst) && self.there().is_none()
     }
 
-    /// Waits for a console with a number above `last`.
+    /// Waits for a daemon with a number above `last`.
     pub fn wait(&self, last: u32) -> Wait {
         let look = || match self.count.load(Ordering::SeqCst) {
             GIVEN_UP => Some(Wait::GivenUp),
@@ -84,9 +152,9 @@ impl Presence {
         self.changed.notify_all();
     }
 
-    /// A console is there.
+    /// A daemon is there.
     pub fn arrive(&self) {
-        // So many consoles that the numbers would run out: 2^31, at one a second 68 years.
+        // So many daemons that the numbers would run out: 2^31, at one a second 68 years.
         self.change(|count| if is_there(count) { count } else { count.saturating_add(1) });
     }
 
@@ -105,7 +173,7 @@ impl Presence {
         first
     }
 
-    /// From now on, or no longer, accesses that wait for an absent console are let go.
+    /// From now on, or no longer, accesses that wait for an absent daemon are let go.
     pub fn set_discard(&self, discard: bool) {
         self.discard.store(discard, Ordering::SeqCst);
         self.change(|count| count);
@@ -115,6 +183,21 @@ impl Presence {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_late_breach_does_not_hide_that_of_the_next_daemon() {
+        let seat = Seat::new(Daemon::Console, Arc::new(Notices::new().unwrap()));
+        seat.presence.arrive();
+        seat.note_breach(1, "first");
+        seat.presence.leave();
+        assert_eq!(seat.take_breach(), None, "it is over");
+        seat.presence.arrive();
+        for late in [[(1, "first"), (3, "second")], [(3, "second"), (1, "first")]] {
+            late.iter().for_each(|(number, why)| seat.note_breach(*number, why));
+            assert_eq!(seat.take_breach(), Some("second"));
+        }
+        assert_eq!(seat.take_breach(), None);
+    }
 
     #[test]
     fn waiting_ends_with_the_next_console_a_reset_or_the_end() {

@@ -2,10 +2,12 @@
 #![expect(unsafe_code, reason = "mmap, KVM structures with unions, tgkill, mallopt")]
 
 use std::num::NonZeroUsize;
-use std::os::fd::{AsFd, AsRawFd, FromRawFd, IntoRawFd, OwnedFd};
+use std::ops::Range;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, IntoRawFd, OwnedFd};
 use std::ptr::NonNull;
 use std::sync::atomic::{AtomicU8, AtomicU32, Ordering};
 
+use bulkhead_bus_api::Space;
 use kvm_bindings::{
     KVM_COALESCED_MMIO_PAGE_OFFSET, KVM_MEM_READONLY, Xsave, kvm_coalesced_mmio, kvm_coalesced_mmio_ring,
     kvm_userspace_memory_region,
@@ -13,6 +15,7 @@ use kvm_bindings::{
 use kvm_ioctls::{Kvm, VcpuExit, VcpuFd, VmFd};
 use nix::errno::Errno;
 use nix::sys::mman::{MapFlags, MmapAdvise, ProtFlags, madvise, mmap, munmap};
+use vmm_sys_util::eventfd::EventFd;
 
 use crate::memory::PAGE;
 
@@ -34,9 +37,15 @@ pub fn adopt_kvm(fd: OwnedFd) -> Kvm {
 
 /// Takes over a descriptor that the kernel has just made.
 pub fn own(fd: std::os::fd::RawFd) -> OwnedFd {
-    // SAFETY: both callers pass the number that `accept4` or `eventfd` has just returned to them and
-    // keep no other owner of it.
+    // SAFETY: the caller passes the number that `accept4` has just returned to it and keeps no other
+    // owner of it.
     unsafe { OwnedFd::from_raw_fd(fd) }
+}
+
+/// The descriptor of an eventfd.
+pub fn borrow(event: &EventFd) -> BorrowedFd<'_> {
+    // SAFETY: the eventfd is open as long as it is borrowed.
+    unsafe { BorrowedFd::borrow_raw(event.as_raw_fd()) }
 }
 
 /// A shared mapping, unmapped on drop.
@@ -53,17 +62,16 @@ unsafe impl Send for Mapping {}
 unsafe impl Sync for Mapping {}
 
 impl Mapping {
-    fn new(fd: impl AsFd, len: usize, offset: i64, flags: MapFlags) -> Result<Self, Errno> {
+    fn new(fd: impl AsFd, len: usize, offset: i64, prot: ProtFlags, flags: MapFlags) -> Result<Self, Errno> {
         let size = NonZeroUsize::new(len).ok_or(Errno::EINVAL)?;
-        let prot = ProtFlags::PROT_READ | ProtFlags::PROT_WRITE;
         // SAFETY: the kernel chooses the address, so no existing mapping is touched.
         let addr = unsafe { mmap(None, size, prot, MapFlags::MAP_SHARED | flags, fd, offset) }?;
         Ok(Self { addr, len })
     }
 
     /// Maps `len` bytes of a memfd, left out of core dumps.
-    pub fn of_ram(fd: impl AsFd, len: usize) -> Result<Self, Errno> {
-        let mapping = Self::new(fd, len, 0, MapFlags::MAP_NORESERVE)?;
+    pub fn of_memfd(fd: impl AsFd, len: usize, prot: ProtFlags) -> Result<Self, Errno> {
+        let mapping = Self::new(fd, len, 0, prot, MapFlags::MAP_NORESERVE)?;
         // SAFETY: the range is exactly the mapping made above; DONTDUMP does not change its content.
         unsafe { madvise(mapping.addr, len, MmapAdvise::MADV_DONTDUMP) }?;
         Ok(mapping)
@@ -74,17 +82,27 @@ impl Mapping {
         self.len as u64
     }
 
-    /// Makes the mapping slot `slot` of the VM at guest physical `gpa`. The caller keeps the mapping
-    /// as long as the VM.
-    pub fn set_slot(&self, vm: &VmFd, slot: u32, gpa: u64, readonly: bool) -> Result<(), kvm_ioctls::Error> {
+    /// Makes `part` of the mapping (offsets in bytes) slot `slot` of the VM at guest physical `gpa`; an empty part
+    /// takes the slot away. The caller keeps the mapping as long as the VM.
+    pub fn set_slot(
+        &self,
+        vm: &VmFd,
+        slot: u32,
+        gpa: u64,
+        part: Range<u64>,
+        readonly: bool,
+    ) -> Result<(), kvm_ioctls::Error> {
+        if part.start > part.end || part.end > self.len() {
+            return Err(kvm_ioctls::Error::new(libc::EINVAL));
+        }
         let region = kvm_userspace_memory_region {
             slot,
             flags: if readonly { KVM_MEM_READONLY } else { 0 },
             guest_phys_addr: gpa,
-            memory_size: self.len as u64,
-            userspace_addr: self.addr.as_ptr() as u64,
+            memory_size: part.end - part.start,
+            userspace_addr: self.addr.as_ptr() as u64 + part.start,
         };
-        // SAFETY: the range is exactly this live mapping of shared memory, to which Rust holds no
+        // SAFETY: the range lies in this live mapping of shared memory (checked above), to which Rust holds no
         // reference; when it is unmapped KVM is told (MMU notifier) and the guest's access fails.
         unsafe { vm.set_user_memory_region(region) }
     }
@@ -121,7 +139,8 @@ impl Ring {
             i64::from(KVM_COALESCED_MMIO_PAGE_OFFSET) * i64::try_from(PAGE).map_err(|_| Errno::EINVAL)?;
         // SAFETY: the borrow ends with this call, while `vcpu` is borrowed and so open.
         let fd = unsafe { std::os::fd::BorrowedFd::borrow_raw(vcpu.as_raw_fd()) };
-        Ok(Self { page: Mapping::new(fd, page, offset, MapFlags::empty())? })
+        let prot = ProtFlags::PROT_READ | ProtFlags::PROT_WRITE;
+        Ok(Self { page: Mapping::new(fd, page, offset, prot, MapFlags::empty())? })
     }
 
     fn ring(&self) -> *mut kvm_coalesced_mmio_ring {
@@ -220,21 +239,19 @@ pub fn set_xsave(vcpu: &VcpuFd, xsave: &Xsave) -> Result<(), kvm_ioctls::Error> 
 /// Why a vCPU came out of `KVM_RUN`, as far as core tells exits apart.
 #[derive(Debug)]
 pub enum Exit<'a> {
-    /// Port I/O: `data` is a whole number of items of `size` bytes.
-    Pio {
-        /// The port.
-        port: u16,
-        /// Bytes per item: 1, 2 or 4.
+    /// Port I/O, or memory where no RAM is: `data` is a whole number of items of `size` bytes.
+    Access {
+        /// Address space.
+        space: Space,
+        /// The port, of all items, or the address of the first item.
+        addr: u64,
+        /// Bytes per item: 1, 2, 4 or 8.
         size: u8,
-        /// To the guest (`in`) rather than from it.
+        /// To the guest rather than from it.
         input: bool,
         /// The items.
         data: &'a mut [u8],
     },
-    /// A read of memory where no RAM is.
-    MmioRead(u64, &'a mut [u8]),
-    /// A write of memory where no RAM is.
-    MmioWrite(u64, &'a [u8]),
     /// A signal or `immediate_exit`, or nothing to do.
     Interrupted,
     /// Triple fault.
@@ -253,19 +270,14 @@ pub enum Exit<'a> {
 
 /// Runs the vCPU until something needs core.
 pub fn run(vcpu: &mut VcpuFd) -> Exit<'_> {
-    let (port, input, data, len) = match vcpu.run() {
-        Ok(VcpuExit::IoIn(port, data)) => (port, true, data.as_mut_ptr(), data.len()),
-        Ok(VcpuExit::IoOut(port, data)) => (port, false, data.as_ptr().cast_mut(), data.len()),
-        // The next three are re-borrowed so that the borrow does not outlive the other arms.
-        Ok(VcpuExit::MmioRead(addr, data)) => {
-            // SAFETY: the very slice that KVM's wrapper gave, for as long as `vcpu` stays borrowed.
-            return Exit::MmioRead(addr, unsafe {
-                std::slice::from_raw_parts_mut(data.as_mut_ptr(), data.len())
-            });
+    let (space, addr, input, data, len) = match vcpu.run() {
+        Ok(VcpuExit::IoIn(port, data)) => (Space::Pio, port.into(), true, data.as_mut_ptr(), data.len()),
+        Ok(VcpuExit::IoOut(port, data)) => {
+            (Space::Pio, port.into(), false, data.as_ptr().cast_mut(), data.len())
         }
+        Ok(VcpuExit::MmioRead(addr, data)) => (Space::Mmio, addr, true, data.as_mut_ptr(), data.len()),
         Ok(VcpuExit::MmioWrite(addr, data)) => {
-            // SAFETY: as above.
-            return Exit::MmioWrite(addr, unsafe { std::slice::from_raw_parts(data.as_ptr(), data.len()) });
+            (Space::Mmio, addr, false, data.as_ptr().cast_mut(), data.len())
         }
         Ok(VcpuExit::Intr) => return Exit::Interrupted,
         Ok(VcpuExit::Shutdown) => return Exit::Shutdown,
@@ -286,10 +298,14 @@ pub fn run(vcpu: &mut VcpuFd) -> Exit<'_> {
             };
         }
     };
-    // SAFETY: for both port exits the kernel fills `io`; any bytes are valid integers.
-    let size = unsafe { vcpu.get_kvm_run().__bindgen_anon_1.io.size };
-    // SAFETY: the slice that KVM's wrapper gave lies in the mapped kvm_run pages behind `io`, and
+    let size = match space {
+        // SAFETY: for both port exits the kernel fills `io`; any bytes are valid integers.
+        Space::Pio => unsafe { vcpu.get_kvm_run().__bindgen_anon_1.io.size },
+        // What crosses the end of a page comes in two exits, each of up to seven bytes.
+        Space::Mmio => u8::try_from(len).ok().filter(|len| len.is_power_of_two()).unwrap_or(1),
+    };
+    // SAFETY: the slice that KVM's wrapper gave lies in the mapped kvm_run pages, behind `io` or in `mmio`, and
     // `vcpu` stays mutably borrowed as long as it lives.
     let data = unsafe { std::slice::from_raw_parts_mut(data, len) };
-    Exit::Pio { port, size, input, data }
+    Exit::Access { space, addr, size, input, data }
 }

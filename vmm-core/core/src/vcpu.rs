@@ -11,7 +11,7 @@ use kvm_bindings::{
 use kvm_ioctls::VcpuFd;
 use nix::errno::Errno;
 
-use crate::bus::{AccessLink, Bus};
+use crate::bus::{Bus, Links, Outcome};
 use crate::error::{Result, io};
 use crate::gate::{Gate, lock};
 use crate::notice::{Notice, Notices, What};
@@ -84,7 +84,7 @@ pub fn spawn(
     index: usize,
     vcpu: Arc<Vcpu>,
     shared: Arc<Shared>,
-    link: AccessLink,
+    links: Links,
     ready: Arc<Barrier>,
 ) -> Result<()> {
     let thread = move || {
@@ -93,7 +93,7 @@ pub fn spawn(
         let _ = vcpu.kick.set(Kick::new(&mut lock(&vcpu.fd), tid));
         ready.wait();
         drop(ready);
-        Runner { vcpu: &vcpu, shared: &shared, link, posted: 0 }.run();
+        Runner { vcpu: &vcpu, shared: &shared, links, posted: 0 }.run();
     };
     let builder = std::thread::Builder::new().name(format!("vcpu{index}")).stack_size(STACK);
     builder.spawn(thread).map_err(io("vCPU thread"))?;
@@ -126,7 +126,7 @@ impl Next {
 struct Runner<'a> {
     vcpu: &'a Vcpu,
     shared: &'a Shared,
-    link: AccessLink,
+    links: Links,
     /// The last epoch in which something was posted.
     posted: u64,
 }
@@ -176,11 +176,10 @@ impl Runner<'_> {
     fn step(&mut self, fd: &mut VcpuFd, epoch: u64) -> Next {
         let what = match sys::run(fd) {
             Exit::Interrupted => return Next::Run,
-            Exit::Pio { port, size, input, data } => {
-                return self.port_io(port, size, input, data, epoch);
+            Exit::Access { space, addr, size, input, data } => {
+                let mut access = Access { space, addr, size, op: Op::Read };
+                return self.items(&mut access, input, data, epoch);
             }
-            Exit::MmioRead(addr, data) => return self.item(Space::Mmio, addr, Item::Read(data), epoch),
-            Exit::MmioWrite(addr, data) => return self.item(Space::Mmio, addr, Item::Write(data), epoch),
             Exit::Shutdown | Exit::SystemEvent(KVM_SYSTEM_EVENT_RESET) => What::Reset,
             Exit::SystemEvent(KVM_SYSTEM_EVENT_SHUTDOWN) => What::PowerOff,
             Exit::SystemEvent(KVM_SYSTEM_EVENT_CRASH) => What::Panicked,
@@ -211,30 +210,30 @@ impl Runner<'_> {
         }
     }
 
-    fn port_io(&mut self, port: u16, size: u8, input: bool, data: &mut [u8], epoch: u64) -> Next {
+    /// Carries out one access for each item: a string instruction has many at one port, memory across the end of a
+    /// page has some of an odd length one after the other.
+    fn items(&mut self, access: &mut Access, input: bool, data: &mut [u8], epoch: u64) -> Next {
         let mut next = Next::Complete;
         // An item of no bytes would be a bug of KVM, but must not be a panic.
-        for item in data.chunks_mut(usize::from(size.max(1))) {
-            let item = if input { Item::Read(item) } else { Item::Write(item) };
-            if self.item(Space::Pio, u64::from(port), item, epoch) == Next::CompleteAndHold {
+        for item in data.chunks_mut(usize::from(access.size.max(1))) {
+            access.op = if input { Op::Read } else { Op::Write(low_bytes(item)) };
+            let outcome = self.shared.bus.access(&mut self.links, access);
+            if input {
+                for (slot, byte) in item.iter_mut().zip(outcome.data.to_le_bytes()) {
+                    *slot = byte;
+                }
+            }
+            if self.after(outcome, epoch) == Next::CompleteAndHold {
                 next = Next::CompleteAndHold;
+            }
+            if access.space == Space::Mmio {
+                access.addr = access.addr.wrapping_add(u64::from(access.size));
             }
         }
         next
     }
 
-    fn item(&mut self, space: Space, addr: u64, item: Item<'_>, epoch: u64) -> Next {
-        let (op, len) = match &item {
-            Item::Read(data) => (Op::Read, data.len()),
-            Item::Write(data) => (Op::Write(low_bytes(data)), data.len()),
-        };
-        let access = Access { space, addr, size: u8::try_from(len).unwrap_or(u8::MAX), op };
-        let outcome = self.shared.bus.access(&mut self.link, &access);
-        if let Item::Read(data) = item {
-            for (slot, byte) in data.iter_mut().zip(outcome.data.to_le_bytes()) {
-                *slot = byte;
-            }
-        }
+    fn after(&mut self, outcome: Outcome, epoch: u64) -> Next {
         match outcome.action {
             Some(Action::None) => return Next::Complete,
             Some(Action::Reset) => self.post(epoch, What::Reset),
@@ -257,12 +256,6 @@ fn internal_error(suberror: u32, data: [u64; 4]) -> String {
         return format!("KVM cannot emulate the instruction {shown:02x?}");
     }
     format!("KVM internal error, suberror {suberror}, data {data:x?}")
-}
-
-/// One item of an access.
-enum Item<'a> {
-    Read(&'a mut [u8]),
-    Write(&'a [u8]),
 }
 
 /// Up to eight bytes, little-endian.

@@ -129,6 +129,7 @@ impl Rig {
                 config,
                 kvm: kvm.into(),
                 console: console_fd,
+                pci: None,
                 broker: broker_fd,
                 loader: loader_fd,
                 boot,
