@@ -58,7 +58,7 @@ pub enum Restart {
 pub enum FileSize {
     /// So many bytes.
     Bytes(u64),
-    /// The size of guest RAM: a memfd counts.
+    /// The size of guest RAM, at least of the configuration window: a memfd counts.
     Ram,
     /// No limit.
     Unlimited,

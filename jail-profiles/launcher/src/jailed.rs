@@ -9,6 +9,7 @@ use std::fs::File;
 use std::io::{Read as _, Write as _};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 
+use bulkhead_bus_api::platform::ECAM;
 use bulkhead_jail::surroundings::HOST_NAME;
 use bulkhead_jail::topology::{FileSize, Namespace, Process};
 use nix::errno::Errno;

@@ -219,3 +219,128 @@ impl Wiring {
         Ok(())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::time::{Duration, Instant};
+
+    use kvm_ioctls::{Kvm, VcpuFd};
+
+    use super::*;
+
+    const MESSAGE: Msi = Msi { address: 0xfee0_0000, data: 0x41 };
+    const OTHER: Msi = Msi { address: 0xfee0_0000, data: 0x62 };
+
+    fn machine() -> (Kvm, Vm, VcpuFd, Wiring) {
+        let kvm = std::fs::File::options().read(true).write(true).open("/dev/kvm");
+        let kvm = kvm.expect("/dev/kvm cannot be opened: run these tests in the lab");
+        let host = crate::vm::open(kvm.into(), 1).unwrap();
+        let vm = Vm::new(&host, crate::memory::create(1 << 20).unwrap()).unwrap();
+        let vcpu = vm.fd.create_vcpu(0).unwrap();
+        // The local APIC is on (spurious interrupt vector register, bit 8).
+        let mut lapic = vcpu.get_lapic().unwrap();
+        lapic.regs[0xf1] |= 1;
+        vcpu.set_lapic(&lapic).unwrap();
+        let wiring = Wiring::new(crate::memory::create_ecam().unwrap(), vm.ram_end());
+        (host, vm, vcpu, wiring)
+    }
+
+    /// Whether the interrupt waits in the local APIC (interrupt request register).
+    fn is_requested(vcpu: &VcpuFd, msi: &Msi) -> bool {
+        let (vector, regs) = (msi.data as usize, vcpu.get_lapic().unwrap().regs);
+        regs[0x200 + vector / 32 * 16 + vector % 32 / 8].cast_unsigned() & 1 << (vector % 8) != 0
+    }
+
+    fn wait_requested(vcpu: &VcpuFd, msi: &Msi) {
+        let start = Instant::now();
+        while !is_requested(vcpu, msi) {
+            assert!(start.elapsed() < Duration::from_secs(5), "{msi:?} did not come");
+        }
+    }
+
+    fn set(wiring: &mut Wiring, vm: &Vm, vector: u16, to: Option<Msi>) {
+        wiring.apply(vm, &[Change::Vector { vector, to }]).unwrap();
+    }
+
+    #[test]
+    fn a_masked_vector_counts_and_its_count_is_one_interrupt_at_unmask() {
+        let (_host, vm, vcpu, mut wiring) = machine();
+        wiring.eventfds(&[1023], &[]).unwrap();
+        let event = wiring.vectors[&1023].event.try_clone().unwrap();
+        event.write(1).unwrap();
+        event.write(1).unwrap();
+        assert!(!is_requested(&vcpu, &MESSAGE));
+        set(&mut wiring, &vm, 1023, Some(MESSAGE));
+        wait_requested(&vcpu, &MESSAGE);
+        // Masked again nothing is left of what was sent.
+        set(&mut wiring, &vm, 1023, None);
+        assert!(event.read().is_err());
+        event.write(1).unwrap();
+        std::thread::sleep(Duration::from_millis(50));
+        assert!(!is_requested(&vcpu, &OTHER));
+        // What waits goes to where the vector leads when it is unmasked.
+        set(&mut wiring, &vm, 1023, Some(OTHER));
+        wait_requested(&vcpu, &OTHER);
+    }
+
+    #[test]
+    fn an_unmasked_vector_is_an_interrupt_and_takes_another_message() {
+        let (_host, vm, vcpu, mut wiring) = machine();
+        for vector in [0, 7] {
+            set(&mut wiring, &vm, vector, Some(MESSAGE));
+            set(&mut wiring, &vm, vector, Some(MESSAGE));
+        }
+        set(&mut wiring, &vm, 7, Some(OTHER));
+        wiring.vectors[&7].event.write(1).unwrap();
+        wait_requested(&vcpu, &OTHER);
+        assert!(!is_requested(&vcpu, &MESSAGE));
+        wiring.vectors[&0].event.write(1).unwrap();
+        wait_requested(&vcpu, &MESSAGE);
+    }
+
+    #[test]
+    fn masked_and_unmasked_in_one_go_loses_nothing() {
+        let (_host, vm, vcpu, mut wiring) = machine();
+        set(&mut wiring, &vm, 0, Some(MESSAGE));
+        let go = [Change::Vector { vector: 0, to: None }, Change::Vector { vector: 0, to: Some(OTHER) }];
+        wiring.apply(&vm, &go).unwrap();
+        wiring.vectors[&0].event.write(1).unwrap();
+        wait_requested(&vcpu, &OTHER);
+        let back = [go[1], go[0]];
+        wiring.apply(&vm, &back).unwrap();
+        wiring.vectors[&0].event.write(1).unwrap();
+        assert_eq!(wiring.vectors[&0].event.read().unwrap(), 1);
+    }
+
+    #[test]
+    fn what_came_before_an_error_is_done() {
+        let (_host, vm, vcpu, mut wiring) = machine();
+        let page = Change::Pages { first: 3, count: 1, mapped: true };
+        let vector = Change::Vector { vector: 0, to: Some(MESSAGE) };
+        let late = Change::Vector { vector: 1, to: Some(OTHER) };
+        let bad = Change::Bell { bell: 0, at: Some(0) };
+        assert_eq!(wiring.apply(&vm, &[page, vector, bad, late]), Err(Refusal::NotPermitted));
+        wiring.vectors[&0].event.write(1).unwrap();
+        wait_requested(&vcpu, &MESSAGE);
+        assert!(wiring.windows.values().eq(&[(3, 1)]));
+        assert!(!wiring.vectors.contains_key(&1) && !wiring.bells.contains_key(&0));
+    }
+
+    #[test]
+    fn pages_side_by_side_are_one_slot() {
+        let (_host, vm, _vcpu, mut wiring) = machine();
+        let mut pages = |first, count, mapped| {
+            wiring.apply(&vm, &[Change::Pages { first, count, mapped }]).unwrap();
+            wiring.windows.clone().into_iter().collect::<Vec<_>>()
+        };
+        assert_eq!(pages(8, 1, true), [(1, (8, 1))]);
+        assert_eq!(pages(16, 2, true), [(1, (8, 1)), (2, (16, 2))]);
+        assert_eq!(pages(9, 1, true), [(1, (8, 2)), (2, (16, 2))]);
+        assert_eq!(pages(10, 6, true), [(1, (8, 10))]);
+        assert_eq!(pages(12, 1, false), [(1, (8, 4)), (2, (13, 5))]);
+        assert_eq!(pages(8, 4, false), [(2, (13, 5))]);
+        assert_eq!(pages(65535, 1, true), [(1, (65535, 1)), (2, (13, 5))]);
+        assert_eq!(pages(0, 65535, false), [(1, (65535, 1))]);
+        assert_eq!(pages(0, 65535, true), [(1, (0, 65536))]);
+    }
+}

@@ -4,5 +4,6 @@ mod away;
 mod compute;
 mod hostile;
 mod life;
+mod pci;
 mod program;
 pub mod rig;

@@ -61,6 +61,7 @@ pub fn plain_console() -> Answerer {
 
 pub struct Rig {
     pub console: UnixAddr,
+    pub pci: UnixAddr,
     pub broker_addr: UnixAddr,
     pub broker: Option<Link>,
     core: Option<JoinHandle<Result<()>>>,
@@ -97,7 +98,18 @@ impl Rig {
         coalesce: bool,
         loader: impl Fn(usize, &File) -> Outcome + Send + 'static,
     ) -> Self {
+        Self::with(config, coalesce, false, loader)
+    }
+
+    /// The same; `has_pci`: the machine has a pci daemon, which is not there yet either.
+    pub fn with(
+        config: Core,
+        coalesce: bool,
+        has_pci: bool,
+        loader: impl Fn(usize, &File) -> Outcome + Send + 'static,
+    ) -> Self {
         let (console_fd, console) = listener();
+        let (pci_fd, pci) = listener();
         let (broker_fd, broker_addr) = listener();
         let (loader_fd, loader_addr) = listener();
         let (boot, wanted) =
@@ -129,7 +141,7 @@ impl Rig {
                 config,
                 kvm: kvm.into(),
                 console: console_fd,
-                pci: None,
+                pci: has_pci.then_some(pci_fd),
                 broker: broker_fd,
                 loader: loader_fd,
                 boot,
@@ -140,6 +152,7 @@ impl Rig {
         });
         Self {
             console,
+            pci,
             broker_addr,
             broker: None,
             core: Some(core),
