@@ -356,6 +356,9 @@ impl Backed for VirtioPci {
     fn connected(&mut self, name: &str, fd: OwnedFd) {
         if name == self.config.socket && !self.front.is_connected() {
             self.front.connect(fd);
+            // The first request of the handshake: until then there is nothing to wait for.
+            let events = self.front.advance();
+            self.on_events(events);
         } else if self.config.side.as_deref() == Some(name) && self.side.is_none() {
             match Side::new(fd) {
                 Ok(side) => self.side = Some(side),
