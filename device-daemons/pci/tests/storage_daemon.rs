@@ -10,12 +10,10 @@ mod common;
 
 use std::fs;
 use std::process::Command;
-use std::time::Duration;
 
-use bulkhead_framework::{Child, Qmp, Scratch};
+use bulkhead_framework::{Child, Scratch};
 use bulkhead_pci::frontend::{Event, Frontend, Spec, StartError};
 use common::{BASE, Ram, VERSION_1, connect, eventually, next};
-use serde_json::json;
 
 const SECTORS: u8 = 8;
 /// Length of `struct virtio_blk_config` in virtio 1.2, 5.2.4; the daemon's is shorter.
@@ -43,10 +41,6 @@ impl Daemon {
         command.args(["--blockdev", &format!("file,node-name=d0,filename={}", disk.display())]);
         let export = "type=vhost-user-blk,id=e0,node-name=d0,writable=on,num-queues=2";
         command.args(["--export", &format!("{export},addr.type=unix,addr.path={}", socket.display())]);
-        let monitor = scratch.path().join("qmp");
-        let _ = fs::remove_file(&monitor);
-        command.args(["--chardev", &format!("socket,id=m,path={},server=on,wait=off", monitor.display())]);
-        command.args(["--monitor", "chardev=m"]);
         Child::start(&mut command, "stdout", "stderr").unwrap()
     }
 
@@ -103,21 +97,6 @@ fn sectors_are_read_across_stops_and_connections() {
     front.start(VERSION_1, &ram.memory, vec![ram.ring(0, ram.used())]).unwrap();
     assert_eq!(next(&mut front), [Event::Started { ring: None }]);
     finish_read(&ram, 4, 3);
-}
-
-/// Its version 7.2 does not say that the configuration has changed; later ones do.
-#[test]
-fn a_disk_that_has_grown_is_seen_when_its_configuration_is_read() {
-    let daemon = Daemon::new();
-    let mut front = daemon.ready();
-    let mut qmp = Qmp::connect(&daemon.scratch.path().join("qmp"), Duration::from_secs(20)).unwrap();
-    let size = 1024 * u64::from(SECTORS);
-    qmp.execute("block_resize", json!({ "node-name": "d0", "size": size })).unwrap();
-    front.read_config();
-    for event in next(&mut front) {
-        let Event::Config { config, .. } = event else { panic!("{event:?}") };
-        assert_eq!(config[..8], (size / 512).to_le_bytes());
-    }
 }
 
 #[test]
