@@ -77,6 +77,12 @@ impl Tables {
         })
     }
 
+    /// Address of the configuration space of PCI segment 0, buses 0 to the second.
+    pub fn ecam(&self) -> Option<(u64, u8)> {
+        let mcfg = self.get(b"MCFG")?;
+        (mcfg.len() >= 60 && number(mcfg, 54, 1) == 0).then(|| (number(mcfg, 44, 8), mcfg[55]))
+    }
+
     /// The fixed hardware description.
     pub fn fixed(&self) -> Option<Fixed> {
         let fadt = self.get(b"FACP")?;
@@ -126,6 +132,20 @@ impl Fixed {
             small @ (0 | 1) => Some(small),
             _ => None,
         }
+    }
+
+    /// Memory windows of the PCI host bridge as `(first, end)`: below 4 GiB, above.
+    pub fn pci_windows(&self) -> Option<[(u64, u64); 2]> {
+        // The compressed id PNP0A08; then DWord and QWord address space descriptors of type memory.
+        let bridge = &self.dsdt[find(self.dsdt, &[0x41, 0xd0, 0x0a, 0x08])?..];
+        let largest = |tag: &[u8], size: usize| {
+            let places = (0..bridge.len()).filter(|&at| bridge[at..].starts_with(tag));
+            let window = |at: usize| {
+                (number(bridge, at + 6 + size, size), number(bridge, at + 6 + 2 * size, size).wrapping_add(1))
+            };
+            places.map(window).max_by_key(|(first, end)| end.saturating_sub(*first))
+        };
+        Some([largest(&[0x87, 23, 0, 0], 4)?, largest(&[0x8a, 43, 0, 0], 8)?])
     }
 
     /// GSI of the generic event device, from its extended interrupt descriptor.

@@ -5,12 +5,17 @@
 
 mod acpi;
 mod apic;
+mod blk;
 mod boot;
 mod chipset;
 mod console;
+mod dma;
+mod hostile_pci;
+mod hostile_virtio;
 mod io;
 mod irq;
 mod memory;
+mod pci;
 mod port;
 mod pvh;
 mod reset;
@@ -18,6 +23,7 @@ mod rt;
 mod serial;
 mod smp;
 mod trap;
+mod virtio;
 
 use pvh::StartInfo;
 
@@ -48,6 +54,13 @@ const TESTS: &[(&str, Test)] = &[
     ("bench-pio", io::bench_ports),
     ("bench-mmio", io::bench_mmio),
     ("bench-link", io::bench_link),
+    ("pci-list", pci::list),
+    ("config-read", pci::config_read),
+    ("blk-verify", blk::verify),
+    ("blk-load", blk::load),
+    ("rng", virtio::rng),
+    ("hostile-pci", hostile_pci::run),
+    ("hostile-virtio", hostile_virtio::run),
     ("internal-error", reset::internal_error),
     ("exception", io::exception),
 ];

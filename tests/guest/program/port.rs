@@ -59,6 +59,38 @@ pub fn write32(address: u64, value: u32) {
     unsafe { (address as *mut u32).write_volatile(value) };
 }
 
+/// Reads a number of any width at a physical address, with one access.
+pub fn read<T: Copy>(address: u64) -> T {
+    // SAFETY: as for `read32`; x86 has no alignment that matters here.
+    unsafe { (address as *const T).read_volatile() }
+}
+
+/// Writes a number of any width at a physical address, with one access.
+pub fn write<T: Copy>(address: u64, value: T) {
+    // SAFETY: as for `read32`.
+    unsafe { (address as *mut T).write_volatile(value) };
+}
+
+/// Writes the low `size` bytes (1, 2, 4 or 8) of `value` with one access.
+pub fn write_sized(address: u64, size: u64, value: u64) {
+    match size {
+        1 => write(address, value as u8),
+        2 => write(address, value as u16),
+        4 => write(address, value as u32),
+        _ => write(address, value),
+    }
+}
+
+/// Reads `size` bytes (1, 2, 4 or 8) with one access.
+pub fn read_sized(address: u64, size: u64) -> u64 {
+    match size {
+        1 => read::<u8>(address).into(),
+        2 => read::<u16>(address).into(),
+        4 => read::<u32>(address).into(),
+        _ => read(address),
+    }
+}
+
 /// The time-stamp counter.
 pub fn tsc() -> u64 {
     // SAFETY: reads a counter.

@@ -11,7 +11,11 @@ use core::sync::atomic::{AtomicU16, AtomicU32, AtomicU64, Ordering};
 
 /// Vector of ISA interrupt 0 and of GSI 0; GSI n is at 32 + n.
 pub const GSI_BASE: u8 = 32;
-const VECTORS: usize = 64;
+/// First vector of message signalled interrupts.
+pub const MSI_BASE: u8 = 64;
+/// How many of them there are.
+pub const MSI_COUNT: u8 = 64;
+const VECTORS: usize = MSI_BASE as usize + MSI_COUNT as usize;
 const NMI: usize = 2;
 const BREAKPOINT: usize = 3;
 
@@ -58,7 +62,7 @@ stubs:
     .endif
     vector = vector + 1
     .endr
-    .rept 32
+    .rept {vectors} - 32
     .balign 16
     pushq %rax
     movl $vector, %eax
@@ -147,6 +151,7 @@ no_idt:
     .text
     "#,
     report = sym report,
+    vectors = const VECTORS,
     options(att_syntax)
 );
 
@@ -173,6 +178,11 @@ fn gate(vector: usize, handler: usize, level: u64) {
 /// The counter of a GSI's interrupts.
 pub fn gsi_counter(gsi: u8) -> &'static AtomicU32 {
     &IRQ_COUNT[(GSI_BASE + gsi) as usize % VECTORS]
+}
+
+/// The counter of the n-th message signalled interrupt.
+pub fn msi_counter(number: u8) -> &'static AtomicU32 {
+    &IRQ_COUNT[(MSI_BASE + number % MSI_COUNT) as usize % VECTORS]
 }
 
 /// The counter of non-maskable interrupts.
