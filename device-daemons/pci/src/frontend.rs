@@ -185,6 +185,12 @@ impl Frontend {
         self.machine.may_run()
     }
 
+    /// Whether the back end has done all that it was asked for.
+    #[must_use]
+    pub fn is_idle(&self) -> bool {
+        self.machine.is_idle()
+    }
+
     /// Adds the descriptors to watch and what for.
     pub fn watch<'a>(&'a self, list: &mut Vec<PollFd<'a>>) {
         if let Some(stream) = &self.stream {

@@ -19,6 +19,7 @@ mod side;
 mod sync;
 mod window;
 
+use std::collections::BTreeSet;
 use std::os::fd::OwnedFd;
 use std::rc::Rc;
 use std::time::Instant;
@@ -80,6 +81,8 @@ pub struct VirtioPci {
     space: Vec<u8>,
     sync: Sync,
     isr: u8,
+    /// Queues whose vectors the back end may not know.
+    stale_calls: BTreeSet<u16>,
     wires: Wires,
     /// The interrupt of a queue without a vector.
     nobody: Rc<OwnedFd>,
@@ -131,6 +134,7 @@ impl VirtioPci {
             space: config.config.clone(),
             sync: Sync::default(),
             isr: 0,
+            stale_calls: BTreeSet::new(),
             wires: Wires::default(),
             nobody: Rc::new(nobody.into()),
             window: 0,
@@ -204,7 +208,10 @@ impl VirtioPci {
             Act::Status => {}
             Act::ResetQueue(index) => self.stop_queue(index),
             Act::StartQueue(index) => self.start_queue(index),
-            Act::Vector(index) => self.change_call(index),
+            Act::Vector(index) => {
+                self.stale_calls.insert(index);
+                self.change_calls();
+            }
         }
         self.settle();
     }

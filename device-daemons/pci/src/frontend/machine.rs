@@ -153,6 +153,11 @@ impl Machine {
         !self.events.is_empty() || (self.waiting.is_none() && self.out.is_none() && !self.script.is_empty())
     }
 
+    /// See [`super::Frontend::is_idle`].
+    pub fn is_idle(&self) -> bool {
+        self.waiting.is_none() && self.out.is_none() && self.script.is_empty()
+    }
+
     /// When the step under way must be over.
     pub fn deadline(&self) -> Option<Instant> {
         self.deadline

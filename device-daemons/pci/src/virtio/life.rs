@@ -13,7 +13,7 @@ use super::{Stage, VirtioPci, kind, ring};
 use crate::device::Backed;
 use crate::frontend::{Event, Ring, StartError};
 
-/// A back end that lost its connection has stopped after this.
+/// A back end whose connection has been closed has stopped after this.
 pub const STALE: Duration = Duration::from_secs(5);
 
 impl VirtioPci {
@@ -160,12 +160,18 @@ impl VirtioPci {
         }
     }
 
-    /// A queue has another vector.
-    pub(super) fn change_call(&mut self, index: u16) {
-        let Some(queue) = self.common.queues.get(usize::from(index)) else { return };
-        if self.stage == Stage::Running && queue.is_live() {
-            let call = Rc::clone(self.call(queue.vector));
-            self.front.set_call(index, &call);
+    /// Tells the back end of other vectors, when it has done what it was asked before: a guest changes them faster than a
+    /// back end takes it.
+    pub(super) fn change_calls(&mut self) {
+        if !self.front.is_idle() {
+            return;
+        }
+        for index in std::mem::take(&mut self.stale_calls) {
+            let queue = self.common.queues.get(usize::from(index)).filter(|queue| queue.is_live());
+            if let Some(queue) = queue.filter(|_| self.stage == Stage::Running) {
+                let call = Rc::clone(self.call(queue.vector));
+                self.front.set_call(index, &call);
+            }
         }
     }
 
@@ -320,6 +326,7 @@ impl VirtioPci {
 
     fn on_events(&mut self, events: Vec<Event>) {
         events.into_iter().for_each(|event| self.on_event(event));
+        self.change_calls();
     }
 
     fn hear(&mut self) {

@@ -7,6 +7,8 @@
     reason = "a test that cannot go on fails"
 )]
 
+pub mod play;
+
 use std::os::fd::OwnedFd;
 use std::rc::Rc;
 use std::time::Instant;
@@ -16,6 +18,7 @@ use bulkhead_pci::device::{Backed as _, Device as _, Wires};
 use bulkhead_pci::event;
 use bulkhead_pci::frontend::wire::protocol;
 use bulkhead_pci::virtio::VirtioPci;
+use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
 
 use crate::common::peer::{CONFIG_LEN, Peer};
 use crate::common::{BASE, Ram, VERSION_1, eventfd};
@@ -269,4 +272,8 @@ pub fn taken(fd: &Rc<OwnedFd>) -> bool {
     let signalled = event::is_signalled(fd);
     event::drain(fd);
     signalled
+}
+
+pub fn pair_of_packets() -> (OwnedFd, OwnedFd) {
+    socketpair(AddressFamily::Unix, SockType::SeqPacket, None, SockFlag::SOCK_CLOEXEC).unwrap()
 }
