@@ -16,6 +16,7 @@ use std::time::{Duration, Instant};
 
 use bulkhead_control_api::config;
 use bulkhead_control_api::config::ChardevKind;
+use bulkhead_control_api::opener::ToOpener;
 use bulkhead_jail::pace::Pace;
 use bulkhead_jail::topology::{self, Boots, Restart};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
@@ -471,15 +472,20 @@ impl Supervisor {
         }
     }
 
-    /// Answers compartments that ask for connections, which pci may.
+    /// Answers pci, which may ask for connections, and the broker, which may say where back ends listen.
     fn connect_back_ends(&mut self) {
         let Self { running, doors, vm, .. } = self;
         for running in running {
-            let may_ask = running.part.process.name == "pci";
-            let connect = |name: &str| {
-                if may_ask { doors.connect(name, &vm.fds) } else { Err(nix::errno::Errno::EPERM) }
+            let process = running.part.process.name;
+            let act = |request: &ToOpener| match (process, request) {
+                ("pci", ToOpener::Connect { name }) => doors.connect(name, &vm.fds).map(Some),
+                ("broker", ToOpener::Define { name, path, must_exist }) => {
+                    doors.define((name, path, *must_exist), &vm.fds).map(|()| None)
+                }
+                ("broker", ToOpener::Forget { name }) => doors.forget(name).map(|()| None),
+                _ => Err(nix::errno::Errno::EPERM),
             };
-            if running.opener.as_mut().is_some_and(|opener| !opener.serve(connect)) {
+            if running.opener.as_mut().is_some_and(|opener| !opener.serve(act)) {
                 running.opener = None;
             }
         }

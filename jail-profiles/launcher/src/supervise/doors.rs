@@ -1,4 +1,5 @@
-//! Where the back ends of the VM's devices listen, and pci's requests for connections to them.
+//! Where the back ends of the VM's devices listen, pci's requests for connections to them, and the broker's word on where
+//! others listen.
 
 use std::collections::BTreeMap;
 use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
@@ -9,7 +10,8 @@ use bulkhead_control_api::opener::{FromOpener, MAX_NAME, ToOpener};
 use bulkhead_jail::link::{Link, LinkError};
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-use nix::sys::socket::{AddressFamily, MsgFlags, SockFlag, SockType, socketpair};
+use nix::sys::socket::{AddressFamily, MsgFlags, SockFlag, SockType, UnixAddr, socketpair};
+use nix::sys::stat::{FileStat, SFlag, stat};
 
 use crate::machine::Bus;
 use crate::opener;
@@ -17,6 +19,8 @@ use crate::rendezvous::Rendezvous;
 
 /// Requests that are answered in one go.
 const MAX_REQUESTS: usize = 64;
+/// Places of others that are known at a time.
+const MAX_THEIRS: usize = 512;
 
 /// The listeners of our own daemons, which outlive them, and the places of others'.
 #[derive(Debug)]
@@ -60,6 +64,56 @@ impl Doors {
             Some(fd) => fd.try_clone().map_err(|_| Errno::EMFILE),
             None => Err(Errno::EPERM),
         }
+    }
+}
+
+impl Doors {
+    /// From now on a name stands for a path, as the broker says.
+    ///
+    /// # Errors
+    /// EPERM: the name is not of a character device; EEXIST: it stands for something else; ENOENT and others of `stat(2)`:
+    /// no socket is there although it must be.
+    pub fn define(
+        &mut self,
+        (name, path, must_exist): (&str, &str, bool),
+        given: &BTreeMap<String, OwnedFd>,
+    ) -> Result<(), Errno> {
+        let is_known = self.theirs.get(name);
+        if !name.starts_with("chardev.") {
+            return Err(Errno::EPERM);
+        }
+        if given.contains_key(name) || is_known.is_some_and(|known| known != path) {
+            return Err(Errno::EEXIST);
+        }
+        if is_known.is_none() && self.theirs.len() >= MAX_THEIRS {
+            return Err(Errno::ENOSPC);
+        }
+        UnixAddr::new(path)?;
+        if must_exist && !is_socket(&stat(path)?) {
+            // What connect(2) says then.
+            return Err(Errno::ECONNREFUSED);
+        }
+        self.theirs.insert(name.to_owned(), path.to_owned());
+        Ok(())
+    }
+
+    /// A name stands for nothing any more.
+    ///
+    /// # Errors
+    /// ENOENT: it stood for no path.
+    pub fn forget(&mut self, name: &str) -> Result<(), Errno> {
+        self.theirs.remove(name).map(drop).ok_or(Errno::ENOENT)
+    }
+}
+
+fn is_socket(file: &FileStat) -> bool {
+    SFlag::from_bits_truncate(file.st_mode & SFlag::S_IFMT.bits()) == SFlag::S_IFSOCK
+}
+
+/// The name in a request.
+fn name_of(request: &ToOpener) -> &str {
+    match request {
+        ToOpener::Connect { name } | ToOpener::Define { name, .. } | ToOpener::Forget { name } => name,
     }
 }
 
@@ -119,8 +173,9 @@ impl Asker {
         self.link.send_with(&given, &[fd], MsgFlags::MSG_DONTWAIT)
     }
 
-    /// Answers what the compartment has asked. False at the end of the link.
-    pub fn serve(&mut self, connect: impl Fn(&str) -> Result<OwnedFd, Errno>) -> bool {
+    /// Answers what the compartment has asked, each with the descriptor that `act` gives, or that it is done. False at the
+    /// end of the link.
+    pub fn serve(&mut self, mut act: impl FnMut(&ToOpener) -> Result<Option<OwnedFd>, Errno>) -> bool {
         let dontwait = MsgFlags::MSG_DONTWAIT;
         if !self.greeted {
             match self.link.finish(VERSION, dontwait) {
@@ -136,13 +191,15 @@ impl Asker {
             if self.full {
                 return true;
             }
-            let name = match self.link.recv_with::<ToOpener>(dontwait) {
-                Ok((ToOpener::Connect { name }, fds)) if fds.is_empty() && name.len() <= MAX_NAME => name,
+            let request = match self.link.recv_with::<ToOpener>(dontwait) {
+                Ok((request, fds)) if fds.is_empty() && name_of(&request).len() <= MAX_NAME => request,
                 Err(LinkError::WouldBlock) => return true,
                 Ok(_) | Err(_) => return false,
             };
-            let answered = match connect(&name) {
-                Ok(fd) => self.link.send_with(&FromOpener::Given { name }, &[fd.as_fd()], dontwait),
+            let name = name_of(&request).to_owned();
+            let answered = match act(&request) {
+                Ok(None) => self.link.send_with(&FromOpener::Defined { name }, &[], dontwait),
+                Ok(Some(fd)) => self.link.send_with(&FromOpener::Given { name }, &[fd.as_fd()], dontwait),
                 Err(errno) => {
                     let errno = errno as i32;
                     self.link.send_with(&FromOpener::NotGiven { name, errno }, &[], dontwait)
@@ -224,10 +281,47 @@ mod tests {
         assert_eq!(doors.connect("kvm", &given).unwrap_err(), Errno::EPERM);
     }
 
+    #[test]
+    fn the_broker_says_where_others_listen() {
+        let path = std::env::temp_dir().join(format!("bulkhead-defined-{}", std::process::id()));
+        let text = path.to_str().unwrap();
+        let mut doors = Doors::new(&bus(), |_| Ok(())).unwrap();
+        let given = BTreeMap::from([("chardev.g".to_owned(), UnixStream::pair().unwrap().0.into())]);
+        let mut define = |name: &str, path: &str, must| doors.define((name, path, must), &given);
+        for name in ["", "kernel", "vhost.n", "side.n"] {
+            assert_eq!(define(name, text, false), Err(Errno::EPERM), "{name}");
+        }
+        assert_eq!(define("chardev.g", text, false), Err(Errno::EEXIST));
+        assert_eq!(define("chardev.c", text, true), Err(Errno::ENOENT));
+        std::fs::write(&path, "").unwrap();
+        assert_eq!(define("chardev.c", text, true), Err(Errno::ECONNREFUSED), "no socket");
+        std::fs::remove_file(&path).unwrap();
+        let _listener = UnixListener::bind(&path).unwrap();
+        assert_eq!(define("chardev.c", text, true), Ok(()));
+        assert_eq!(define("chardev.c", text, false), Ok(()), "again");
+        assert_eq!(define("chardev.c", "/other", false), Err(Errno::EEXIST));
+        assert_eq!(define("chardev.long", &"x".repeat(200), false), Err(Errno::ENAMETOOLONG));
+        assert!(doors.connect("chardev.c", &given).is_ok());
+        std::fs::remove_file(&path).unwrap();
+        assert_eq!(doors.forget("chardev.c"), Ok(()));
+        assert_eq!(doors.forget("chardev.c"), Err(Errno::ENOENT));
+        assert_eq!(doors.connect("chardev.c", &given).unwrap_err(), Errno::EPERM);
+        for number in 0..MAX_THEIRS {
+            assert_eq!(doors.define((&format!("chardev.{number}"), "/p", false), &given), Ok(()));
+        }
+        assert_eq!(doors.define(("chardev.more", "/p", false), &given), Err(Errno::ENOSPC));
+    }
+
     fn asked(asker: &mut Asker, calls: &Cell<usize>) -> bool {
-        asker.serve(|name| {
+        asker.serve(|request| {
             calls.set(calls.get() + 1);
-            if name == "vhost.n" { Ok(UnixStream::pair().unwrap().0.into()) } else { Err(Errno::EPERM) }
+            match request {
+                ToOpener::Connect { name } if name == "vhost.n" => {
+                    Ok(Some(UnixStream::pair().unwrap().0.into()))
+                }
+                ToOpener::Forget { .. } => Ok(None),
+                _ => Err(Errno::EPERM),
+            }
         })
     }
 
@@ -246,9 +340,13 @@ mod tests {
         assert_eq!((answer, fds.len()), (FromOpener::Given { name: "vhost.n".to_owned() }, 1));
         let refused = FromOpener::NotGiven { name: "disk.n".to_owned(), errno: Errno::EPERM as i32 };
         assert_eq!(link.recv::<FromOpener>().unwrap(), refused);
+        link.send(&ToOpener::Forget { name: "chardev.c".to_owned() }).unwrap();
+        assert!(asked(&mut asker, &calls));
+        let done = FromOpener::Defined { name: "chardev.c".to_owned() };
+        assert_eq!(link.recv::<FromOpener>().unwrap(), done);
         link.send(&ToOpener::Connect { name: "x".repeat(MAX_NAME + 1) }).unwrap();
         assert!(!asked(&mut asker, &calls));
-        assert_eq!(calls.get(), 2);
+        assert_eq!(calls.get(), 3);
     }
 
     #[test]

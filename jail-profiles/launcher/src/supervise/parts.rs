@@ -50,8 +50,9 @@ pub fn links(residents: &[Part]) -> impl Iterator<Item = &'static Link> {
 }
 
 /// Whether a compartment keeps its link to the opener: it connects to one that may be started anew, so that it will need
-/// another connection, or asks for connections.
+/// another connection, or asks for connections; or, the broker, it says where back ends listen.
 pub fn keeps_opener(process: &Process) -> bool {
     let restarts = |name| topology::PROCESSES.iter().any(|p| p.name == name && p.restart == Restart::Always);
-    topology::LINKS.iter().any(|link| link.connector == process.name && restarts(link.listener))
+    process.name == "broker"
+        || topology::LINKS.iter().any(|link| link.connector == process.name && restarts(link.listener))
 }

@@ -9,10 +9,11 @@ use std::os::unix::net::UnixListener;
 use std::path::Path;
 
 use bulkhead_control_api::VERSION;
-use bulkhead_control_api::opener::FromOpener;
+use bulkhead_control_api::opener::{FromOpener, ToOpener};
 use bulkhead_jail::link::{Link, LinkError};
 use bulkhead_jail::starter::Starter;
-use bulkhead_jail::topology::{LINKS, PCI, Process, Restart};
+use bulkhead_jail::topology::{BROKER, LINKS, PCI, Process, Restart};
+use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::socket::{MsgFlags, UnixAddr, getsockname, setsockopt, sockopt};
 use nix::sys::time::{TimeVal, TimeValLike as _};
@@ -100,8 +101,10 @@ impl Opener {
         loop {
             let mut fds: Vec<_> =
                 self.doors.iter().map(|door| PollFd::new(door.listener.as_fd(), PollFlags::POLLIN)).collect();
-            // No other process asks.
-            fds.extend(self.links.get(PCI.name).map(Asker::poll_fd));
+            // No others ask.
+            fds.extend(
+                [PCI.name, BROKER.name].iter().filter_map(|name| self.links.get(*name)).map(Asker::poll_fd),
+            );
             match poll(&mut fds, PollTimeout::NONE) {
                 Ok(_) | Err(nix::errno::Errno::EINTR) => {}
                 Err(e) => return Err(format!("poll: {e}")),
@@ -124,11 +127,17 @@ impl Opener {
         }
     }
 
-    /// Answers pci.
+    /// Answers pci, and the broker: where back ends of units listen is the machine file's to say.
     fn connect_back_ends(&mut self) {
         let Self { life, places, links, .. } = self;
-        if links.get_mut(PCI.name).is_some_and(|link| !link.serve(|name| life.back_end(name, places))) {
-            links.remove(PCI.name);
+        for process in [PCI.name, BROKER.name] {
+            let act = |request: &ToOpener| match request {
+                ToOpener::Connect { name } if process == PCI.name => life.back_end(name, places).map(Some),
+                _ => Err(Errno::EPERM),
+            };
+            if links.get_mut(process).is_some_and(|link| !link.serve(act)) {
+                links.remove(process);
+            }
         }
     }
 
