@@ -7,58 +7,26 @@
 )]
 
 mod common;
+mod storage;
 
-use std::fs;
-use std::process::Command;
-
-use bulkhead_framework::{Child, Scratch};
 use bulkhead_pci::frontend::{Event, Frontend, Spec, StartError};
-use common::{BASE, Ram, VERSION_1, connect, eventually, next};
+use common::{BASE, Ram, VERSION_1, eventually, next};
+use storage::{CONFIG, Daemon, SECTORS};
 
-const SECTORS: u8 = 8;
-/// Length of `struct virtio_blk_config` in virtio 1.2, 5.2.4; the daemon's is shorter.
-const CONFIG: u16 = 96;
-
-struct Daemon {
-    scratch: Scratch,
-    _child: Child,
+fn ready(daemon: &Daemon) -> Frontend {
+    let mut front = Frontend::new(Spec { id: "d0".into(), queues: 2, config_len: CONFIG });
+    attach(daemon, &mut front);
+    front
 }
 
-impl Daemon {
-    /// Each byte of a sector of its disk is the sector's number.
-    fn new() -> Self {
-        let scratch = Scratch::new().unwrap();
-        let disk = scratch.path().join("disk");
-        fs::write(&disk, (0..SECTORS).flat_map(|sector| [sector; 512]).collect::<Vec<u8>>()).unwrap();
-        let child = Self::spawn(&scratch);
-        Self { scratch, _child: child }
-    }
-
-    fn spawn(scratch: &Scratch) -> Child {
-        let mut command = Command::new("qemu-storage-daemon");
-        let (disk, socket) = (scratch.path().join("disk"), scratch.path().join("vhost"));
-        let _ = fs::remove_file(&socket);
-        command.args(["--blockdev", &format!("file,node-name=d0,filename={}", disk.display())]);
-        let export = "type=vhost-user-blk,id=e0,node-name=d0,writable=on,num-queues=2";
-        command.args(["--export", &format!("{export},addr.type=unix,addr.path={}", socket.display())]);
-        Child::start(&mut command, "stdout", "stderr").unwrap()
-    }
-
-    fn ready(&self) -> Frontend {
-        let mut front = Frontend::new(Spec { id: "d0".into(), queues: 2, config_len: CONFIG });
-        self.connect(&mut front);
-        front
-    }
-
-    fn connect(&self, front: &mut Frontend) {
-        front.connect(connect(&self.scratch.path().join("vhost")));
-        let events = next(front);
-        let [Event::Ready { features, queues, config }] = &events[..] else { panic!("{events:?}") };
-        assert_ne!(features & VERSION_1, 0);
-        assert_eq!(*queues, 2);
-        assert_eq!(config.len(), usize::from(CONFIG));
-        assert_eq!(config[..8], u64::from(SECTORS).to_le_bytes());
-    }
+fn attach(daemon: &Daemon, front: &mut Frontend) {
+    front.connect(daemon.socket());
+    let events = next(front);
+    let [Event::Ready { features, queues, config }] = &events[..] else { panic!("{events:?}") };
+    assert_ne!(features & VERSION_1, 0);
+    assert_eq!(*queues, 2);
+    assert_eq!(config.len(), usize::from(CONFIG));
+    assert_eq!(config[..8], u64::from(SECTORS).to_le_bytes());
 }
 
 fn check_read(ram: &mut Ram, sector: u8) {
@@ -76,7 +44,7 @@ fn finish_read(ram: &Ram, sector: u8, used: u16) {
 #[test]
 fn sectors_are_read_across_stops_and_connections() {
     let daemon = Daemon::new();
-    let mut front = daemon.ready();
+    let mut front = ready(&daemon);
     let mut ram = Ram::new();
     front.start(VERSION_1, &ram.memory, vec![ram.ring(0, 0), ram.ring(1, 0)]).unwrap();
     assert_eq!(next(&mut front), [Event::Started { ring: None }]);
@@ -93,7 +61,7 @@ fn sectors_are_read_across_stops_and_connections() {
 
     front.disconnect();
     ram.offer_read(4);
-    daemon.connect(&mut front);
+    attach(&daemon, &mut front);
     front.start(VERSION_1, &ram.memory, vec![ram.ring(0, ram.used())]).unwrap();
     assert_eq!(next(&mut front), [Event::Started { ring: None }]);
     finish_read(&ram, 4, 3);
@@ -102,7 +70,7 @@ fn sectors_are_read_across_stops_and_connections() {
 #[test]
 fn one_ring_stops_and_starts_alone() {
     let daemon = Daemon::new();
-    let mut front = daemon.ready();
+    let mut front = ready(&daemon);
     let mut ram = Ram::new();
     front.start(VERSION_1, &ram.memory, vec![ram.ring(0, 0), ram.ring(1, 0)]).unwrap();
     assert_eq!(next(&mut front), [Event::Started { ring: None }]);
@@ -117,22 +85,20 @@ fn one_ring_stops_and_starts_alone() {
 
 #[test]
 fn a_killed_daemon_is_noticed_and_another_takes_its_place() {
-    let daemon = Daemon::new();
-    let mut front = daemon.ready();
+    let mut daemon = Daemon::new();
+    let mut front = ready(&daemon);
     let mut ram = Ram::new();
     front.start(VERSION_1, &ram.memory, vec![ram.ring(0, 0)]).unwrap();
     assert_eq!(next(&mut front), [Event::Started { ring: None }]);
     check_read(&mut ram, 6);
-    let Daemon { scratch, _child } = daemon;
-    drop(_child);
+    daemon.kill();
     assert_eq!(next(&mut front), [Event::Lost("has closed the connection".into())]);
     assert!(!front.is_connected());
     // A request that nobody serves.
     ram.offer_read(7);
     nix::unistd::write(&ram.kick, &1u64.to_ne_bytes()).unwrap();
-    let child = Daemon::spawn(&scratch);
-    let daemon = Daemon { scratch, _child: child };
-    daemon.connect(&mut front);
+    daemon.start();
+    attach(&daemon, &mut front);
     front.start(VERSION_1, &ram.memory, vec![ram.ring(0, ram.used())]).unwrap();
     assert_eq!(next(&mut front), [Event::Started { ring: None }]);
     finish_read(&ram, 7, 1);
@@ -141,7 +107,7 @@ fn a_killed_daemon_is_noticed_and_another_takes_its_place() {
 #[test]
 fn rings_outside_of_memory_are_not_started() {
     let daemon = Daemon::new();
-    let mut front = daemon.ready();
+    let mut front = ready(&daemon);
     let ram = Ram::new();
     let bad = |change: &dyn Fn(&mut bulkhead_pci::frontend::Ring)| {
         let mut ring = ram.ring(1, 0);
