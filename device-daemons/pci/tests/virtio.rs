@@ -226,6 +226,22 @@ fn rings_that_are_not_in_memory_are_never_passed_on() {
 }
 
 #[test]
+fn addresses_are_written_in_halves_or_at_once() {
+    let mut bench = Bench::new();
+    for (at, area) in [(0x20, 0x1122_3344_5566_7788), (0x28, 0x99aa_bbcc_ddee_ff00), (0x30, u64::MAX - 1)] {
+        bench.write(at, 8, area);
+        assert_eq!(
+            (bench.read(at, 8), bench.read(at, 4), bench.read(at + 4, 4)),
+            (area, area & 0xffff_ffff, area >> 32)
+        );
+        bench.write(at + 4, 4, 7);
+        assert_eq!(bench.read(at, 8), 7 << 32 | area & 0xffff_ffff);
+        bench.write(at, 4, 9);
+        assert_eq!(bench.read(at, 8), 7 << 32 | 9);
+    }
+}
+
+#[test]
 fn features_are_agreed_on_or_not() {
     let mut bench = Bench::new();
     let try_features = |bench: &mut Bench, low: u64, high: u64, beyond: u64| {
@@ -341,6 +357,29 @@ fn the_guest_writes_what_it_may_and_the_back_end_hears_of_it() {
     let told = asked(&mut bench);
     assert_eq!(told.len(), 1);
     assert_eq!(told[0], [4u32, 4, 0, 0x201].map(u32::to_ne_bytes).concat());
+}
+
+#[test]
+fn what_the_guest_writes_early_is_told_after_the_features() {
+    let mut bench = Bench::of(Virtio { device_type: 5, ..virtio() });
+    bench.negotiate(u64::MAX);
+    bench.log();
+    bench.write(CONFIG + 12, 4, 0xaaaa_aaaa);
+    bench.serve();
+    assert_eq!((bench.log(), bench.read(CONFIG + 12, 4)), (vec![], 0xaaaa_aaaa));
+    bench.write(0x10, 2, 0);
+    bench.add_status(4);
+    bench.serve();
+    let log = bench.log();
+    let at = |request: Request| log.iter().position(|asked| *asked == request as u32).unwrap();
+    assert!(at(Request::SET_FEATURES) < at(Request::SET_CONFIG));
+    // Before that a reset takes it back.
+    bench.negotiate(u64::MAX);
+    let config = bench.read(CONFIG + 12, 4);
+    bench.write(CONFIG + 12, 4, 0xaaaa_aaaa);
+    bench.write(STATUS, 1, 0);
+    bench.serve();
+    assert_eq!((bench.status(), bench.read(CONFIG + 12, 4)), (0, config));
 }
 
 #[test]

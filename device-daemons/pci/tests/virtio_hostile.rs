@@ -12,7 +12,7 @@ use transport::play::check;
 use transport::*;
 
 /// Registers of the common configuration: offset, width, and whether a driver writes it.
-const REGISTERS: [(u64, u8, bool); 22] = [
+const REGISTERS: [(u64, u8, bool); 25] = [
     (0x00, 4, true),
     (0x04, 4, false),
     (0x08, 4, true),
@@ -32,6 +32,9 @@ const REGISTERS: [(u64, u8, bool); 22] = [
     (0x2c, 4, true),
     (0x30, 4, true),
     (0x34, 4, true),
+    (0x20, 8, true),
+    (0x28, 8, true),
+    (0x30, 8, true),
     (0x38, 2, false),
     (0x3a, 2, true),
     (0x3c, 4, false),

@@ -50,6 +50,10 @@ impl VirtioPci {
         }
         self.resumed = false;
         self.common.end_reset();
+        // What the guest wrote and the back end never heard of is no more.
+        if self.sync.forget() && self.sync.ask() {
+            self.front.read_config();
+        }
         if let Some(offer) = self.offer {
             self.show(offer);
         }
@@ -128,6 +132,7 @@ impl VirtioPci {
                 for queue in self.common.queues.iter_mut().filter(|queue| queue.is_live()) {
                     queue.base = None;
                 }
+                self.sync_config();
             }
         }
     }
@@ -177,7 +182,8 @@ impl VirtioPci {
 
     /// Tells the back end what the guest has written, one change at a time.
     pub(super) fn sync_config(&mut self) {
-        if self.offer.is_none() {
+        // Before, the back end does not know which features the guest has accepted, and fields depend on them.
+        if self.stage != Stage::Running {
             return;
         }
         let told = self.sync.begin();
@@ -249,7 +255,6 @@ impl VirtioPci {
         }
         self.sync.connected(!config.is_empty());
         self.take_config(config);
-        self.sync_config();
     }
 
     fn on_stopped(&mut self, bases: &[(u16, u16)]) {

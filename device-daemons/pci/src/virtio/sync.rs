@@ -24,6 +24,11 @@ impl Sync {
         }
     }
 
+    /// Forgets what has not been told; says whether there was anything.
+    pub fn forget(&mut self) -> bool {
+        !std::mem::take(&mut self.dirty).is_empty()
+    }
+
     /// What to tell the back end now, and to read all after it: one change at a time.
     pub fn begin(&mut self) -> Vec<Span> {
         if !self.remote || !self.told.is_empty() {
