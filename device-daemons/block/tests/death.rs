@@ -10,16 +10,15 @@ use std::env;
 use std::fs::File;
 use std::os::fd::AsFd as _;
 use std::os::unix::fs::FileExt as _;
-use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use bulkhead_block::transport::Transport;
-use bulkhead_frontend::{EVENT_IDX, FrontEnd, Memory, Queue};
+use bulkhead_frontend::{EVENT_IDX, FrontEnd, Life, Memory, Queue, Sockets};
 use bulkhead_jail::starter::Starter;
 use bulkhead_jail::topology::BLOCK;
 use bulkhead_kit::device::{Listeners, Notices};
 use bulkhead_kit::serve::Daemon;
-use common::{LIMIT, Sockets, T_IN, T_OUT, config};
+use common::{LIMIT, T_IN, T_OUT, config};
 use vm_memory::{Bytes as _, GuestAddress, GuestMemoryMmap};
 
 /// Names the disk, in the process that is the daemon.
@@ -56,26 +55,6 @@ fn be_daemon(disk: &str) {
         Daemon::new(Box::new(device), &config.iothread, Notices::new().unwrap(), listeners).unwrap();
     seccompiler::apply_filter_all_threads(BLOCK.filter).unwrap();
     daemon.serve(&Starter::default()).unwrap();
-}
-
-/// A life of the daemon; it ends with the value, also when the test fails.
-struct Life(Child);
-
-impl Drop for Life {
-    fn drop(&mut self) {
-        self.0.kill().unwrap();
-        self.0.wait().unwrap();
-    }
-}
-
-fn spawn(sockets: &Sockets) -> Life {
-    let child = Command::new(env::current_exe().unwrap())
-        .env(DISK, sockets.path("disk"))
-        .stdin(Stdio::from(std::os::fd::OwnedFd::from(sockets.vhost.try_clone().unwrap())))
-        .stdout(Stdio::from(sockets.side.try_clone().unwrap()))
-        .spawn()
-        .unwrap();
-    Life(child)
 }
 
 /// A request under way.
@@ -167,7 +146,7 @@ fn nothing_is_lost_however_often_the_daemon_is_killed(features: u64) {
     let mut area = None;
     let mut again = 0;
     for life in 0..LIVES {
-        let child = spawn(&sockets);
+        let child = Life::begin(&sockets, (DISK, &sockets.path("disk")));
         let mut front_end = FrontEnd::new(sockets.connect(), &memory, features);
         match &area {
             None => area = Some(front_end.get_inflight(1, 256)),

@@ -44,7 +44,7 @@ pub trait Device: Send {
     fn process(&mut self, rings: &mut Rings, queue: u16) -> Progress;
     /// The ring is about to stop, or memory to change: what was taken from it must be given back, or forgotten.
     fn stop(&mut self, _rings: &mut Rings, _queue: u16) {}
-    /// Descriptors to wait for; edge-triggered: readable or writable.
+    /// Descriptors to wait for, edge-triggered: whoever hears of one reads until nothing is left.
     fn sources(&self) -> Vec<BorrowedFd<'_>> {
         Vec::new()
     }

@@ -73,6 +73,8 @@ pub struct Ring {
     owed: VecDeque<u16>,
     spare: Vec<Chain>,
     given: bool,
+    /// The driver has begun it anew, and nobody has asked for that yet.
+    new: bool,
     /// It goes on where a predecessor may have given something back and died before it said so.
     unsaid: bool,
     broken: Option<RingError>,
@@ -116,6 +118,7 @@ impl Ring {
             owed: left.map_or_else(VecDeque::new, |left| left.heads.into()),
             spare: Vec::new(),
             given: false,
+            new: next_avail == 0 && used == 0,
             unsaid: next_avail != 0,
             broken: None,
         })
@@ -190,7 +193,19 @@ impl Ring {
         }
     }
 
-    /// Gives a request back unused, as if it had not been taken; the last one that was taken, and no other.
+    /// Whether the driver has begun this ring anew, with nothing in it ever; says so once.
+    pub fn take_new(&mut self) -> bool {
+        std::mem::take(&mut self.new)
+    }
+
+    /// Its size.
+    #[must_use]
+    pub fn size(&self) -> usize {
+        self.queue.size().into()
+    }
+
+    /// Gives a request back unused, as if it had not been taken; those that were taken last,
+    /// all of them, in any order.
     pub fn put_back(&mut self, chain: Chain) {
         // Only devices without in-flight tracking do this.
         self.queue.set_next_avail(self.queue.next_avail().wrapping_sub(1));

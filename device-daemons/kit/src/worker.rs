@@ -172,7 +172,7 @@ impl Worker {
     fn watch(&self) -> Result<(), Errno> {
         self.epoll.add(&self.wake, EpollEvent::new(EpollFlags::EPOLLIN, COMMANDS))?;
         for (index, source) in (0..).zip(self.device.sources()) {
-            self.epoll.add(source, edge(EpollFlags::EPOLLIN | EpollFlags::EPOLLOUT, SOURCE | index))?;
+            self.epoll.add(source, edge(EpollFlags::EPOLLIN, SOURCE | index))?;
         }
         Ok(())
     }

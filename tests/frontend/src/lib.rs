@@ -4,11 +4,12 @@
 //! daemon uses. Everything fails by panic: this is for tests.
 #![expect(clippy::unwrap_used, clippy::missing_panics_doc, reason = "a test that cannot go on fails")]
 
+mod daemon;
 mod queue;
 
 use std::fs::File;
 use std::io::{Read as _, Write as _};
-use std::os::fd::{AsRawFd as _, OwnedFd};
+use std::os::fd::AsRawFd as _;
 use std::os::unix::net::UnixStream;
 
 use nix::sys::memfd::{MFdFlags, memfd_create};
@@ -18,6 +19,7 @@ use vhost::vhost_user::{Frontend, VhostUserFrontend as _};
 use vhost::{VhostUserMemoryRegionInfo, VringConfigData};
 use vm_memory::{FileOffset, GuestAddress, GuestMemoryMmap};
 
+pub use daemon::{Life, Sockets, pair_of_packets};
 pub use queue::{Part, Queue};
 
 /// What is added to a guest physical address when memory is named.
@@ -153,11 +155,4 @@ impl FrontEnd {
     pub fn stop(&mut self, queue: &Queue) -> u16 {
         u16::try_from(self.raw.get_vring_base(queue.index.into()).unwrap()).unwrap()
     }
-}
-
-/// A listening and a connecting end that come and go like a daemon's: the listener outlives it.
-#[must_use]
-pub fn pair_of_packets() -> (OwnedFd, OwnedFd) {
-    use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
-    socketpair(AddressFamily::Unix, SockType::SeqPacket, None, SockFlag::SOCK_CLOEXEC).unwrap()
 }

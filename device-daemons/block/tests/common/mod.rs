@@ -4,20 +4,15 @@
 
 use std::fs::File;
 use std::os::fd::OwnedFd;
-use std::os::unix::net::{UnixListener, UnixStream};
-use std::path::PathBuf;
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
 use bulkhead_block::transport::Transport;
 use bulkhead_control_api::config::{Block, IoThread};
-use bulkhead_framework::Scratch;
-use bulkhead_frontend::{FrontEnd, Memory, Part, Queue, pair_of_packets};
+use bulkhead_frontend::{FrontEnd, Memory, Part, Queue, Sockets, pair_of_packets};
 use bulkhead_jail::starter::Starter;
 use bulkhead_kit::device::{Listeners, Notices};
 use bulkhead_kit::serve::Daemon;
-use nix::sys::socket::{AddressFamily, Backlog, SockFlag, SockType, UnixAddr, bind, listen, socket};
-use std::os::fd::AsRawFd as _;
 use vm_memory::{Bytes as _, GuestAddress};
 
 /// Longest wait for a request.
@@ -44,40 +39,8 @@ pub fn config(queues: u16) -> Block {
     }
 }
 
-/// Where a daemon is reached.
-pub struct Sockets {
-    pub scratch: Scratch,
-    pub vhost: UnixListener,
-    pub side: OwnedFd,
-}
-
-impl Sockets {
-    pub fn new() -> Self {
-        let scratch = Scratch::new().unwrap();
-        let vhost = UnixListener::bind(scratch.path().join("vhost")).unwrap();
-        let side = socket(AddressFamily::Unix, SockType::SeqPacket, SockFlag::SOCK_CLOEXEC, None).unwrap();
-        bind(side.as_raw_fd(), &UnixAddr::new(&scratch.path().join("side")).unwrap()).unwrap();
-        listen(&side, Backlog::new(8).unwrap()).unwrap();
-        Self { scratch, vhost, side }
-    }
-
-    pub fn path(&self, name: &str) -> PathBuf {
-        self.scratch.path().join(name)
-    }
-
-    pub fn connect(&self) -> UnixStream {
-        UnixStream::connect(self.path("vhost")).unwrap()
-    }
-
-    pub fn connect_side(&self) -> OwnedFd {
-        let fd = socket(AddressFamily::Unix, SockType::SeqPacket, SockFlag::SOCK_CLOEXEC, None).unwrap();
-        nix::sys::socket::connect(fd.as_raw_fd(), &UnixAddr::new(&self.path("side")).unwrap()).unwrap();
-        fd
-    }
-
-    pub fn listeners(&self) -> Listeners {
-        Listeners { vhost: self.vhost.try_clone().unwrap().into(), side: self.side.try_clone().unwrap() }
-    }
+pub fn listeners(sockets: &Sockets) -> Listeners {
+    Listeners { vhost: sockets.vhost.try_clone().unwrap().into(), side: sockets.side.try_clone().unwrap() }
 }
 
 /// A daemon in a thread; it ends with the value.
@@ -98,7 +61,7 @@ impl Rig {
         let (starter, theirs) = pair_of_packets();
         let notices = Notices::new().unwrap();
         let mut daemon =
-            Daemon::new(Box::new(device), &config.iothread, notices, sockets.listeners()).unwrap();
+            Daemon::new(Box::new(device), &config.iothread, notices, listeners(&sockets)).unwrap();
         let thread = thread::spawn(move || daemon.serve(&Starter::new(Some(theirs))).unwrap());
         Self { sockets, memory: Memory::new(64 << 20), starter: Some(starter), thread: Some(thread) }
     }
