@@ -34,6 +34,7 @@ need busybox-static installed busybox-static
 need linux-image-cloud-amd64 cloud_kernel
 need socat command -v socat
 need xz-utils command -v xz
+need iproute2 command -v ip
 # The lab's system with systemd is made of Debian packages.
 need mmdebstrap command -v mmdebstrap
 need debian-archive-keyring test -e /usr/share/keyrings/debian-archive-keyring.gpg

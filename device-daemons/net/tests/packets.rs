@@ -48,6 +48,7 @@ fn main() {
         test();
         println!("{name} ... ok");
     }
+    println!("test result: ok. {} passed; 0 failed", tests.len());
 }
 
 fn ip(arguments: &str) {
