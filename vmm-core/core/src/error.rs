@@ -18,8 +18,10 @@ pub enum Error {
     /// More vCPUs than KVM has.
     #[error("KVM on this host has at most {0} vCPUs per VM")]
     TooManyCpus(usize),
-    /// RAM beyond the guest's physical addresses.
-    #[error("guest RAM does not fit into the {0} physical address bits of this host")]
+    /// RAM, or the PCI window above it, beyond the guest's physical addresses.
+    #[error(
+        "guest RAM and the PCI window of 32 GiB above it do not fit into the {0} physical address bits of this host"
+    )]
     AddressWidth(u32),
     /// A memfd could not be made as large as the RAM.
     #[error("guest memory of {0} MiB: RLIMIT_FSIZE is too small (a memfd counts)")]

@@ -2,7 +2,7 @@
 
 use std::os::fd::OwnedFd;
 
-use bulkhead_bus_api::platform::{KVM_IDENTITY_MAP, KVM_TSS};
+use bulkhead_bus_api::platform::{KVM_IDENTITY_MAP, KVM_TSS, pci_mem64};
 use kvm_bindings::{
     KVM_API_VERSION, KVM_IRQ_ROUTING_IRQCHIP, KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER,
     KVM_IRQCHIP_PIC_SLAVE, KVM_PIT_SPEAKER_DUMMY, KvmIrqRouting, kvm_irq_routing_entry,
@@ -109,9 +109,14 @@ impl Vm {
         self.ram.last().map_or(0, |ram| ram.region.gpa + ram.region.len)
     }
 
-    /// Checks that all RAM has an address in a guest with so many physical address bits.
+    /// Checks that all RAM, and the PCI window above it, has an address in a guest with so many physical address bits.
     pub fn check_addresses(&self, bits: u32) -> Result<()> {
-        if bits < 64 && self.ram_end() > 1 << bits { Err(Error::AddressWidth(bits)) } else { Ok(()) }
+        let window = pci_mem64(self.ram_end());
+        if bits < 64 && window.base + window.len > 1 << bits {
+            Err(Error::AddressWidth(bits))
+        } else {
+            Ok(())
+        }
     }
 
     /// An eventfd that raises `gsi` (edge) when it is written.
@@ -160,9 +165,10 @@ mod tests {
     }
 
     #[test]
-    fn ram_beyond_the_address_width_is_refused() {
+    fn ram_and_window_beyond_the_address_width_are_refused() {
         let (_host, vm) = machine();
-        assert!(vm.check_addresses(20).is_ok());
-        assert!(matches!(vm.check_addresses(19), Err(Error::AddressWidth(19))));
+        // The window above little RAM ends at 36 GiB.
+        assert!(vm.check_addresses(36).is_ok());
+        assert!(matches!(vm.check_addresses(35), Err(Error::AddressWidth(35))));
     }
 }
