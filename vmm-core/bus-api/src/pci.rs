@@ -96,7 +96,7 @@ pub enum Refusal {
     Host(i32),
 }
 
-/// Core to daemon.
+/// Core to daemon. `Command` and `Leave` are on the wire what they are on the console's link, as is [`ToCore::Done`].
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum FromCore {
     /// First message. Attached fds: `vcpus` access links, one memfd per entry of `memory`, the memfd of the
@@ -115,6 +115,8 @@ pub enum FromCore {
         /// What to do.
         what: Command,
     },
+    /// The daemon broke the protocol: it is to end, so that another one can take its place.
+    Leave,
     /// Answer to [`ToCore::Ask`].
     Answer {
         /// The request's id.
@@ -122,20 +124,18 @@ pub enum FromCore {
         /// What became of it.
         result: Result<(), Refusal>,
     },
-    /// The daemon broke the protocol: it is to end, so that another one can take its place.
-    Leave,
 }
 
 /// Daemon to core.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum ToCore {
-    /// Accesses will be answered and all devices of the command line are known. The machine does not start before.
-    Ready,
     /// The command of this id is done.
     Done {
         /// The command's id.
         id: u32,
     },
+    /// Accesses will be answered and all devices of the command line are known. The machine does not start before.
+    Ready,
     /// Please.
     Ask {
         /// Echoed in the answer.

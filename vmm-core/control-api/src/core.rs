@@ -22,6 +22,21 @@ pub enum RunState {
     GuestPanicked,
 }
 
+impl RunState {
+    /// Its name in QAPI and in the topology.
+    #[must_use]
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Prelaunch => "prelaunch",
+            Self::Running => "running",
+            Self::Paused => "paused",
+            Self::Shutdown => "shutdown",
+            Self::InternalError => "internal-error",
+            Self::GuestPanicked => "guest-panicked",
+        }
+    }
+}
+
 /// Why the machine was reset or shut down (QAPI `ShutdownCause`).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Cause {
@@ -65,6 +80,24 @@ pub enum Op {
     Cpus,
     /// Counters of the bus: [`Answer::Counters`].
     Counters,
+}
+
+impl Op {
+    /// The request's name in the topology.
+    #[must_use]
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Status => "status",
+            Self::Start => "start",
+            Self::Stop => "stop",
+            Self::Cont => "cont",
+            Self::Reset => "reset",
+            Self::Quit => "quit",
+            Self::InjectNmi => "inject-nmi",
+            Self::Cpus => "cpus",
+            Self::Counters => "counters",
+        }
+    }
 }
 
 /// Broker to core.

@@ -95,10 +95,8 @@ impl Boot {
         if arrival == Arrival::Connected {
             let job = Job { mode: Mode::Boot, regions: ram.iter().map(|r| r.region).collect() };
             let fds: Vec<_> = ram.iter().map(|r| r.fd.as_fd()).collect();
-            return match link.send_with(&job, &fds, MsgFlags::MSG_DONTWAIT) {
-                Ok(()) => Ok(()),
-                Err(error) => Err(self.failed(error.to_string())),
-            };
+            let sent = link.send_with(&job, &fds, MsgFlags::MSG_DONTWAIT);
+            return sent.map_err(|error| self.failed(error.to_string()));
         }
         match link.recv::<Outcome>() {
             Err(LinkError::WouldBlock) => Ok(()),

@@ -5,7 +5,9 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use bulkhead_bus_api::platform::{COALESCED_PORT, CONSOLE_PORTS, ECAM, PCI_MEM32, Range, pci_mem64};
-use bulkhead_bus_api::{Access, Action, MAX_REQUEST_LEN, Op, REPLY_LEN, Reply, Request, Space, WRITE_LEN};
+use bulkhead_bus_api::{
+    Access, Action, MAX_REQUEST_LEN, Op, REPLY_LEN, REQUEST_LEN, Reply, Request, Space, WRITE_LEN,
+};
 use bulkhead_control_api::core::Counters;
 use bulkhead_jail::link::receive;
 use nix::errno::Errno;
@@ -17,7 +19,7 @@ use nix::sys::time::{TimeVal, TimeValLike};
 use crate::coalesce::Coalescer;
 use crate::error::{Result, system};
 use crate::notice::{Notice, Notices};
-use crate::presence::{Daemon, Presence, Seat, Wait};
+use crate::presence::{Daemon, Seat, Wait};
 
 /// A wait for a reply looks up this often, in milliseconds.
 const WAIT_STEP_MS: i64 = 100;
@@ -66,9 +68,8 @@ pub fn empty(fd: BorrowedFd<'_>) -> bool {
 impl AccessLink {
     /// A link; the second descriptor is for the daemon.
     pub fn pair() -> Result<(Self, OwnedFd)> {
-        let (ours, theirs) =
-            socketpair(AddressFamily::Unix, SockType::SeqPacket, None, SockFlag::SOCK_CLOEXEC)
-                .map_err(system("socketpair"))?;
+        let pair = socketpair(AddressFamily::Unix, SockType::SeqPacket, None, SockFlag::SOCK_CLOEXEC);
+        let (ours, theirs) = pair.map_err(system("socketpair"))?;
         // The wait for a reply must end even if no reply ever comes, see `exchange`.
         setsockopt(&ours, ReceiveTimeout, &TimeVal::milliseconds(WAIT_STEP_MS))
             .map_err(system("SO_RCVTIMEO"))?;
@@ -94,7 +95,7 @@ impl AccessLink {
         &mut self,
         len: usize,
         number: u32,
-        presence: &Presence,
+        seat: &Seat,
         watch: Option<BorrowedFd<'_>>,
     ) -> std::result::Result<Reply, Trouble> {
         if std::mem::replace(&mut self.daemon, number) != number && !empty(self.fd.as_fd()) {
@@ -133,7 +134,7 @@ impl AccessLink {
                 Err(Errno::EINTR) => {}
                 Err(_) => return Err(Trouble::Failed("its access link failed")),
             }
-            if presence.is_over(number) {
+            if seat.is_over(number) {
                 return Err(Trouble::Gone);
             }
             if steps >= MAX_WAIT_STEPS {
@@ -146,12 +147,12 @@ impl AccessLink {
     fn ask(&mut self, len: usize, seat: &Seat) -> Outcome {
         let mut last = 0;
         loop {
-            last = match seat.presence.wait(last) {
+            last = match seat.wait(last) {
                 Wait::There(number) => number,
                 Wait::Discarded => return UNCLAIMED,
                 Wait::GivenUp => return FAILED,
             };
-            match self.exchange(len, last, &seat.presence, None) {
+            match self.exchange(len, last, seat, None) {
                 Ok(reply) => return Outcome { data: reply.data, action: Some(reply.action) },
                 Err(Trouble::Gone) => {}
                 Err(Trouble::Broke(why)) => seat.note_breach(last, why),
@@ -191,6 +192,8 @@ pub struct Outcome {
     pub action: Option<Action>,
 }
 
+/// No access, for collected writes to go along with.
+const NOTHING: Access = Access { space: Space::Pio, addr: COALESCED_PORT as u64, size: 1, op: Op::Flush };
 /// The answer of an address that nobody claims.
 const UNCLAIMED: Outcome = Outcome { data: u64::MAX, action: Some(Action::None) };
 /// The answer of a daemon that is given up.
@@ -247,8 +250,8 @@ impl Bus {
     /// From now on, or no longer, accesses that wait for an absent daemon are let go: a reset or the end
     /// makes them meaningless.
     pub fn discard_waiting(&self, discard: bool) {
-        self.console.presence.set_discard(discard);
-        self.pci.presence.set_discard(discard);
+        self.console.set_discard(discard);
+        self.pci.set_discard(discard);
         self.coalescer.wake();
     }
 
@@ -273,12 +276,12 @@ impl Bus {
     }
 
     fn access_console(&self, link: &mut AccessLink, access: &Access) -> Outcome {
-        if self.console.has_failed() {
+        if self.console.is_given_up() {
             return FAILED;
         }
         self.forwarded.fetch_add(1, Ordering::Relaxed);
         // Held until the reply, so that nobody overtakes the writes that go along.
-        let Ok(drain) = self.coalescer.drain(|| self.console.presence.lets_go()) else { return UNCLAIMED };
+        let Ok(drain) = self.coalescer.drain(|| self.console.lets_go()) else { return UNCLAIMED };
         let len = link.build(access, |room| self.fill(drain.as_ref(), room));
         let outcome = link.ask(len, &self.console);
         drop(drain);
@@ -298,35 +301,21 @@ impl Bus {
     /// Delivers what is collected, without waiting for a console that is away. For the main thread, whose
     /// turn lasts until all that it took is delivered. `main` is the console's main link.
     pub fn flush(&self, link: &mut AccessLink, main: Option<BorrowedFd<'_>>) -> Flushed {
-        let (Some(number), Some(main)) = (self.console.presence.there(), main) else {
-            return if link.is_pending() || self.coalescer.has_more() {
-                Flushed::Waiting
-            } else {
-                Flushed::Nothing
-            };
+        let (Some(number), Some(main)) = (self.console.there(), main) else {
+            let waits = link.is_pending() || self.coalescer.has_more();
+            return if waits { Flushed::Waiting } else { Flushed::Nothing };
         };
         let drain = if link.is_pending() { self.coalescer.kept() } else { self.coalescer.try_drain() };
         let Some(drain) = drain else {
             return if self.coalescer.has_more() { Flushed::Waiting } else { Flushed::Nothing };
         };
-        let len = match link.pending.take() {
-            Some(len) => len,
-            None => {
-                let nothing =
-                    Access { space: Space::Pio, addr: u64::from(COALESCED_PORT), size: 1, op: Op::Flush };
-                let mut count = 0;
-                let len = link.build(&nothing, |room| {
-                    count = self.fill(Some(&drain), room);
-                    count
-                });
-                if count == 0 {
-                    return Flushed::Nothing;
-                }
-                len
-            }
-        };
+        let pending = link.pending.take();
+        let len = pending.unwrap_or_else(|| link.build(&NOTHING, |room| self.fill(Some(&drain), room)));
+        if len == REQUEST_LEN {
+            return Flushed::Nothing;
+        }
         // A write to the collected port asks for nothing, so the action is of no interest.
-        match link.exchange(len, number, &self.console.presence, Some(main)) {
+        match link.exchange(len, number, &self.console, Some(main)) {
             Ok(_) => return Flushed::Delivered,
             Err(Trouble::Gone) => {}
             Err(Trouble::Broke(why)) => self.console.note_breach(number, why),
@@ -340,9 +329,9 @@ impl Bus {
         Flushed::Waiting
     }
 
-    /// Drops what waits for the console, which is given up.
+    /// Drops what waits for the console, if that is given up.
     pub fn abandon(&self, link: &mut AccessLink) {
-        if link.pending.take().is_some() {
+        if self.console.is_given_up() && link.pending.take().is_some() {
             drop(self.coalescer.kept());
         }
     }

@@ -82,14 +82,8 @@ impl Drain<'_> {
 impl Coalescer {
     /// Collects through `ring`; never without one.
     pub fn new(ring: Option<Ring>) -> Self {
-        Self {
-            ring,
-            taken: Mutex::new(false),
-            free: Condvar::new(),
-            draining: AtomicBool::new(false),
-            active: AtomicBool::new(false),
-            asked: AtomicBool::new(false),
-        }
+        let (taken, free, draining, active, asked) = Default::default();
+        Self { ring, taken, free, draining, active, asked }
     }
 
     /// Whether a plain write should ask the main thread to begin; true once.

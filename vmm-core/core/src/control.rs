@@ -8,40 +8,10 @@ use nix::sys::socket::MsgFlags;
 
 use crate::door::{Arrival, Door};
 
-/// A request's name in the topology.
-fn op_name(op: Op) -> &'static str {
-    match op {
-        Op::Status => "status",
-        Op::Start => "start",
-        Op::Stop => "stop",
-        Op::Cont => "cont",
-        Op::Reset => "reset",
-        Op::Quit => "quit",
-        Op::InjectNmi => "inject-nmi",
-        Op::Cpus => "cpus",
-        Op::Counters => "counters",
-    }
-}
-
-/// A run state's name in the topology.
-fn state_name(state: RunState) -> &'static str {
-    match state {
-        RunState::Prelaunch => "prelaunch",
-        RunState::Running => "running",
-        RunState::Paused => "paused",
-        RunState::Shutdown => "shutdown",
-        RunState::InternalError => "internal-error",
-        RunState::GuestPanicked => "guest-panicked",
-    }
-}
-
 /// Whether the topology lets the broker ask `op` in `state`.
 pub fn permitted(op: Op, state: RunState) -> Result<(), Refusal> {
-    if LINK_CONTROL_BROKER.permits(op_name(op), state_name(state)) {
-        Ok(())
-    } else {
-        Err(Refusal::NotPermitted)
-    }
+    let permits = LINK_CONTROL_BROKER.permits(op.name(), state.name());
+    permits.then_some(()).ok_or(Refusal::NotPermitted)
 }
 
 /// The broker, if it is there; the machine does not depend on it.

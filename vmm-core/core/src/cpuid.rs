@@ -38,14 +38,9 @@ fn set_bits(word: &mut u32, at: u32, bits: u32, value: u32) {
     *word = *word & !mask | value << at & mask;
 }
 
-fn vendor(entries: &[kvm_cpuid_entry2]) -> Option<[u8; 12]> {
+fn vendor(entries: &[kvm_cpuid_entry2]) -> Option<Vec<u8>> {
     let leaf = entries.iter().find(|e| e.function == 0)?;
-    let mut name = [0; 12];
-    let words = [leaf.ebx, leaf.edx, leaf.ecx];
-    for (slot, byte) in name.iter_mut().zip(words.iter().flat_map(|w| w.to_le_bytes())) {
-        *slot = byte;
-    }
-    Some(name)
+    Some([leaf.ebx, leaf.edx, leaf.ecx].map(u32::to_le_bytes).concat())
 }
 
 impl Template {
@@ -58,7 +53,7 @@ impl Template {
     }
 
     fn from_entries(supported: &[kvm_cpuid_entry2], topology: CpuTopology, deadline: bool) -> Self {
-        let amd = vendor(supported).is_some_and(|v| AMD_VENDORS.contains(&&v));
+        let amd = vendor(supported).is_some_and(|v| AMD_VENDORS.iter().any(|amd| v == *amd));
         let topology_leaf = |e: &kvm_cpuid_entry2| matches!(e.function, LEAF_TOPOLOGY | LEAF_TOPOLOGY_V2);
         let left_out = |e: &kvm_cpuid_entry2| topology_leaf(e) || e.function == LEAF_SVM;
         let mut entries: Vec<_> = supported.iter().filter(|e| !left_out(e)).copied().collect();
@@ -87,15 +82,11 @@ impl Template {
         if amd && !entries.iter().any(|e| e.function == LEAF_TOPOLOGY_AMD) {
             entries.push(kvm_cpuid_entry2 { function: LEAF_TOPOLOGY_AMD, ..Default::default() });
         }
-        let forms: &[u32] = if max_leaf >= LEAF_TOPOLOGY_V2 && !amd {
-            &[LEAF_TOPOLOGY, LEAF_TOPOLOGY_V2]
-        } else {
-            &[LEAF_TOPOLOGY]
-        };
-        for function in forms {
+        let forms = if max_leaf >= LEAF_TOPOLOGY_V2 && !amd { 2 } else { 1 };
+        for function in [LEAF_TOPOLOGY, LEAF_TOPOLOGY_V2].into_iter().take(forms) {
             for index in 0..3 {
                 let flags = KVM_CPUID_FLAG_SIGNIFCANT_INDEX;
-                entries.push(kvm_cpuid_entry2 { function: *function, index, flags, ..Default::default() });
+                entries.push(kvm_cpuid_entry2 { function, index, flags, ..Default::default() });
             }
         }
         Self { entries, topology, amd }
@@ -147,16 +138,14 @@ impl Template {
                 self.share_cache(&mut entry.eax);
             }
             LEAF_TOPOLOGY | LEAF_TOPOLOGY_V2 => {
-                /// Level types of leaf 0xb: SMT and core.
-                const LEVELS: [u32; 2] = [1, 2];
-                entry.edx = place.apic_id;
-                let level = usize::try_from(entry.index).ok().and_then(|i| LEVELS.get(i));
-                entry.ecx = entry.index | level.map_or(0, |kind| kind << 8);
-                (entry.eax, entry.ebx) = match entry.index {
-                    0 => (self.topology.thread_bits(), self.topology.threads.max(1)),
-                    1 => (self.topology.core_bits(), self.package_threads()),
-                    _ => (0, 0),
+                // Kinds of levels: 1 is threads, 2 is cores, 0 ends the list.
+                let (bits, count, kind) = match entry.index {
+                    0 => (self.topology.thread_bits(), self.topology.threads.max(1), 1),
+                    1 => (self.topology.core_bits(), self.package_threads(), 2),
+                    _ => (0, 0, 0),
                 };
+                (entry.eax, entry.ebx) = (bits, count);
+                (entry.ecx, entry.edx) = (entry.index | kind << 8, place.apic_id);
             }
             _ => {}
         }

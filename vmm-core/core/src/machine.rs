@@ -21,7 +21,7 @@ use crate::door::Arrival;
 use crate::error::{Error, Result, kvm, system};
 use crate::gate::lock;
 use crate::notice::{Notice, What};
-use crate::peer::{Fault, Peer};
+use crate::peer::{self, Fault, Peer};
 use crate::presence::Daemon;
 use crate::registers;
 use crate::snapshot::{Chips, VcpuState};
@@ -71,9 +71,8 @@ pub struct Machine {
     pub shared: Arc<Shared>,
     pub power_on: PowerOn,
     pub boot: Boot,
-    pub console: Peer,
-    /// Of a machine with devices behind it.
-    pub pci: Option<Peer>,
+    /// The bus daemons that the machine has, the console first.
+    pub peers: Vec<Peer>,
     pub broker: Broker,
     pub state: State,
     pub drainer: AccessLink,
@@ -96,17 +95,6 @@ pub struct Now {
     idle_looks: u32,
 }
 
-/// What became readable.
-#[derive(Clone, Copy, Debug, Default)]
-struct Readable {
-    signals: bool,
-    notices: bool,
-    loader: bool,
-    console: bool,
-    pci: bool,
-    broker: bool,
-}
-
 impl Machine {
     /// Runs until the machine is shut down.
     ///
@@ -124,27 +112,27 @@ impl Machine {
 
     fn serve(&mut self) -> Result<()> {
         while !self.now.exiting {
-            let readable = self.wait()?;
-            if readable.signals {
+            let [signals, notices, loader, console, pci, broker] = self.wait()?;
+            if signals {
                 self.on_signal()?;
             }
-            if readable.notices {
+            if notices {
                 self.on_notices()?;
             }
             if self.shared.bus.coalescer.is_active() {
                 self.drain_output()?;
             }
-            if readable.loader {
+            if loader {
                 let ended = self.boot.advance(&self.vm.ram);
                 self.after_loader(ended)?;
             }
-            if readable.console {
+            if console {
                 self.on_peer(Daemon::Console);
             }
-            if readable.pci {
+            if pci {
                 self.on_peer(Daemon::Pci);
             }
-            if readable.broker && !self.now.exiting {
+            if broker && !self.now.exiting {
                 if let Some(request) = self.broker.advance() {
                     self.on_request(request)?;
                 }
@@ -156,9 +144,9 @@ impl Machine {
         Ok(())
     }
 
-    fn wait(&self) -> Result<Readable> {
-        let collects =
-            self.shared.bus.coalescer.is_active() && self.shared.bus.console.presence.there().is_some();
+    /// Waits; which sources have become readable.
+    fn wait(&self) -> Result<[bool; 6]> {
+        let collects = self.shared.bus.coalescer.is_active() && self.shared.bus.console.there().is_some();
         let timeout = if collects {
             PollTimeout::from(PERIOD_MS)
         } else if self.has_deadlines() {
@@ -170,8 +158,8 @@ impl Machine {
             Some(self.host.signals.as_fd()),
             Some(self.shared.notices.as_fd()),
             self.boot.door.poll_fd(),
-            self.console.door.poll_fd(),
-            self.pci.as_ref().and_then(|pci| pci.door.poll_fd()),
+            self.peers.first().and_then(|console| console.door.poll_fd()),
+            self.peers.get(1).and_then(|pci| pci.door.poll_fd()),
             self.broker.door.poll_fd(),
         ];
         let mut fds: Vec<_> =
@@ -182,22 +170,20 @@ impl Machine {
         }
         let mut polled = fds.iter();
         // A door that is shut was not polled; any event counts, also the end of a link.
-        let [signals, notices, loader, console, pci, broker] = sources.map(|source| {
+        Ok(sources.map(|source| {
             source.is_some() && polled.next().is_some_and(|p| p.revents().is_some_and(|e| !e.is_empty()))
-        });
-        Ok(Readable { signals, notices, loader, console, pci, broker })
+        }))
     }
 
     fn has_deadlines(&self) -> bool {
         let others = [&self.boot.door, &self.broker.door];
-        let mut doors = self.peers().map(|peer| &peer.door).chain(others);
+        let mut doors = self.peers.iter().map(|peer| &peer.door).chain(others);
         matches!(self.boot.phase, Phase::Loading(_)) || doors.any(|door| door.is_greeting())
     }
 
     fn look_at_deadlines(&mut self) -> Result<()> {
         if self.has_deadlines() {
-            self.console.door.expire();
-            self.pci.iter_mut().for_each(|pci| pci.door.expire());
+            self.peers.iter_mut().for_each(|peer| peer.door.expire());
             self.broker.door.expire();
             let expired = self.boot.expire();
             self.after_loader(expired)?;
@@ -235,10 +221,10 @@ impl Machine {
         if !self.wait_idle(patience) {
             // Who is there answers in time or is given up by whom it lets wait.
             let all = self.are_there();
-            for peer in self.peers().filter(|peer| all || peer.seat.presence.there().is_none()) {
+            for peer in self.peers.iter().filter(|peer| all || peer.seat.there().is_none()) {
                 peer.seat.fail("it held up a stop");
             }
-            self.abandon();
+            self.shared.bus.abandon(&mut self.drainer);
             if !self.shared.gate.wait_idle(LAST_PATIENCE) {
                 return Err(Error::Stuck);
             }
@@ -260,7 +246,7 @@ impl Machine {
             if start.elapsed() > patience {
                 return false;
             }
-            self.abandon();
+            self.shared.bus.abandon(&mut self.drainer);
             for daemon in [Daemon::Console, Daemon::Pci] {
                 self.look_at_breach(daemon);
                 if self.peer(daemon).is_some_and(|peer| peer.door.is_readable()) {
@@ -274,49 +260,26 @@ impl Machine {
         true
     }
 
-    /// Drops collected output for a console that is given up.
-    fn abandon(&mut self) {
-        if self.console.seat.has_failed() {
-            self.shared.bus.abandon(&mut self.drainer);
-        }
-    }
-
-    /// The bus daemons that the machine has.
-    fn peers(&self) -> impl Iterator<Item = &Peer> {
-        std::iter::once(&self.console).chain(&self.pci)
-    }
-
     fn peer(&mut self, daemon: Daemon) -> Option<&mut Peer> {
-        match daemon {
-            Daemon::Console => Some(&mut self.console),
-            Daemon::Pci => self.pci.as_mut(),
-        }
+        self.peers.iter_mut().find(|peer| peer.seat.daemon == daemon)
     }
 
     /// Whether accesses would be answered.
     fn are_there(&self) -> bool {
-        self.peers().all(|peer| peer.seat.presence.there().is_some())
+        self.peers.iter().all(|peer| peer.seat.there().is_some())
     }
 
-    /// Tells each daemon that is not given up; whether all have done it.
-    fn tell_peers(&mut self, tell: impl Fn(&mut Peer, &Vm) -> std::result::Result<(), Fault>) -> bool {
-        let mut done = true;
-        for daemon in [Daemon::Console, Daemon::Pci] {
-            done &= self.with_peer(daemon, &tell);
-        }
-        done
+    /// Tells each daemon; whether all have done it.
+    fn tell_peers(&mut self, tell: impl Fn(&mut Peer, &Vm) -> peer::Result) -> bool {
+        let console = self.tell(Daemon::Console, &tell);
+        self.tell(Daemon::Pci, &tell) && console
     }
 
     /// Has a daemon do something, unless it is given up, and judges it by that.
-    fn with_peer(
-        &mut self,
-        daemon: Daemon,
-        tell: impl Fn(&mut Peer, &Vm) -> std::result::Result<(), Fault>,
-    ) -> bool {
-        let Self { console, pci, vm, .. } = self;
-        let peer = if daemon == Daemon::Console { Some(console) } else { pci.as_mut() };
-        let Some(peer) = peer.filter(|peer| !peer.seat.has_failed()) else { return true };
-        let Err(fault) = tell(peer, vm) else { return true };
+    fn tell(&mut self, daemon: Daemon, tell: impl Fn(&mut Peer, &Vm) -> peer::Result) -> bool {
+        let peer = self.peers.iter_mut().find(|peer| peer.seat.daemon == daemon);
+        let Some(peer) = peer.filter(|peer| !peer.seat.is_given_up()) else { return true };
+        let Err(fault) = tell(peer, &self.vm) else { return true };
         if peer.judge(fault) {
             self.shared.bus.coalescer.wake();
             self.kick_all();
@@ -326,8 +289,8 @@ impl Machine {
 
     /// Delivers collected output, as far as the console is there.
     fn flush(&mut self) -> Flushed {
-        let Self { shared, drainer, console, .. } = self;
-        shared.bus.flush(drainer, console.door.poll_fd())
+        let main = self.peers.first().and_then(|console| console.door.poll_fd());
+        self.shared.bus.flush(&mut self.drainer, main)
     }
 
     /// Lets the vCPUs run if the state says so and guest and daemons are there.
@@ -335,7 +298,7 @@ impl Machine {
         if self.now.released || self.now.exiting || self.state.run() != RunState::Running {
             return Ok(());
         }
-        if self.peers().any(|peer| peer.seat.has_failed()) {
+        if self.peers.iter().any(|peer| peer.seat.is_given_up()) {
             return self.apply(State::internal_error);
         }
         if !self.are_there() {
@@ -376,9 +339,7 @@ impl Machine {
         self.now.resets += 1;
         self.shared.gate.next_epoch();
         self.tell_peers(Peer::reset);
-        for vcpu in &self.vcpus {
-            vcpu.forget_nmi();
-        }
+        self.vcpus.iter().for_each(|vcpu| vcpu.forget_nmi());
         if matches!(self.boot.phase, Phase::Started | Phase::Failed) {
             self.power_on.chips.restore(&self.vm.fd)?;
             for (vcpu, state) in self.vcpus.iter().zip(&self.power_on.vcpus) {
@@ -405,20 +366,18 @@ impl Machine {
     }
 
     fn kick_all(&self) {
-        for vcpu in &self.vcpus {
-            vcpu.kick(self.host.process);
-        }
+        self.vcpus.iter().for_each(|vcpu| vcpu.kick(self.host.process));
     }
 
     fn look_at_breach(&mut self, daemon: Daemon) {
         if let Some(why) = self.peer(daemon).and_then(|peer| peer.seat.take_breach()) {
-            self.with_peer(daemon, |_, _| Err(Fault::Broke(why)));
+            self.tell(daemon, |_, _| Err(Fault::Broke(why)));
         }
     }
 
     fn on_peer(&mut self, daemon: Daemon) {
         // Whoever waits repeats what it asked the last one.
-        self.with_peer(daemon, |peer, vm| match peer.door.advance() {
+        self.tell(daemon, |peer, vm| match peer.door.advance() {
             Arrival::Nothing => Ok(()),
             Arrival::Connected => peer.welcome(vm),
             Arrival::Message => peer.unasked(vm),
@@ -432,7 +391,7 @@ impl Machine {
                 let on =
                     matches!(self.state.run(), RunState::Prelaunch | RunState::Running | RunState::Paused);
                 if on {
-                    self.with_peer(Daemon::Console, Peer::press_power_button);
+                    self.tell(Daemon::Console, Peer::press_power_button);
                 }
                 self.broker.tell(Event::PowerButton, self.state.run());
                 Ok(())
@@ -456,7 +415,7 @@ impl Machine {
                     let name = daemon.name();
                     error!("{name} is given up: {why}; the machine cannot go on without it");
                     self.peer(daemon).into_iter().for_each(|peer| peer.door.shut());
-                    self.abandon();
+                    self.shared.bus.abandon(&mut self.drainer);
                     self.apply(State::internal_error)?;
                 }
                 Notice::Output => self.shared.bus.coalescer.start(&self.vm.fd)?,
@@ -486,9 +445,10 @@ impl Machine {
         }
         if self.now.idle_looks >= IDLE_PERIODS {
             self.now.idle_looks = 0;
-            let Self { shared, drainer, vm, console, .. } = self;
+            let Self { shared, drainer, vm, peers, .. } = self;
+            let main = peers.first().and_then(|console| console.door.poll_fd());
             let last = || loop {
-                match shared.bus.flush(drainer, console.door.poll_fd()) {
+                match shared.bus.flush(drainer, main) {
                     Flushed::Delivered => {}
                     flushed => break flushed == Flushed::Nothing,
                 }

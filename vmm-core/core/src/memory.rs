@@ -43,9 +43,7 @@ pub fn regions(ram: u64) -> Vec<Region> {
 /// Limits this process to files of `size` bytes, its largest memfd. A unit file cannot know that size.
 pub fn limit_file_size(size: u64) -> Result<()> {
     let (_, hard) = getrlimit(Resource::RLIMIT_FSIZE).map_err(system("getrlimit"))?;
-    if hard <= size {
-        return Ok(());
-    }
+    let size = size.min(hard);
     setrlimit(Resource::RLIMIT_FSIZE, size, size).map_err(system("setrlimit"))
 }
 

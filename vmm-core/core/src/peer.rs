@@ -4,8 +4,8 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use bulkhead_bus_api::main_link::{Command, FromCore, ToCore};
-use bulkhead_bus_api::pci::{self, Ask, Memory};
+use bulkhead_bus_api::main_link::{self, Command};
+use bulkhead_bus_api::pci::{Ask, FromCore, Memory, ToCore};
 use bulkhead_bus_api::platform::CONSOLE_GSIS;
 use bulkhead_jail::link::LinkError;
 use bulkhead_jail::{error, info};
@@ -69,6 +69,12 @@ pub struct Peer {
     /// The daemon's ends of the access links: one per vCPU, then the drainer's of the console.
     ends: Vec<OwnedFd>,
     gifts: Gifts,
+    past: Past,
+}
+
+/// What is remembered over the daemon's lives.
+#[derive(Debug, Default)]
+struct Past {
     last_id: u32,
     paused: bool,
     /// A reset has not been carried out.
@@ -81,24 +87,13 @@ pub struct Peer {
     first_breach: Option<Instant>,
 }
 
-type Result = std::result::Result<(), Fault>;
+/// What became of a word to a daemon.
+pub type Result = std::result::Result<(), Fault>;
 
 impl Peer {
     /// A daemon that has not connected yet.
     pub fn new(door: Door, seat: Arc<Seat>, ends: Vec<OwnedFd>, gifts: Gifts) -> Self {
-        Self {
-            door,
-            seat,
-            ends,
-            gifts,
-            last_id: 0,
-            paused: false,
-            reset_due: false,
-            button_due: false,
-            known: false,
-            breaches: 0,
-            first_breach: None,
-        }
+        Self { door, seat, ends, gifts, past: Past::default() }
     }
 
     /// Hands out the descriptors to the daemon that has just connected. One whose predecessor died learns
@@ -114,80 +109,77 @@ impl Peer {
         let sent = match &self.gifts {
             Gifts::Interrupts(events) => {
                 fds.extend(events.iter().map(sys::borrow));
-                let welcome =
-                    FromCore::Welcome { vcpus: links.saturating_sub(1), irqs: CONSOLE_GSIS.to_vec() };
+                let (vcpus, irqs) = (links.saturating_sub(1), CONSOLE_GSIS.to_vec());
+                let welcome = main_link::FromCore::Welcome { vcpus, irqs };
                 link.send_with(&welcome, &fds, MsgFlags::MSG_DONTWAIT)
             }
             Gifts::Wiring(wiring) => {
                 fds.extend(vm.ram.iter().chain([&wiring.ecam]).map(|memory| memory.fd.as_fd()));
                 let memory = vm.ram.iter().map(|ram| Memory { base: ram.region.gpa, len: ram.region.len });
-                let welcome = pci::FromCore::Welcome { vcpus: links, memory: memory.collect() };
+                let welcome = FromCore::Welcome { vcpus: links, memory: memory.collect() };
                 link.send_with(&welcome, &fds, MsgFlags::MSG_DONTWAIT)
             }
         };
         sent.map_err(|error| fault(&error))?;
         self.catch_up(vm)?;
         if self.seat.daemon == Daemon::Console {
-            self.seat.presence.arrive();
+            self.seat.arrive();
         }
         Ok(())
     }
 
     /// Has a successor do what its predecessor missed.
     fn catch_up(&mut self, vm: &Vm) -> Result {
-        if !std::mem::replace(&mut self.known, true) {
+        if !std::mem::replace(&mut self.past.known, true) {
             return Ok(());
         }
-        if self.reset_due {
+        if self.past.reset_due {
             self.reset(vm)?;
         }
-        if self.button_due {
+        if self.past.button_due {
             self.press_power_button(vm)?;
         }
-        self.command(if self.paused { Command::Pause } else { Command::Resume }, vm)
+        self.command(if self.past.paused { Command::Pause } else { Command::Resume }, vm)
     }
 
     /// Stops the devices' clocks.
     pub fn pause(&mut self, vm: &Vm) -> Result {
-        self.paused = true;
+        self.past.paused = true;
         self.command(Command::Pause, vm)
     }
 
     /// Lets the devices' clocks go on, if they were stopped.
     pub fn resume(&mut self, vm: &Vm) -> Result {
-        if std::mem::take(&mut self.paused) { self.command(Command::Resume, vm) } else { Ok(()) }
+        if std::mem::take(&mut self.past.paused) { self.command(Command::Resume, vm) } else { Ok(()) }
     }
 
     /// Puts the devices into their reset state, now or when the next daemon comes.
     pub fn reset(&mut self, vm: &Vm) -> Result {
-        self.reset_due = self.known;
-        self.button_due = false;
+        self.past.reset_due = self.past.known;
+        self.past.button_due = false;
         if self.door.is_linked() {
             self.command(Command::Reset, vm)?;
-            self.reset_due = false;
+            self.past.reset_due = false;
         }
         Ok(())
     }
 
     /// Presses the power button.
     pub fn press_power_button(&mut self, vm: &Vm) -> Result {
-        self.button_due = self.known;
+        self.past.button_due = self.past.known;
         if self.door.is_linked() {
             self.command(Command::PressPowerButton, vm)?;
-            self.button_due = false;
+            self.past.button_due = false;
         }
         Ok(())
     }
 
     fn command(&mut self, what: Command, vm: &Vm) -> Result {
-        self.last_id = self.last_id.wrapping_add(1);
-        let id = self.last_id;
+        self.past.last_id = self.past.last_id.wrapping_add(1);
+        let id = self.past.last_id;
         let Some(link) = self.door.link() else { return Err(Fault::Gone) };
-        match self.seat.daemon {
-            Daemon::Console => link.send_with(&FromCore::Command { id, what }, &[], MsgFlags::MSG_DONTWAIT),
-            Daemon::Pci => link.send_with(&pci::FromCore::Command { id, what }, &[], MsgFlags::MSG_DONTWAIT),
-        }
-        .map_err(|error| fault(&error))?;
+        link.send_with(&FromCore::Command { id, what }, &[], MsgFlags::MSG_DONTWAIT)
+            .map_err(|error| fault(&error))?;
         let (mut looks, mut asks) = (0, 0);
         while looks < MAX_WAIT_STEPS && asks < MAX_ASKS {
             let Some(link) = self.door.link() else { return Err(Fault::Gone) };
@@ -206,14 +198,13 @@ impl Peer {
     /// Takes one message, and does what it asks.
     fn listen(&mut self, vm: &Vm) -> std::result::Result<Heard, Fault> {
         let Some(link) = self.door.link() else { return Ok(Heard::Nothing) };
-        let message = match self.seat.daemon {
-            Daemon::Console => link.recv().map(|ToCore::Done { id }| pci::ToCore::Done { id }),
-            Daemon::Pci => link.recv(),
-        };
-        match message {
-            Ok(pci::ToCore::Done { id }) => return Ok(Heard::Done(id)),
-            Ok(pci::ToCore::Ready) => self.seat.presence.arrive(),
-            Ok(pci::ToCore::Ask { id, what }) => self.serve(id, &what, vm)?,
+        match link.recv() {
+            Ok(ToCore::Done { id }) => return Ok(Heard::Done(id)),
+            Ok(_) if self.seat.daemon == Daemon::Console => {
+                return Err(Fault::Broke("it said what is not for it to say"));
+            }
+            Ok(ToCore::Ready) => self.seat.arrive(),
+            Ok(ToCore::Ask { id, what }) => self.serve(id, &what, vm)?,
             Err(LinkError::WouldBlock) => return Ok(Heard::Nothing),
             Err(error) => return Err(fault(&error)),
         }
@@ -226,11 +217,8 @@ impl Peer {
             Ask::Eventfds { vectors, bells } => wiring.eventfds(vectors, bells),
             Ask::Apply(changes) => wiring.apply(vm, changes).map(|()| Vec::new()),
         };
-        let (result, fds) = match result {
-            Ok(fds) => (Ok(()), fds),
-            Err(refusal) => (Err(refusal), Vec::new()),
-        };
-        let answer = pci::FromCore::Answer { id, result };
+        let (result, fds) = result.map_or_else(|refusal| (Err(refusal), Vec::new()), |fds| (Ok(()), fds));
+        let answer = FromCore::Answer { id, result };
         link.send_with(&answer, &fds, MsgFlags::MSG_DONTWAIT).map_err(|error| fault(&error))
     }
 
@@ -256,36 +244,33 @@ impl Peer {
             }
             Fault::Broke(why) => {
                 error!("{name}: {why}; it is cut off");
-                if !self.cut_off() {
-                    self.seat.fail("too many of its kind broke the protocol");
-                }
+                self.cut_off();
             }
             Fault::Late(why) => {
                 self.seat.fail(why);
                 return false;
             }
         }
-        self.seat.presence.leave();
+        self.seat.leave();
         true
     }
 
-    /// Sends away a daemon that broke the protocol, so that another one may come; false if that happens
-    /// too often.
-    fn cut_off(&mut self) -> bool {
+    /// Sends away a daemon that broke the protocol, so that another one may come, unless that happens too
+    /// often.
+    fn cut_off(&mut self) {
         if let Some(link) = self.door.link() {
             // One that does not read it does not end, and nobody comes in its place.
-            let _ = match self.seat.daemon {
-                Daemon::Console => link.send_with(&FromCore::Leave, &[], MsgFlags::MSG_DONTWAIT),
-                Daemon::Pci => link.send_with(&pci::FromCore::Leave, &[], MsgFlags::MSG_DONTWAIT),
-            };
+            let _ = link.send_with(&FromCore::Leave, &[], MsgFlags::MSG_DONTWAIT);
         }
         self.door.close();
-        if self.first_breach.is_none_or(|first| first.elapsed() > BREACH_SPAN) {
-            self.first_breach = Some(Instant::now());
-            self.breaches = 0;
+        if self.past.first_breach.is_none_or(|first| first.elapsed() > BREACH_SPAN) {
+            self.past.first_breach = Some(Instant::now());
+            self.past.breaches = 0;
         }
-        self.breaches += 1;
-        self.breaches < MAX_BREACHES
+        self.past.breaches += 1;
+        if self.past.breaches >= MAX_BREACHES {
+            self.seat.fail("too many of its kind broke the protocol");
+        }
     }
 }
 

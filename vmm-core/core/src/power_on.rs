@@ -75,9 +75,10 @@ pub fn power_on(parts: Parts) -> Result<Machine> {
     let interrupts = CONSOLE_GSIS.iter().map(|gsi| vm.interrupt(*gsi)).collect::<Result<Vec<_>>>()?;
     let door = Door::new("bus-console", bulkhead_bus_api::VERSION, parts.console);
     let console = Peer::new(door, Arc::clone(&shared.bus.console), ends, Gifts::Interrupts(interrupts));
-    let (pci, to_pci) = make_pci(parts.pci, &vm, &shared.bus, vcpus.len())?;
-    let to_pci = to_pci.into_iter().map(Some).chain(std::iter::repeat_with(|| None));
-    let links = to_console.into_iter().zip(to_pci).map(|(console, pci)| Links { console, pci }).collect();
+    let pci = parts.pci.map(|listener| make_pci(listener, &vm, &shared.bus, vcpus.len())).transpose()?;
+    let (pci, to_pci) = pci.unzip();
+    let mut to_pci = to_pci.into_iter().flatten();
+    let links = to_console.into_iter().map(|console| Links { console, pci: to_pci.next() }).collect();
     start_threads(&vcpus, &shared, links)?;
     let threads = thread_ids(&vcpus, parts.tasks)?;
     let broker = Door::new("control-broker", bulkhead_control_api::VERSION, parts.broker);
@@ -88,8 +89,7 @@ pub fn power_on(parts: Parts) -> Result<Machine> {
         shared,
         power_on,
         boot,
-        console,
-        pci,
+        peers: std::iter::once(console).chain(pci).collect(),
         broker: Broker { door: broker },
         state: State::new(config.autostart, config.no_reboot, config.no_shutdown),
         drainer,
@@ -145,18 +145,12 @@ fn access_links(vcpus: usize) -> Result<(Vec<AccessLink>, Vec<OwnedFd>)> {
     (0..vcpus).map(|_| AccessLink::pair()).collect()
 }
 
-/// Pci, if the machine has it, and the vCPUs' links to it.
-fn make_pci(
-    listener: Option<OwnedFd>,
-    vm: &Vm,
-    bus: &Bus,
-    vcpus: usize,
-) -> Result<(Option<Peer>, Vec<AccessLink>)> {
-    let Some(listener) = listener else { return Ok((None, Vec::new())) };
+/// Pci, and the vCPUs' links to it.
+fn make_pci(listener: OwnedFd, vm: &Vm, bus: &Bus, vcpus: usize) -> Result<(Peer, Vec<AccessLink>)> {
     let (links, ends) = access_links(vcpus)?;
     let door = Door::new("bus-pci", bulkhead_bus_api::VERSION, listener);
     let wiring = Gifts::Wiring(Wiring::new(memory::create_ecam()?, vm.ram_end()));
-    Ok((Some(Peer::new(door, Arc::clone(&bus.pci), ends, wiring)), links))
+    Ok((Peer::new(door, Arc::clone(&bus.pci), ends, wiring), links))
 }
 
 fn start_threads(vcpus: &[Arc<Vcpu>], shared: &Arc<Shared>, links: Vec<Links>) -> Result<()> {

@@ -33,27 +33,42 @@ impl Daemon {
 pub struct Seat {
     /// Which one.
     pub daemon: Daemon,
-    /// Whether it is there.
-    pub presence: Presence,
+    /// Counts daemons: odd while one is there, even while it is away, one more with each change.
+    count: AtomicU32,
+    /// Whoever waits for an absent daemon is let go (a reset, the end): its access no longer matters.
+    discard: AtomicBool,
+    turn: Mutex<()>,
+    changed: Condvar,
     /// The one that broke the protocol, and how.
     breach: Mutex<Option<(u32, &'static str)>>,
     notices: Arc<Notices>,
 }
 
+/// What became of waiting for the daemon.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Wait {
+    /// It is there, with this number.
+    There(u32),
+    /// The access is of no interest any more.
+    Discarded,
+    /// It is given up.
+    GivenUp,
+}
+
+const fn is_there(count: u32) -> bool {
+    count % 2 == 1 && count != GIVEN_UP
+}
+
 impl Seat {
     /// The seat of a daemon that has not come yet.
     pub fn new(daemon: Daemon, notices: Arc<Notices>) -> Self {
-        Self { daemon, presence: Presence::default(), breach: Mutex::default(), notices }
-    }
-
-    /// Whether the daemon is given up.
-    pub fn has_failed(&self) -> bool {
-        self.presence.is_given_up()
+        let (count, discard, turn, changed, breach) = Default::default();
+        Self { daemon, count, discard, turn, changed, breach, notices }
     }
 
     /// Gives the daemon up; the first reason counts.
     pub fn fail(&self, why: &'static str) {
-        if self.presence.give_up() {
+        if self.give_up() {
             self.notices.post(Notice::PeerFailed(self.daemon, why));
         }
     }
@@ -72,36 +87,9 @@ impl Seat {
     /// Takes what the daemon that is there has done against the protocol.
     pub fn take_breach(&self) -> Option<&'static str> {
         let (number, why) = lock(&self.breach).take()?;
-        Some(why).filter(|_| !self.presence.is_over(number))
+        Some(why).filter(|_| !self.is_over(number))
     }
-}
 
-/// Counts daemons: odd while one is there, even while it is away, one more with each change.
-#[derive(Debug, Default)]
-pub struct Presence {
-    count: AtomicU32,
-    /// Whoever waits for an absent daemon is let go (a reset, the end): its access no longer matters.
-    discard: AtomicBool,
-    turn: Mutex<()>,
-    changed: Condvar,
-}
-
-/// What became of waiting for the daemon.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Wait {
-    /// It is there, with this number.
-    There(u32),
-    /// The access is of no interest any more.
-    Discarded,
-    /// It is given up.
-    GivenUp,
-}
-
-const fn is_there(count: u32) -> bool {
-    count % 2 == 1 && count != GIVEN_UP
-}
-
-impl Presence {
     /// The number of the daemon that is there.
     pub fn there(&self) -> Option<u32> {
         Some(self.count.load(Ordering::SeqCst)).filter(|count| is_there(*count))
@@ -164,7 +152,7 @@ impl Presence {
     }
 
     /// It is given up; true the first time.
-    pub fn give_up(&self) -> bool {
+    fn give_up(&self) -> bool {
         let mut first = false;
         self.change(|_| {
             first = true;
@@ -187,11 +175,11 @@ mod tests {
     #[test]
     fn a_late_breach_does_not_hide_that_of_the_next_daemon() {
         let seat = Seat::new(Daemon::Console, Arc::new(Notices::new().unwrap()));
-        seat.presence.arrive();
+        seat.arrive();
         seat.note_breach(1, "first");
-        seat.presence.leave();
+        seat.leave();
         assert_eq!(seat.take_breach(), None, "it is over");
-        seat.presence.arrive();
+        seat.arrive();
         for late in [[(1, "first"), (3, "second")], [(3, "second"), (1, "first")]] {
             late.iter().for_each(|(number, why)| seat.note_breach(*number, why));
             assert_eq!(seat.take_breach(), Some("second"));
@@ -201,7 +189,7 @@ mod tests {
 
     #[test]
     fn waiting_ends_with_the_next_console_a_reset_or_the_end() {
-        let presence = Presence::default();
+        let presence = Seat::new(Daemon::Pci, Arc::new(Notices::new().unwrap()));
         presence.leave();
         presence.arrive();
         presence.arrive();

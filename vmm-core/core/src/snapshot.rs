@@ -119,11 +119,8 @@ pub fn power_on(vcpu: &VcpuFd, first: bool) -> Result<()> {
         .map_err(|_| Error::Capability("MSRs"))?;
     vcpu.get_msrs(&mut misc).map_err(kvm("KVM_GET_MSRS"))?;
     let enable = misc.as_slice().first().map_or(0, |e| e.data) | 1;
-    let entries = [(MSR_MISC_ENABLE, enable), MTRR_DEF_TYPE].map(|(index, data)| kvm_msr_entry {
-        index,
-        data,
-        ..Default::default()
-    });
+    let entry = |(index, data)| kvm_msr_entry { index, data, ..Default::default() };
+    let entries = [(MSR_MISC_ENABLE, enable), MTRR_DEF_TYPE].map(entry);
     each_accepted(&entries, |msrs| vcpu.set_msrs(msrs))?;
     if first {
         // Virtual wire mode of the first processor: PIC on LINT0, NMI on LINT1 (MP specification 3.6.2.1).

@@ -115,6 +115,10 @@ impl Drop for Mapping {
     }
 }
 
+/// Entries of the ring: as many as fit into its page after the two indices.
+const ENTRIES: u32 = 170;
+const _: () = assert!((4096 - size_of::<kvm_coalesced_mmio_ring>()) / size_of::<kvm_coalesced_mmio>() == 170);
+
 /// KVM's ring of coalesced writes, one per VM. Reading it is the caller's to serialize.
 #[derive(Debug)]
 pub struct Ring {
@@ -122,16 +126,6 @@ pub struct Ring {
 }
 
 impl Ring {
-    /// Entries that fit into the page after the two indices.
-    const ENTRIES: u32 = {
-        #[expect(clippy::cast_possible_truncation, reason = "4096, and a page holds 170 entries")]
-        let entries =
-            (PAGE as usize - size_of::<kvm_coalesced_mmio_ring>()) / size_of::<kvm_coalesced_mmio>();
-        #[expect(clippy::cast_possible_truncation, reason = "170")]
-        let entries = entries as u32;
-        entries
-    };
-
     /// Maps the ring through any vCPU of the VM.
     pub fn map(vcpu: &VcpuFd) -> Result<Self, Errno> {
         let page = usize::try_from(PAGE).map_err(|_| Errno::EINVAL)?;
@@ -169,7 +163,7 @@ impl Ring {
     /// Takes the oldest write. The caller holds the lock that makes it the only reader.
     pub fn pop(&self) -> Option<kvm_coalesced_mmio> {
         let first = self.first().load(Ordering::SeqCst);
-        if first == self.last().load(Ordering::SeqCst) || first >= Self::ENTRIES {
+        if first == self.last().load(Ordering::SeqCst) || first >= ENTRIES {
             return None;
         }
         // SAFETY: the entries follow the two indices in the same page.
@@ -179,7 +173,7 @@ impl Ring {
         // SAFETY: the entry is aligned; the kernel wrote it before it moved `last` past it and does
         // not touch it again before `first` has moved on.
         let entry = unsafe { entry.read() };
-        self.first().store((first + 1) % Self::ENTRIES, Ordering::SeqCst);
+        self.first().store((first + 1) % ENTRIES, Ordering::SeqCst);
         Some(entry)
     }
 }
@@ -270,15 +264,12 @@ pub enum Exit<'a> {
 
 /// Runs the vCPU until something needs core.
 pub fn run(vcpu: &mut VcpuFd) -> Exit<'_> {
+    use Space::{Mmio, Pio};
     let (space, addr, input, data, len) = match vcpu.run() {
-        Ok(VcpuExit::IoIn(port, data)) => (Space::Pio, port.into(), true, data.as_mut_ptr(), data.len()),
-        Ok(VcpuExit::IoOut(port, data)) => {
-            (Space::Pio, port.into(), false, data.as_ptr().cast_mut(), data.len())
-        }
-        Ok(VcpuExit::MmioRead(addr, data)) => (Space::Mmio, addr, true, data.as_mut_ptr(), data.len()),
-        Ok(VcpuExit::MmioWrite(addr, data)) => {
-            (Space::Mmio, addr, false, data.as_ptr().cast_mut(), data.len())
-        }
+        Ok(VcpuExit::IoIn(port, data)) => (Pio, port.into(), true, data.as_mut_ptr(), data.len()),
+        Ok(VcpuExit::IoOut(port, data)) => (Pio, port.into(), false, data.as_ptr().cast_mut(), data.len()),
+        Ok(VcpuExit::MmioRead(addr, data)) => (Mmio, addr, true, data.as_mut_ptr(), data.len()),
+        Ok(VcpuExit::MmioWrite(addr, data)) => (Mmio, addr, false, data.as_ptr().cast_mut(), data.len()),
         Ok(VcpuExit::Intr) => return Exit::Interrupted,
         Ok(VcpuExit::Shutdown) => return Exit::Shutdown,
         Ok(VcpuExit::SystemEvent(kind, _)) => return Exit::SystemEvent(kind),
@@ -300,9 +291,9 @@ pub fn run(vcpu: &mut VcpuFd) -> Exit<'_> {
     };
     let size = match space {
         // SAFETY: for both port exits the kernel fills `io`; any bytes are valid integers.
-        Space::Pio => unsafe { vcpu.get_kvm_run().__bindgen_anon_1.io.size },
+        Pio => unsafe { vcpu.get_kvm_run().__bindgen_anon_1.io.size },
         // What crosses the end of a page comes in two exits, each of up to seven bytes.
-        Space::Mmio => u8::try_from(len).ok().filter(|len| len.is_power_of_two()).unwrap_or(1),
+        Mmio => u8::try_from(len).ok().filter(|len| len.is_power_of_two()).unwrap_or(1),
     };
     // SAFETY: the slice that KVM's wrapper gave lies in the mapped kvm_run pages, behind `io` or in `mmio`, and
     // `vcpu` stays mutably borrowed as long as it lives.

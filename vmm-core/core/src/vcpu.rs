@@ -47,13 +47,8 @@ pub struct Vcpu {
 impl Vcpu {
     /// A vCPU without a thread yet.
     pub fn new(fd: VcpuFd, place: CpuPlace) -> Self {
-        Self {
-            fd: Mutex::new(fd),
-            place,
-            kick: OnceLock::new(),
-            thread: AtomicI32::new(0),
-            nmi: AtomicBool::new(false),
-        }
+        let (kick, thread, nmi) = Default::default();
+        Self { fd: Mutex::new(fd), place, kick, thread, nmi }
     }
 
     /// Thread id inside this pid namespace.
@@ -96,8 +91,7 @@ pub fn spawn(
         Runner { vcpu: &vcpu, shared: &shared, links, posted: 0 }.run();
     };
     let builder = std::thread::Builder::new().name(format!("vcpu{index}")).stack_size(STACK);
-    builder.spawn(thread).map_err(io("vCPU thread"))?;
-    Ok(())
+    builder.spawn(thread).map(drop).map_err(io("vCPU thread"))
 }
 
 /// What is left to do after an exit.

@@ -109,12 +109,8 @@ impl Wiring {
         if too_many || vectors.iter().any(|v| *v >= MAX_VECTORS) || bells.iter().any(|b| *b >= MAX_BELLS) {
             return Err(Refusal::NotPermitted);
         }
-        for vector in vectors {
-            wire(&mut self.vectors, *vector)?;
-        }
-        for bell in bells {
-            wire(&mut self.bells, *bell)?;
-        }
+        vectors.iter().try_for_each(|vector| wire(&mut self.vectors, *vector).map(drop))?;
+        bells.iter().try_for_each(|bell| wire(&mut self.bells, *bell).map(drop))?;
         let vectors = vectors.iter().filter_map(|v| self.vectors.get(v)).map(|wire| &wire.event);
         let bells = bells.iter().filter_map(|b| self.bells.get(b)).map(|wire| &wire.event);
         Ok(vectors.chain(bells).map(sys::borrow).collect())
@@ -199,12 +195,12 @@ impl Wiring {
     fn settle_pages(&mut self, vm: &Vm) -> Result<()> {
         // What is beyond the bound is read by exits, which is slower and not wrong.
         let wanted: Vec<_> = runs(&self.pages).take(MAX_WINDOWS).collect();
-        let gone: Vec<_> = self.windows.iter().filter(|(_, run)| !wanted.contains(run)).collect();
-        let gone: Vec<u32> = gone.into_iter().map(|(slot, _)| *slot).collect();
         let Ram { region, mapping, .. } = &self.ecam;
-        for slot in gone {
-            mapping.set_slot(&vm.fd, slot, region.gpa, 0..0, true).map_err(host)?;
-            self.windows.remove(&slot);
+        for (slot, run) in self.windows.clone() {
+            if !wanted.contains(&run) {
+                mapping.set_slot(&vm.fd, slot, region.gpa, 0..0, true).map_err(host)?;
+                self.windows.remove(&slot);
+            }
         }
         let first_slot = u32::try_from(vm.ram.len()).unwrap_or(0);
         for run in wanted {
