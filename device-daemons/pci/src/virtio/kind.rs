@@ -144,3 +144,114 @@ pub fn writable(device_type: u16, features: u64, bytes: &Range<usize>) -> Option
     let found = fields.iter().find(|(field, needs)| inside(field) && features & needs == *needs);
     found.map(|(field, _)| (field.start, field.end))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn device(device_type: u16, queues: u16, config: usize) -> Virtio {
+        Virtio {
+            device_type,
+            queues,
+            queue_size: 256,
+            config: vec![0; config],
+            without: 0,
+            socket: String::new(),
+            listens: false,
+            side: None,
+            resumes: true,
+        }
+    }
+
+    #[test]
+    fn classes_are_those_of_qemu() {
+        // As `query-pci` of QEMU 7.2 says them.
+        let known =
+            [(1, 512), (2, 256), (3, 1920), (4, 255), (5, 255), (8, 256), (16, 896), (23, 255), (26, 384)];
+        for (device_type, code) in known {
+            assert_eq!(class(device_type), code << 8, "{device_type}");
+        }
+    }
+
+    #[test]
+    fn only_what_the_transport_can_do_is_offered() {
+        let all = features(&device(2, 1, 60), u64::MAX, 1);
+        for bit in 0..64 {
+            // Notification on empty rings, any layout, dirty log, protocol features; IOMMU, packed rings, order of the
+            // platform, SR-IOV, data in notifications and later ones are not.
+            let known = bit < 24 || matches!(bit, 28 | 29 | 32 | 35 | 40) || bit >= 50;
+            assert_eq!(all & 1 << bit != 0, known, "bit {bit}");
+        }
+        assert_eq!(features(&device(2, 1, 60), VERSION_1, 1), VERSION_1 | RING_RESET);
+        let without = Virtio { without: RING_RESET | EVENT_IDX, ..device(2, 1, 60) };
+        assert_eq!(features(&without, VERSION_1 | EVENT_IDX, 1), VERSION_1);
+        assert_eq!(features(&device(26, 2, 44), 3, 2) & 3, 2, "a file system has no notifications");
+    }
+
+    #[test]
+    fn only_our_own_network_daemon_has_a_control_queue() {
+        let own = |queues| Virtio { side: Some(String::new()), ..device(1, queues, 12) };
+        let other = |queues| device(1, queues, 12);
+        let control = 0x7f << 17 | NET_CTRL_GUEST_OFFLOADS;
+        let cases = [
+            (own(5), 5, 5, true),
+            (own(5), 64, 5, true),
+            (own(5), 4, 2, false),
+            (own(2), 2, 2, false),
+            (other(5), 256, 2, false),
+            (other(2), 256, 2, false),
+        ];
+        for (device, has, expected, offered) in cases {
+            let queues = queues(&device, has);
+            assert_eq!(queues, expected, "{} of {has}", device.queues);
+            let features = features(&device, u64::MAX, queues);
+            assert_eq!(features & control, if offered { control } else { 0 });
+            assert_eq!(features & NET_FIELDS, 0);
+        }
+        let own_fields = NET_MAC | NET_STATUS;
+        assert_eq!(features(&device(1, 2, 12), 0, 2) & own_fields, own_fields, "the front end's fields");
+        assert_eq!(features(&device(1, 2, 0), 0, 2) & own_fields, 0);
+    }
+
+    #[test]
+    fn numbers_of_queues_in_the_configuration_are_those_that_exist() {
+        let limited = |device_type, queues, at: Range<usize>| {
+            let mut config = vec![0xff; 60];
+            limit_queues(&device(device_type, queues, 60), queues, &mut config);
+            let field = config[at.clone()].iter().rev().fold(0, |value, byte| value << 8 | u64::from(*byte));
+            config.drain(at);
+            assert!(config.iter().all(|byte| *byte == 0xff), "no other field");
+            field
+        };
+        assert_eq!((limited(1, 2, 8..10), limited(1, 5, 8..10)), (1, 2));
+        assert_eq!((limited(2, 1, 34..36), limited(2, 64, 34..36)), (1, 64));
+        assert_eq!(limited(8, 6, 0..4), 4);
+        assert_eq!((limited(26, 2, 36..40), limited(26, 1, 36..40)), (1, 1));
+        assert_eq!(limited(4, 1, 0..0), 0);
+        // Fewer than that, or no such field.
+        let mut config = [vec![0; 34], vec![2, 0]].concat();
+        limit_queues(&device(2, 4, 36), 4, &mut config);
+        assert_eq!(config[34], 2);
+        limit_queues(&device(2, 4, 35), 1, &mut config[..35]);
+        assert_eq!(config[34], 2);
+    }
+
+    #[test]
+    fn fields_are_written_within_their_bounds() {
+        for device_type in 0..64 {
+            for from in 0..64 {
+                for len in [1, 2, 4, 8] {
+                    let field = writable(device_type, u64::MAX, &(from..from + len));
+                    let inside = |(a, b): (usize, usize)| a <= from && from + len <= b && b - a <= 4;
+                    assert!(field.is_none_or(inside));
+                }
+            }
+            assert_eq!(writable(device_type, u64::MAX, &(4..4)), None);
+        }
+        assert_eq!(writable(2, 1 << 11, &(32..33)), Some((32, 33)));
+        assert_eq!(writable(2, !(1 << 11), &(32..33)), None, "without the feature");
+        assert_eq!(writable(5, 0, &(4..8)), Some((4, 8)));
+        assert_eq!(writable(5, 0, &(12..16)), None);
+        assert_eq!(writable(1, u64::MAX, &(0..4)), None, "an address is fixed");
+    }
+}
