@@ -94,6 +94,8 @@ pub struct VirtioPci {
     used: bool,
     /// The connection ended while they ran, and whether requests are lost is to be found out.
     orphaned: bool,
+    /// What was under way when the last back end was lost is known only from the memory in which it noted that.
+    noted: bool,
     /// They went on where another life of the back end had left them.
     resumed: bool,
     /// What a predecessor has kept.
@@ -142,6 +144,7 @@ impl VirtioPci {
             paused: false,
             used: false,
             orphaned: false,
+            noted: false,
             resumed: false,
             inherited: None,
             pace: Pace::new(LINES),

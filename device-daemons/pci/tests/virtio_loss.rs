@@ -103,3 +103,21 @@ fn a_machine_that_loses_its_patience_does_not_wait_for_a_back_end() {
     bench.serve();
     assert!(bench.log().contains(&(Request::SET_VRING_KICK as u32)));
 }
+
+#[test]
+fn notes_of_what_is_in_flight_are_of_use_to_a_back_end_that_reads_them() {
+    let without = bulkhead_pci::frontend::wire::protocol::INFLIGHT_SHMFD;
+    for (used, reads, status) in [(5, true, READY), (5, false, READY | NEEDS_RESET), (9, false, READY)] {
+        let mut bench =
+            Bench::running_of(bulkhead_control_api::config::Virtio { resumes: false, ..virtio() });
+        bench.set_indices(0, 9, used);
+        bench.kill();
+        assert_eq!(bench.status(), READY);
+        bench.connect_with(|peer| peer.protocol &= if reads { !0 } else { !without });
+        assert_eq!(bench.status(), status, "{used} {reads}");
+        // A reset makes it as good as new.
+        bench.drive(common::VERSION_1);
+        bench.serve();
+        assert_eq!(bench.status(), READY);
+    }
+}

@@ -48,7 +48,7 @@ impl VirtioPci {
         if std::mem::take(&mut self.used) {
             self.front.reset();
         }
-        self.resumed = false;
+        (self.resumed, self.noted) = (false, false);
         self.common.end_reset();
         // What the guest wrote and the back end never heard of is no more.
         if self.sync.forget() && self.sync.ask() {
@@ -120,6 +120,9 @@ impl VirtioPci {
         if let Some(why) = self.misfit(&offer) {
             return self.needs_reset(&why);
         }
+        if self.noted && !self.front.tracks_inflight() {
+            return self.needs_reset("its back end does not know what the one before had begun");
+        }
         let resumed = self.common.queues.iter().any(|queue| queue.is_live() && queue.base.is_none());
         match self.front.start(self.common.driver, &self.memory, rings) {
             // It is lost, as the next event says.
@@ -128,6 +131,7 @@ impl VirtioPci {
             Ok(()) => {
                 self.stage = Stage::Running;
                 self.used = true;
+                self.noted = false;
                 self.resumed |= resumed;
                 for queue in self.common.queues.iter_mut().filter(|queue| queue.is_live()) {
                     queue.base = None;
@@ -307,14 +311,13 @@ impl VirtioPci {
     /// Whether the device can go on after a back end that has stopped without saying where.
     fn mourn(&mut self) {
         let driven = self.common.has(status::DRIVER_OK) && !self.common.resetting;
-        if driven && !self.can_resume() {
+        if !driven || self.config.resumes || self.is_idle() {
+            return;
+        }
+        self.noted = self.front.inflight().is_some();
+        if !self.noted {
             self.needs_reset("its back end may have lost requests");
         }
-    }
-
-    /// Whether another life of the back end can go on with what this one has left.
-    fn can_resume(&self) -> bool {
-        self.config.resumes || self.front.inflight().is_some() || self.is_idle()
     }
 
     /// Whether every request that the guest has made so far is answered.
