@@ -53,6 +53,8 @@ pub fn some() -> Vec<Case> {
 }
 
 fn bus() -> Vec<Case> {
+    // The registers are undefined until they are set: QEMU's ports have closed windows then.
+    let window = json!({ "base": "*", "limit": "*" });
     let port = |slot: u32, id: &str| {
         json!({
             "bus": 0, "slot": slot, "function": 0, "irq_pin": "*", "qdev_id": id, "regions": "*", "...": 0,
@@ -61,9 +63,7 @@ fn bus() -> Vec<Case> {
             "id": { "device": "*", "vendor": "*" },
             "pci_bridge": { "bus": {
                 "number": 0, "secondary": 0, "subordinate": 0,
-                "io_range": { "base": 0xf000, "limit": 0xfff },
-                "memory_range": { "base": 0xfff0_0000_u32, "limit": 0xf_ffff },
-                "prefetchable_range": { "base": 0xfff0_0000_u32, "limit": 0xf_ffff },
+                "io_range": window, "memory_range": window, "prefetchable_range": window,
             } },
         })
     };

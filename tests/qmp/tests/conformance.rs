@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use bulkhead_framework::{Failure, Result, Vm};
+use bulkhead_framework::{Failure, Result, Scratch, Vm};
 use bulkhead_qmp_tests::broker::{Broker, Kind};
 use bulkhead_qmp_tests::qemu::Qemu;
 use bulkhead_qmp_tests::{Case, cases, devices, runner, vms_run_here};
@@ -36,7 +36,8 @@ fn a_vm_answers_as_the_table_says() -> Result<()> {
     if !vms_run_here() {
         return Ok(());
     }
-    let vm = Vm::builder().args(["-S", "-smp", "2", "-m", "256M"]).start()?;
+    let vm =
+        Vm::builder().args(["-S", "-smp", "2", "-m", "256M", "-device", "pcie-root-port,id=port"]).start()?;
     let path = vm.dir().join("q.sock");
     run_all(&path, false).map_err(|failure| failure.with_logs(&[vm.console().clone(), vm.stderr().clone()]))
 }
@@ -45,6 +46,29 @@ fn a_vm_answers_as_the_table_says() -> Result<()> {
 fn qemu_answers_as_the_table_says() -> Result<()> {
     let qemu = Qemu::start()?;
     run_all(&qemu.path(), true)
+}
+
+/// A machine with the devices that the fake bus has.
+#[test]
+fn a_vm_answers_as_the_table_says_of_devices() -> Result<()> {
+    if !vms_run_here() {
+        return Ok(());
+    }
+    let disk = Scratch::new()?;
+    let image = disk.path().join("disk");
+    std::fs::File::create(&image)?.set_len(1 << 20)?;
+    let drive = format!("if=none,id=d0,format=raw,file={}", image.display());
+    let devices = [
+        "pcie-root-port,id=rp0,chassis=1,addr=1",
+        "pcie-root-port,id=rp1,chassis=2,addr=2",
+        "virtio-balloon-pci,id=b0,addr=3",
+        "virtio-blk-pci,drive=d0,addr=4",
+    ];
+    let vm = Vm::builder().args(["-S", "-m", "64M", "-object", "iothread,id=io0", "-drive", &drive]);
+    let vm = devices.iter().fold(vm, |vm, device| vm.args(["-device", device])).start()?;
+    let path = vm.dir().join("q.sock");
+    run_these(&devices::some(), &path, false)
+        .map_err(|failure| failure.with_logs(&[vm.console().clone(), vm.stderr().clone()]))
 }
 
 #[test]
