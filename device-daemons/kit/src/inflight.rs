@@ -169,9 +169,7 @@ impl Tracker {
         let batch = used.wrapping_sub(self.get(AT_USED_IDX));
         if !known || batch > self.size {
             // New, or of a ring that is no more: the guest has begun another one since.
-            for head in 0..self.size {
-                self.set_inflight(head, false);
-            }
+            self.forget();
             self.set(AT_DESC_NUM, self.size);
             self.set(AT_LAST_BATCH_HEAD, 0);
             self.set(AT_USED_IDX, used);
@@ -198,6 +196,11 @@ impl Tracker {
         // No more than `size`, which fits.
         let count = u16::try_from(heads.len()).unwrap_or(self.size);
         Left { heads, next_avail: used.wrapping_add(count) }
+    }
+
+    /// Nothing is in flight any more.
+    pub fn forget(&self) {
+        (0..self.size).for_each(|head| self.set_inflight(head, false));
     }
 
     /// A request has been taken.

@@ -138,8 +138,12 @@ impl Ring {
         self.call = call;
     }
 
-    /// Available index at which a successor goes on.
-    pub(crate) fn base(&self) -> u16 {
+    /// The ring stops; returns the available index at which a successor goes on.
+    pub(crate) fn stop(self) -> u16 {
+        // After a mistake only a reset helps, and then nothing of this ring is to be done again.
+        if let Some(tracker) = self.tracker.filter(|_| self.broken.is_some()) {
+            tracker.forget();
+        }
         self.queue.next_avail()
     }
 

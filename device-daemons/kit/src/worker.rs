@@ -372,7 +372,7 @@ impl Worker {
         let ring = self.rings.remove(queue);
         Answer::Base(ring.map(|mut ring| {
             ring.signal();
-            ring.base()
+            ring.stop()
         }))
     }
 }

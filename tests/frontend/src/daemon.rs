@@ -77,6 +77,12 @@ impl Life {
             .spawn();
         Self(child.unwrap())
     }
+
+    /// Its process id.
+    #[must_use]
+    pub fn id(&self) -> u32 {
+        self.0.id()
+    }
 }
 
 impl Drop for Life {

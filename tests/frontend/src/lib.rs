@@ -152,7 +152,7 @@ impl FrontEnd {
     }
 
     /// Stops a queue; returns its available index.
-    pub fn stop(&mut self, queue: &Queue) -> u16 {
-        u16::try_from(self.raw.get_vring_base(queue.index.into()).unwrap()).unwrap()
+    pub fn stop(&mut self, queue: u16) -> u16 {
+        u16::try_from(self.raw.get_vring_base(queue.into()).unwrap()).unwrap()
     }
 }
