@@ -218,11 +218,11 @@ impl Server {
                 Token::Device(index) => self.on_device(index, false)?,
             }
         }
-        let now = Instant::now();
         let Stage::Serving(machine) = &self.stage else { return Ok(()) };
-        let due: Vec<u16> =
-            machine.deadlines().filter(|(_, at)| *at <= now).map(|(index, _)| index).collect();
-        for index in due {
+        // A device that has something to do at once names the present: the clock is read after that.
+        let deadlines: Vec<(u16, Instant)> = machine.deadlines().collect();
+        let now = Instant::now();
+        for (index, _) in deadlines.into_iter().filter(|(_, at)| *at <= now) {
             self.on_device(index, true)?;
         }
         Ok(())
