@@ -135,6 +135,7 @@ impl Load {
     }
 }
 
+// #[test], run by `main`
 fn nothing_is_lost_however_often_the_daemon_is_killed(features: u64) {
     let sockets = Sockets::new();
     let disk = File::create(sockets.path("disk")).unwrap();

@@ -11,8 +11,11 @@ use std::path::Path;
 use std::process::Command;
 use std::time::Duration;
 
+use bulkhead_control_api::VERSION;
 use bulkhead_control_api::config::{IoThread, Net};
-use bulkhead_frontend::{FrontEnd, Life, Memory, Queue, Sockets};
+use bulkhead_control_api::side::ToPci;
+use bulkhead_frontend::{FrontEnd, Life, Memory, Part, Queue, Sockets};
+use bulkhead_jail::link::Link;
 use bulkhead_jail::starter::Starter;
 use bulkhead_jail::topology::NET;
 use bulkhead_kit::device::{Listeners, Notices};
@@ -35,10 +38,14 @@ fn main() {
         return be_daemon(Path::new(&state));
     }
     make_network();
-    let tests: [(&str, fn()); 4] = [
+    let tests: [(&str, fn()); 5] = [
         ("packets_go_both_ways", packets_go_both_ways),
         ("a_packet_lies_in_several_buffers", a_packet_lies_in_several_buffers),
         ("checksums_are_the_devices_if_the_driver_says_so", checksums_are_the_devices_if_the_driver_says_so),
+        (
+            "a_driver_that_breaks_the_rules_harms_its_own_ring",
+            a_driver_that_breaks_the_rules_harms_its_own_ring,
+        ),
         (
             "queue_pairs_are_used_as_commanded_and_after_a_death",
             queue_pairs_are_used_as_commanded_and_after_a_death,
@@ -234,6 +241,7 @@ fn arrives(socket: &UdpSocket, payload: &[u8]) {
     assert_eq!(&buffer[..len], payload);
 }
 
+// #[test], run by `main`
 fn packets_go_both_ways() {
     let mut rig = Rig::new(0, 2048);
     let socket = socket();
@@ -257,6 +265,7 @@ fn packets_go_both_ways() {
     arrives(&socket, b"sense");
 }
 
+// #[test], run by `main`
 fn a_packet_lies_in_several_buffers() {
     let mut rig = Rig::new(F_MRG_RXBUF, 400);
     let payload: Vec<u8> = (0..1400u16).map(|i| u8::try_from(i % 251).unwrap()).collect();
@@ -266,6 +275,7 @@ fn a_packet_lies_in_several_buffers() {
     assert_eq!(pieces.concat()[HEAD + 42..], payload);
 }
 
+// #[test], run by `main`
 fn checksums_are_the_devices_if_the_driver_says_so() {
     let mut rig = Rig::new(F_CSUM | F_GUEST_CSUM, 2048);
     let socket = socket();
@@ -279,6 +289,7 @@ fn checksums_are_the_devices_if_the_driver_says_so() {
     assert_eq!((packet[0], packet[6], packet[8]), (1, 34, 6));
 }
 
+// #[test], run by `main`
 fn queue_pairs_are_used_as_commanded_and_after_a_death() {
     let mut rig = Rig::new(F_MQ | F_CTRL_VQ | F_MRG_RXBUF, 2048);
     assert_eq!(rig.command(&[4, 0, 3, 0]), 1);
@@ -309,4 +320,49 @@ fn queue_pairs_are_used_as_commanded_and_after_a_death() {
     assert!(spread(&mut rig, &mut total)[1] > 0);
     assert_eq!(rig.command(&[4, 0, 1, 0]), 0);
     assert_eq!(spread(&mut rig, &mut total), [30, 0]);
+}
+
+// #[test], run by `main`
+fn a_driver_that_breaks_the_rules_harms_its_own_ring() {
+    let mut rig = Rig::new(F_MRG_RXBUF, 2048);
+    let mut side = Link::connect(rig.sockets.connect_side(), VERSION).unwrap();
+    let socket = socket();
+    let port = socket.local_addr().unwrap().port();
+    // Longer than any packet: lost, and nothing else.
+    let queue = &mut rig.queues[1];
+    queue.add(&[(0x80_0000, 100_000, false)]).unwrap();
+    queue.kick(0);
+    assert!(queue.wait(LIMIT));
+    queue.take().unwrap();
+    let table: [&[Part]; 3] = [&[(0x80_0000, 11, false)], &[(64 << 20, 100, false)], &[(0, u32::MAX, false)]];
+    for (round, parts) in (0u64..).zip(table) {
+        let queue = &mut rig.queues[1];
+        let since = queue.avail_index();
+        queue.add(parts).unwrap();
+        queue.kick(since);
+        assert_eq!(side.recv::<ToPci>().unwrap(), ToPci::NeedsReset);
+        // The other direction goes on.
+        socket.send_to(b"still there", "10.0.0.2:7777").unwrap();
+        assert_eq!(rig.receive(0, round).concat()[HEAD + 42..], *b"still there");
+        let front_end = rig.front_end.as_mut().unwrap();
+        front_end.stop(1);
+        rig.queues[1] = Queue::new(&rig.memory.map, 1, SIZE, 0x2_0000, false);
+        front_end.start(&rig.queues[1], 0);
+        rig.transmit([0; HEAD], &frame(port, b"mended", false));
+        arrives(&socket, b"mended");
+    }
+    // Buffers that cannot be written, without room, or too small in all: packets are lost, nothing else is.
+    let front_end = rig.front_end.as_mut().unwrap();
+    front_end.stop(0);
+    rig.queues[0] = Queue::new(&rig.memory.map, 0, SIZE, 0x1_0000, false);
+    for _ in 0..SIZE {
+        rig.queues[0].add(&[(0x80_0000, 2, true)]).unwrap();
+    }
+    front_end.start(&rig.queues[0], 0);
+    for _ in 0..10 {
+        socket.send_to(&[0; 1400], "10.0.0.2:7777").unwrap();
+    }
+    rig.transmit([0; HEAD], &frame(port, b"alive", false));
+    arrives(&socket, b"alive");
+    assert_eq!(rig.queues[0].used_index(), 0);
 }
