@@ -8,13 +8,11 @@ libexec=$dest/usr/libexec/bulkhead
 root=$dest/usr/lib/bulkhead/root
 
 install -D -m 755 "$target/bulkhead" "$dest/usr/bin/bulkhead"
-for process in core loader console broker pci block balloon; do
+for process in core loader console broker pci block net balloon; do
 	install -D -m 755 "$target/bulkhead-$process" "$libexec/bulkhead-$process"
 done
 install -D -m 755 jail-profiles/generator.sh "$dest/usr/lib/systemd/system-generators/bulkhead-generator"
 for unit in jail-profiles/systemd/*; do
-	# Its program does not exist yet.
-	case $unit in */bulkhead-net@*) continue ;; esac
 	install -D -m 644 "$unit" "$dest/usr/lib/systemd/system/${unit##*/}"
 done
 # Root directory of the units: nothing but places to mount on.

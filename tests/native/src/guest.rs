@@ -20,6 +20,7 @@ pub struct Setup {
     steps: Vec<Step>,
     owner: Option<u32>,
     expected: Vec<&'static str>,
+    disk: Option<u64>,
 }
 
 /// A running VM with the native guest.
@@ -35,7 +36,7 @@ impl Setup {
         static NEXT: AtomicU32 = AtomicU32::new(0);
         let name = format!("native-{}-{}", std::process::id(), NEXT.fetch_add(1, Ordering::Relaxed));
         let builder = Vm::builder().args(["-name", &name, "-append", append]).args(args);
-        Self { builder, name, steps: Vec::new(), owner: None, expected: Vec::new() }
+        Self { builder, name, steps: Vec::new(), owner: None, expected: Vec::new(), disk: None }
     }
 
     /// Changes what the framework builds.
@@ -62,6 +63,13 @@ impl Setup {
         self
     }
 
+    /// Puts a file `disk.img` of so many bytes into its directory.
+    #[must_use]
+    pub fn disk(mut self, size: u64) -> Self {
+        self.disk = Some(size);
+        self.leaves("disk.img")
+    }
+
     /// Starts it.
     ///
     /// # Errors
@@ -75,9 +83,14 @@ impl Setup {
     /// # Errors
     /// As [`Setup::start`], or those of `prepare`.
     pub fn start_in(self, prepare: impl FnOnce(&Path) -> Result<()>) -> Result<Guest> {
-        let Self { builder, name, steps, owner, expected } = self;
+        let Self { builder, name, steps, owner, expected, disk } = self;
         let vm = builder.start_with(|command: &mut Command, dir: &Path| {
             std::os::unix::fs::chown(dir, owner, owner)?;
+            if let Some(size) = disk {
+                let path = dir.join("disk.img");
+                fs::File::create(&path)?.set_len(size)?;
+                std::os::unix::fs::chown(path, owner, owner)?;
+            }
             prepare(dir)?;
             // What the launcher makes for a moment is to be seen if it stays.
             command.env("XDG_RUNTIME_DIR", dir).env("BULKHEAD_LOG", "notice").enter(&steps);

@@ -6,6 +6,7 @@ use std::io::ErrorKind;
 use std::os::unix::net::UnixStream;
 use std::process::Command;
 
+use bulkhead_bus_api::platform::ECAM;
 use bulkhead_framework::{Process, Result, Scratch, process};
 use bulkhead_jail::topology::{self, FileSize, Namespace};
 use bulkhead_native_tests::{Guest, SOON, Setup, Step, eventually, install};
@@ -14,7 +15,15 @@ use serde_json::json;
 /// An ordinary user without subordinate ids, and the group of its /dev/kvm.
 const USER: (u32, u32) = (4242, 4243);
 const KVM_GROUP: u32 = 4244;
-const BINARIES: [&str; 4] = ["bulkhead-core", "bulkhead-console", "bulkhead-broker", "bulkhead-loader"];
+const BINARIES: [&str; 7] = [
+    "bulkhead-core",
+    "bulkhead-console",
+    "bulkhead-broker",
+    "bulkhead-loader",
+    "bulkhead-pci",
+    "bulkhead-block",
+    "bulkhead-balloon",
+];
 const KINDS: [(&str, Namespace); 6] = [
     ("user", Namespace::User),
     ("mnt", Namespace::Mount),
@@ -24,9 +33,9 @@ const KINDS: [(&str, Namespace); 6] = [
     ("uts", Namespace::Uts),
 ];
 
-/// The processes that live as long as the VM; not yet pci and the device daemons, which no machine has.
+/// The processes that live as long as the VM; it has no network.
 fn residents() -> impl Iterator<Item = &'static topology::Process> {
-    let in_machine = |process: &&topology::Process| process.name != "pci" && !process.per_device;
+    let in_machine = |process: &&topology::Process| process.name != "net";
     topology::PROCESSES
         .iter()
         .copied()
@@ -41,13 +50,16 @@ fn field(pid: i32, name: &str) -> String {
     line.unwrap_or("?").trim().to_owned()
 }
 
-/// A guest with a serial socket, a QMP socket and a file, so that every kind of descriptor is there.
+/// A guest with a serial socket, a QMP socket, a file, a disk and a balloon, so that every kind of descriptor is there.
 fn setup() -> Setup {
     let chardev = ["-chardev", "socket,id=c,path=s.sock,server=on,wait=off", "-serial", "chardev:c"];
     let file = ["-chardev", "file,id=f,path=log"];
-    Setup::new("test=counter", &[&chardev[..], &file, &["-smp", "2"]].concat())
+    let disk = ["-drive", "if=none,id=d,file=disk.img", "-device", "virtio-blk-pci,drive=d,id=d0"];
+    let balloon = ["-device", "virtio-balloon-pci,id=b0"];
+    Setup::new("test=counter", &[&chardev[..], &file, &disk, &balloon, &["-smp", "2"]].concat())
         .with(|vm| vm.without_serial())
         .leaves("log")
+        .disk(1 << 20)
 }
 
 /// Runs `look` on each resident process of a guest that runs.
@@ -105,7 +117,8 @@ fn limits(guest: &Guest, resident: &topology::Process, pid: i32) -> Result<()> {
     guest.check(limit("Max open files") == nofile, &format!("{name}: not {nofile} open files"))?;
     let size = match resident.limits.fsize {
         FileSize::Bytes(bytes) => bytes.to_string(),
-        FileSize::Ram => (128_u64 << 20).to_string(),
+        // The configuration window is larger than the RAM of this guest.
+        FileSize::Ram => ECAM.len.to_string(),
         FileSize::Unlimited => "unlimited".to_owned(),
     };
     let is = limit("Max file size");
@@ -234,13 +247,15 @@ fn kinds(pid: i32) -> Result<Vec<(i32, String)>> {
 /// What a process may hold beyond its standard streams: beginning of a kind, and how many at most.
 fn allowed(name: &str) -> &'static [(&'static str, usize)] {
     match name {
-        // With two vCPUs. Sockets: three listeners, their connections, `boot`, and ends between threads.
+        // With two vCPUs. Sockets: four listeners, their connections, `boot`, and ends between threads. Eventfds: those of
+        // the console and, for interrupts and doorbells, of both devices.
         "core" => &[
             ("kvm-vm", 1),
             ("kvm-vcpu:", 2),
             ("/memfd:ram-low", 1),
-            ("socket", 12),
-            ("eventfd", 5),
+            ("/memfd:ecam", 1),
+            ("socket", 19),
+            ("eventfd", 16),
             ("signalfd", 1),
         ],
         // Links, the starter, the listener of the serial port, and ends between threads; what outlives it.
@@ -252,14 +267,42 @@ fn allowed(name: &str) -> &'static [(&'static str, usize)] {
             ("timerfd", 1),
             ("/memfd:bulkhead-state", 1),
         ],
-        // Links, the starter, the listener of QMP, and a client that is about to go; what outlives it.
-        "broker" => &[("socket", 6), ("eventfd", 1), ("eventpoll", 2), ("/memfd:bulkhead-state", 1)],
+        // Links, the starter, the opener, listeners of links and of QMP, and a client that is about to go; what outlives it.
+        "broker" => &[("socket", 11), ("eventfd", 1), ("eventpoll", 2), ("/memfd:bulkhead-state", 1)],
+        // Links with two vCPUs, the starter, the opener, and of each device a back end, its side link and a channel for what
+        // it asks; its eventfds.
+        "pci" => &[
+            ("/memfd:ram-low", 1),
+            ("/memfd:ecam", 1),
+            ("/memfd:bulkhead-state", 1),
+            ("/memfd:", 2),
+            ("socket", 14),
+            ("eventfd", 12),
+        ],
+        "block" => &[
+            ("DISK", 1),
+            ("signalfd", 1),
+            ("timerfd", 2),
+            ("/memfd:", 2),
+            ("socket", 8),
+            ("eventfd", 9),
+            ("eventpoll", 2),
+        ],
+        "balloon" => &[
+            ("signalfd", 1),
+            ("timerfd", 2),
+            ("/memfd:", 3),
+            ("socket", 9),
+            ("eventfd", 15),
+            ("eventpoll", 2),
+        ],
         _ => &[],
     }
 }
 
 fn only_its_own_descriptors(guest: &Guest) -> Result<()> {
-    let log = guest.trace().dir().join("log").to_string_lossy().into_owned();
+    let path = |file: &str| guest.trace().dir().join(file).to_string_lossy().into_owned();
+    let (log, disk) = (path("log"), path("disk.img"));
     each(guest, |resident, process| {
         let name = resident.name;
         let kinds = kinds(process.pid)?;
@@ -269,7 +312,11 @@ fn only_its_own_descriptors(guest: &Guest) -> Result<()> {
         guest.check(standard == ["/null", "/null", "pipe"], &format!("{name}: {kinds:?}"))?;
         let mut counts: BTreeMap<&str, usize> = BTreeMap::new();
         for (_, kind) in kinds.iter().skip(3) {
-            let kind = if *kind == log { "LOG" } else { kind };
+            let kind = match kind {
+                kind if *kind == log => "LOG",
+                kind if *kind == disk => "DISK",
+                kind => kind,
+            };
             let rule = allowed(name).iter().find(|(start, _)| kind.starts_with(start));
             let Some((start, most)) = rule else {
                 return guest.check(false, &format!("{name} holds {kind}"));
@@ -342,7 +389,16 @@ fn names_are_what_ps_shows() -> Result<()> {
     let mut names: Vec<String> = guest.trace().processes().into_iter().map(|process| process.name).collect();
     names.retain(|name| name != "bulkhead-loader");
     names.sort_unstable();
-    let expected = ["bulkhead", "bulkhead-broker", "bulkhead-consol", "bulkhead-core", "bulkhead-guard"];
+    let expected = [
+        "bulkhead",
+        "bulkhead-balloo",
+        "bulkhead-block",
+        "bulkhead-broker",
+        "bulkhead-consol",
+        "bulkhead-core",
+        "bulkhead-guard",
+        "bulkhead-pci",
+    ];
     guest.check(names == expected, &format!("{names:?}"))?;
     each(&guest, |resident, process| {
         let line = fs::read(format!("/proc/{}/cmdline", process.pid))?;
