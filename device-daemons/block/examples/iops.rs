@@ -1,5 +1,5 @@
 //! Random reads of 4 KiB without a VM: this daemon under its seccomp filter and qemu-storage-daemon, driven in turns over
-//! vhost-user by the same driver. Run it in release form.
+//! vhost-user by the same driver. Run it in release form; with an argument, the host's cache is emptied all the time.
 #![allow(clippy::unwrap_used, clippy::indexing_slicing, reason = "a measurement that cannot go on fails")]
 
 use std::env;
@@ -18,6 +18,7 @@ use bulkhead_jail::starter::Starter;
 use bulkhead_jail::topology::BLOCK;
 use bulkhead_kit::device::{Listeners, Notices};
 use bulkhead_kit::serve::Daemon;
+use nix::fcntl::{PosixFadviseAdvice, posix_fadvise};
 use vm_memory::{Bytes as _, GuestAddress};
 
 const DISK: &str = "BULKHEAD_TEST_DISK";
@@ -30,6 +31,7 @@ fn main() {
     if let Ok(disk) = env::var(DISK) {
         return be_daemon(Path::new(&disk));
     }
+    let cold = env::args().nth(1).is_some();
     let sockets = Sockets::new();
     let mut disk = File::create(sockets.path("disk")).unwrap();
     for _ in 0..SIZE >> 20 {
@@ -41,11 +43,11 @@ fn main() {
         for round in 1..=3 {
             let ours = {
                 let life = Life::begin(&sockets, (DISK, &sockets.path("disk")));
-                measure(sockets.connect(), depth, life.id())
+                measure(sockets.connect(), depth, life.id(), cold.then_some(&disk))
             };
             let theirs = {
                 let (child, stream) = storage_daemon(&sockets);
-                let result = measure(stream, depth, child.0.id());
+                let result = measure(stream, depth, child.0.id(), cold.then_some(&disk));
                 drop(child);
                 result
             };
@@ -117,7 +119,7 @@ fn ticks(process: u32) -> f64 {
 }
 
 /// Requests a second and microseconds of the back end's processor time for each.
-fn measure(stream: UnixStream, depth: u64, process: u32) -> (f64, f64) {
+fn measure(stream: UnixStream, depth: u64, process: u32, cold: Option<&File>) -> (f64, f64) {
     let memory = Memory::new(64 << 20);
     let mut front_end = FrontEnd::new(stream, &memory, EVENT_IDX);
     let event_idx = front_end.features & EVENT_IDX != 0;
@@ -147,6 +149,9 @@ fn measure(stream: UnixStream, depth: u64, process: u32) -> (f64, f64) {
                 count += 1;
             }
             queue.kick(since);
+            if let Some(disk) = cold.filter(|_| count % 64 < depth) {
+                posix_fadvise(disk, 0, 0, PosixFadviseAdvice::POSIX_FADV_DONTNEED).unwrap();
+            }
         }
         (count, begin.elapsed())
     };

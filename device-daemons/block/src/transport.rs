@@ -1,4 +1,7 @@
 //! The disk on virtqueues: chains in, system calls on the file, chains out.
+//!
+//! Reads that the host's cache answers are done at once. The kernel is told of all others of a turn first, so that it
+//! fetches them side by side, and then they are waited for.
 
 use std::fs::File;
 use std::io::{self, Seek as _, SeekFrom};
@@ -11,9 +14,9 @@ use bulkhead_kit::chain::Chain;
 use bulkhead_kit::device::{Device, Progress};
 use bulkhead_kit::io::Vectors;
 use bulkhead_kit::memory::Memory;
-use bulkhead_kit::ring::{RingError, Rings};
+use bulkhead_kit::ring::{Ring, RingError, Rings};
 use nix::errno::Errno;
-use nix::fcntl::{FallocateFlags, fallocate};
+use nix::fcntl::{FallocateFlags, PosixFadviseAdvice, fallocate, posix_fadvise};
 
 use crate::device::{Disk, Extent, HEADER, Model, RANGE, Request, S_IOERR, S_OK};
 
@@ -31,6 +34,19 @@ pub struct Transport {
     disk: Disk,
     file: File,
     vectors: Vectors,
+    /// Whether a read can say that it would wait.
+    tells: bool,
+    /// Reads of this turn that would have to wait.
+    later: Vec<(Chain, Extent)>,
+}
+
+/// What became of a request.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Served {
+    /// Done, with so many bytes written to it.
+    Done(u32),
+    /// A read that would have to wait.
+    Later(Extent),
 }
 
 /// An error that has no name of its own in virtio.
@@ -54,11 +70,12 @@ impl Transport {
             queues: config.queues.max(1),
             serial: &config.serial,
         };
-        Ok(Self { disk: Disk::new(&model), file, vectors: Vectors::default() })
+        let (disk, vectors) = (Disk::new(&model), Vectors::default());
+        Ok(Self { disk, file, vectors, tells: true, later: Vec::new() })
     }
 
-    /// Does what a chain asks; returns how many bytes were written to it.
-    fn serve(&mut self, memory: &Memory, chain: &Chain) -> Result<u32, RingError> {
+    /// Does what a chain asks, but for a read that would have to wait.
+    fn serve(&mut self, memory: &Memory, chain: &Chain) -> Result<Served, RingError> {
         let (readable, writable) = (chain.readable(), chain.writable());
         let mut header = [0; HEADER];
         let data_in = writable.len().checked_sub(1).ok_or(RingError::Request(INCOMPLETE))?;
@@ -67,14 +84,56 @@ impl Transport {
         }
         let data_out = readable.len().saturating_sub(16);
         let request = self.disk.request(&header, data_out, data_in);
-        let (status, written) = match request.and_then(|request| self.carry_out(memory, chain, request)) {
-            Ok(written) => (S_OK, written),
-            Err(status) => (status, 0),
+        let outcome = match request {
+            Ok(Request::Read(extent)) if self.read_cached(memory, chain, extent) => Ok(extent.len),
+            Ok(Request::Read(extent)) => return Ok(Served::Later(extent)),
+            Ok(request) => self.carry_out(memory, chain, request),
+            Err(status) => Err(status),
         };
-        let last = writable.slice(data_in, 1).ok_or(RingError::Request(INCOMPLETE))?;
-        last.write(memory, &[status])?;
-        // What was not written before the status is not counted.
-        Ok(u32::try_from(written).map_or(u32::MAX, |written| written.saturating_add(1)))
+        finish(memory, chain, outcome).map(Served::Done)
+    }
+
+    /// False if the read has to wait, or fails.
+    fn read_cached(&mut self, memory: &Memory, chain: &Chain, extent: Extent) -> bool {
+        let Some(bytes) = chain.writable().slice(0, extent.len) else { return false };
+        if extent.len == 0 {
+            return true;
+        }
+        if !self.tells {
+            return false;
+        }
+        match self.vectors.read_cached(self.file.as_fd(), memory, &bytes, extent.offset) {
+            Ok(true) => return true,
+            Ok(false) => {
+                let fetch = PosixFadviseAdvice::POSIX_FADV_WILLNEED;
+                let place = (i64::try_from(extent.offset), i64::try_from(extent.len));
+                if let (Ok(offset), Ok(len)) = place {
+                    // A hint.
+                    let _ = posix_fadvise(&self.file, offset, len, fetch);
+                }
+            }
+            Err(Errno::EOPNOTSUPP | Errno::ENOSYS) => self.tells = false,
+            // The read that waits will say it.
+            Err(_) => {}
+        }
+        false
+    }
+
+    /// Waits for the reads that were put off.
+    fn catch_up(&mut self, ring: &mut Ring, memory: &Memory) {
+        let mut later = std::mem::take(&mut self.later);
+        if !later.is_empty() {
+            // What is done need not wait for them.
+            ring.signal();
+        }
+        for (chain, extent) in later.drain(..) {
+            let outcome = self.carry_out(memory, &chain, Request::Read(extent));
+            match finish(memory, &chain, outcome) {
+                Ok(written) => ring.done(chain, written),
+                Err(error) => ring.fail(error),
+            }
+        }
+        self.later = later;
     }
 
     fn carry_out(&mut self, memory: &Memory, chain: &Chain, request: Request) -> Result<u64, u8> {
@@ -153,6 +212,18 @@ impl Transport {
     }
 }
 
+/// Says how a request ended; returns how many bytes were written to it.
+fn finish(memory: &Memory, chain: &Chain, outcome: Result<u64, u8>) -> Result<u32, RingError> {
+    let writable = chain.writable();
+    let (status, written) = match outcome {
+        Ok(written) => (S_OK, written),
+        Err(status) => (status, 0),
+    };
+    let last = writable.len().checked_sub(1).and_then(|at| writable.slice(at, 1));
+    last.ok_or(RingError::Request(INCOMPLETE))?.write(memory, &[status])?;
+    Ok(u32::try_from(written).map_or(u32::MAX, |written| written.saturating_add(1)))
+}
+
 /// A range behind the header.
 fn range(memory: &Memory, chain: &Chain, index: usize) -> Result<[u8; RANGE], u8> {
     let mut range = [0; RANGE];
@@ -182,13 +253,19 @@ impl Device for Transport {
     fn process(&mut self, rings: &mut Rings, queue: u16) -> Progress {
         let Some(ring) = rings.get(queue) else { return Progress::Idle };
         let memory: Arc<Memory> = ring.memory();
+        let mut progress = Progress::More;
         for _ in 0..TURN {
-            let Some(chain) = ring.pop() else { return Progress::Idle };
+            let Some(chain) = ring.pop() else {
+                progress = Progress::Idle;
+                break;
+            };
             match self.serve(&memory, &chain) {
-                Ok(written) => ring.done(chain, written),
+                Ok(Served::Done(written)) => ring.done(chain, written),
+                Ok(Served::Later(extent)) => self.later.push((chain, extent)),
                 Err(error) => ring.fail(error),
             }
         }
-        Progress::More
+        self.catch_up(ring, &memory);
+        progress
     }
 }

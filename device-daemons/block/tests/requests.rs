@@ -3,12 +3,13 @@
 
 mod common;
 
-use std::os::unix::fs::MetadataExt as _;
+use std::os::unix::fs::{FileExt as _, MetadataExt as _};
 
 use bulkhead_frontend::EVENT_IDX;
 use common::{
     DATA, Driver, HEADER, Rig, STATUS, T_DISCARD, T_FLUSH, T_GET_ID, T_IN, T_OUT, T_WRITE_ZEROES, config,
 };
+use nix::fcntl::{PosixFadviseAdvice, posix_fadvise};
 use vm_memory::{Bytes as _, GuestAddress};
 
 fn pattern(seed: u8, len: usize) -> Vec<u8> {
@@ -62,6 +63,40 @@ fn buffers_are_split_anywhere() {
     assert_eq!(driver.chain(&parts), Some(1025));
     assert_eq!(driver.bytes(DATA + 0x1000, 1), data[..1]);
     assert_eq!(driver.bytes(DATA + 0x2001, 1024), [&data[1..], &[0]].concat());
+}
+
+#[test]
+fn reads_of_a_cold_disk_are_right() {
+    let rig = Rig::new(&config(1), 4096);
+    let disk = std::fs::File::options().write(true).open(rig.sockets.path("disk")).unwrap();
+    let block = |slot: u64| pattern(u8::try_from(slot).unwrap(), 4096);
+    for slot in 0..60 {
+        disk.write_all_at(&block(slot), slot * 4096).unwrap();
+    }
+    disk.sync_all().unwrap();
+    posix_fadvise(&disk, 0, 0, PosixFadviseAdvice::POSIX_FADV_DONTNEED).unwrap();
+    let mut front_end = rig.connect(0);
+    let queue = rig.queue(0, 256, false);
+    front_end.start(&queue, 0);
+    let mut driver = Driver { memory: &rig.memory, queue };
+    // Every other one beyond the end, which fails alone.
+    for slot in 0..60u64 {
+        let at = 0x100_0000 + slot * 0x2000;
+        driver.header(at, T_IN, if slot % 2 == 0 { slot * 8 } else { 4090 });
+        driver.queue.add(&[(at, 16, false), (at + 0x1000, 4096, true), (at + 0x100, 1, true)]).unwrap();
+    }
+    driver.queue.kick(0);
+    for _ in 0..60 {
+        assert!(driver.queue.wait(common::LIMIT));
+        driver.queue.take().unwrap();
+    }
+    for slot in 0..60u64 {
+        let at = 0x100_0000 + slot * 0x2000;
+        assert_eq!(driver.bytes(at + 0x100, 1)[0], u8::from(slot % 2 == 1), "{slot}");
+        if slot % 2 == 0 {
+            assert_eq!(driver.bytes(at + 0x1000, 4096), block(slot), "{slot}");
+        }
+    }
 }
 
 #[test]

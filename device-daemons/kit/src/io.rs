@@ -91,6 +91,30 @@ impl Vectors {
         })
     }
 
+    /// Reads in the same way what needs no wait; false if that is not all of it, and then what was written to guest
+    /// memory means nothing.
+    ///
+    /// # Errors
+    /// The kernel's; `EOPNOTSUPP` where a file cannot be read so.
+    pub fn read_cached(
+        &mut self,
+        fd: BorrowedFd<'_>,
+        memory: &Memory,
+        bytes: &Bytes<'_>,
+        offset: u64,
+    ) -> Result<bool, Errno> {
+        let (fd, at) = (fd.as_raw_fd(), i64::try_from(offset).map_err(|_| Errno::EINVAL)?);
+        let result = self.call(memory, bytes, |list, count| {
+            // SAFETY: as in `read_at`.
+            unsafe { libc::preadv2(fd, list, count, at, libc::RWF_NOWAIT) }
+        });
+        match result {
+            Ok(done) => Ok(done == bytes.len()),
+            Err(Errno::EAGAIN) => Ok(false),
+            Err(errno) => Err(errno),
+        }
+    }
+
     /// Writes guest memory to a file at `offset`, all of it.
     ///
     /// # Errors
