@@ -121,3 +121,41 @@ fn notes_of_what_is_in_flight_are_of_use_to_a_back_end_that_reads_them() {
         assert_eq!(bench.status(), READY);
     }
 }
+
+#[test]
+fn what_a_lost_back_end_has_left_is_known_to_a_restarted_process() {
+    let without = bulkhead_pci::frontend::wire::protocol::INFLIGHT_SHMFD;
+    let fragile = || bulkhead_control_api::config::Virtio { resumes: false, ..virtio() };
+    for (reads, status) in [(true, READY), (false, READY | NEEDS_RESET)] {
+        let mut bench = Bench::running_of(fragile());
+        bench.set_indices(0, 9, 5);
+        bench.kill();
+        bench.restart();
+        bench.connect_with(|peer| peer.protocol &= if reads { !0 } else { !without });
+        assert_eq!(bench.status(), status, "{reads}");
+    }
+    // Its memory has not come back.
+    let mut bench = Bench::running_of(fragile());
+    bench.set_indices(0, 9, 5);
+    bench.kill();
+    bench.restart_without_kept();
+    bench.connect();
+    assert_eq!(bench.status(), READY | NEEDS_RESET);
+    // Given up, and not yet known to have stopped.
+    let mut bench = Bench::empty(fragile());
+    bench.connect_with(|peer| peer.protocol &= !without);
+    bench.drive(common::VERSION_1);
+    bench.serve();
+    bench.set_indices(0, 9, 5);
+    let _alive = give_up(&mut bench);
+    bench.restart();
+    assert_eq!(bench.status(), READY);
+    bench.connect();
+    assert_eq!(bench.status(), READY | NEEDS_RESET);
+    // Only this process has died: a back end that stops in order has nothing under way.
+    let mut bench = Bench::running_of(fragile());
+    bench.set_indices(0, 9, 9);
+    bench.restart();
+    bench.connect_with(|peer| peer.protocol &= !without);
+    assert_eq!(bench.status(), READY);
+}

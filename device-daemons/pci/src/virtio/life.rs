@@ -120,7 +120,7 @@ impl VirtioPci {
         if let Some(why) = self.misfit(&offer) {
             return self.needs_reset(&why);
         }
-        if self.noted && !self.front.tracks_inflight() {
+        if self.noted && !(self.front.tracks_inflight() && self.front.inflight().is_some()) {
             return self.needs_reset("its back end does not know what the one before had begun");
         }
         let resumed = self.common.queues.iter().any(|queue| queue.is_live() && queue.base.is_none());

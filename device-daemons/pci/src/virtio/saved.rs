@@ -24,6 +24,8 @@ struct Saved {
     dirty: Vec<Span>,
     isr: u8,
     used: bool,
+    orphaned: bool,
+    noted: bool,
     inflight: Option<Room>,
 }
 
@@ -39,6 +41,8 @@ impl VirtioPci {
             dirty: self.sync.unknown(),
             isr: self.isr,
             used: self.used,
+            orphaned: self.orphaned,
+            noted: self.noted,
             inflight: self.front.inflight().map(room),
         };
         // It is shorter than a message by far.
@@ -58,6 +62,7 @@ impl VirtioPci {
         saved.dirty.into_iter().for_each(|span| self.sync.add(span));
         self.isr = saved.isr;
         self.used = saved.used;
+        (self.orphaned, self.noted) = (saved.orphaned, saved.noted);
         if self.used {
             self.stage = Stage::Stale(Instant::now() + STALE);
         }

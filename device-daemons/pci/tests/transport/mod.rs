@@ -139,9 +139,18 @@ impl Bench {
 
     /// The process dies, the back end notices, another process takes over.
     pub fn restart(&mut self) {
+        let kept = self.device.kept();
+        self.restart_with(kept);
+    }
+
+    /// The same, but what was kept does not come back.
+    pub fn restart_without_kept(&mut self) {
+        self.restart_with(None);
+    }
+
+    fn restart_with(&mut self, kept: Option<Rc<OwnedFd>>) {
         let saved = self.device.save();
         assert!(saved.len() <= bulkhead_pci::device::MAX_SAVED, "{}", saved.len());
-        let kept = self.device.kept();
         self.device = VirtioPci::new(&config(self.virtio.clone()), &self.ram.memory).unwrap();
         self.peer = None;
         let master = true;
