@@ -400,6 +400,11 @@ fn a_side_link_says_what_vhost_user_cannot() {
     bench.serve();
     assert_eq!((bench.status(), bench.raised(0)), (READY | NEEDS_RESET, true));
     assert!(bench.device.is_quiet());
+    // What is said of queues that are no more does not concern a device that has been reset.
+    bench.write(STATUS, 1, 0);
+    daemon.send(&ToPci::NeedsReset).unwrap();
+    bench.serve();
+    assert_eq!(bench.status(), 0);
     drop(daemon);
     bench.serve();
     assert_eq!(bench.device.missing(), ["side.d0"]);

@@ -348,7 +348,11 @@ impl VirtioPci {
                         }
                         // It is read when there is a back end, or a second time already.
                         ToPci::ConfigChanged => {}
-                        ToPci::NeedsReset => self.needs_reset("its back end says so"),
+                        ToPci::NeedsReset if self.stage == Stage::Running => {
+                            self.needs_reset("its back end says so");
+                        }
+                        // Of queues that the guest has stopped since: a device that has been reset stays so.
+                        ToPci::NeedsReset => {}
                     }
                 }
                 self.settle();
