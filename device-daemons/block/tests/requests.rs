@@ -5,6 +5,7 @@ mod common;
 
 use std::os::unix::fs::{FileExt as _, MetadataExt as _};
 
+use bulkhead_control_api::config::IoThread;
 use bulkhead_frontend::EVENT_IDX;
 use common::{
     DATA, Driver, HEADER, Rig, STATUS, T_DISCARD, T_FLUSH, T_GET_ID, T_IN, T_OUT, T_WRITE_ZEROES, config,
@@ -205,4 +206,22 @@ fn front_ends_come_and_go() {
         }
         assert_eq!(driver.write(0, &[round; 512]), 0);
     }
+}
+
+#[test]
+fn a_thread_that_polls_is_kicked_less() {
+    let mut config = config(1);
+    config.iothread = IoThread { id: "io0".into(), poll_max_ns: 100_000_000, poll_grow: 0, poll_shrink: 0 };
+    let rig = Rig::new(&config, 4096);
+    let mut front_end = rig.connect(0);
+    let queue = rig.queue(0, 64, false);
+    front_end.start(&queue, 0);
+    let mut driver = Driver { memory: &rig.memory, queue };
+    let mut kicks = 0;
+    for round in 0..1000 {
+        assert_eq!(driver.request(T_FLUSH, 0, &[]), 0, "{round}");
+        kicks += u32::from(driver.queue.wants_kick(driver.queue.avail_index().wrapping_sub(1)));
+    }
+    println!("{kicks} kicks for 1,000 requests");
+    assert!(kicks < 500, "{kicks} kicks");
 }

@@ -124,17 +124,22 @@ impl Queue {
         self.map.store(index.to_le(), GuestAddress(self.avail + 2), Ordering::Release).unwrap();
     }
 
-    /// Kicks the device if it wants that.
-    pub fn kick(&self, since: u16) {
+    /// Whether the device wants a kick for what was added since the available index was `since`.
+    #[must_use]
+    pub fn wants_kick(&self, since: u16) -> bool {
         fence(Ordering::SeqCst);
-        let wanted = if self.event_idx {
+        if self.event_idx {
             let event = self.load(self.used + 4 + 8 * u64::from(self.size));
             let (new, old) = (self.next_avail, since);
             new.wrapping_sub(event).wrapping_sub(1) < new.wrapping_sub(old)
         } else {
             self.load(self.used) & 1 == 0
-        };
-        if wanted {
+        }
+    }
+
+    /// Kicks the device if it wants that.
+    pub fn kick(&self, since: u16) {
+        if self.wants_kick(since) {
             self.kick.write(1).unwrap();
         }
     }
