@@ -146,3 +146,38 @@ pub fn connect(path: &Path) -> OwnedFd {
         thread::sleep(Duration::from_millis(5));
     }
 }
+
+/// A source of numbers that are always the same.
+pub struct Random(u64);
+
+impl Random {
+    pub fn byte(&mut self) -> u8 {
+        self.0 ^= self.0 << 13;
+        self.0 ^= self.0 >> 7;
+        self.0 ^= self.0 << 17;
+        self.0.to_le_bytes()[4]
+    }
+
+    /// Scripts of some bytes.
+    pub fn script(&mut self) -> Vec<u8> {
+        let len = 8 + usize::from(self.byte());
+        (0..len).map(|_| self.byte()).collect()
+    }
+}
+
+/// Plays so many scripts; returns what they say together.
+pub fn play_all(
+    plays: u64,
+    make: impl Fn(u64, &mut Random) -> Vec<u8>,
+    play: impl Fn(&[u8]) -> (usize, usize) + std::panic::RefUnwindSafe,
+) -> (usize, usize) {
+    let mut random = Random(0x2545_f491_4f6c_dd1d);
+    let mut sum = (0, 0);
+    for number in 0..plays {
+        let input = make(number, &mut random);
+        let result = std::panic::catch_unwind(|| play(&input));
+        let (a, b) = result.unwrap_or_else(|_| panic!("play {number}: {input:?}"));
+        sum = (sum.0 + a, sum.1 + b);
+    }
+    sum
+}
