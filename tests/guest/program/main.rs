@@ -5,6 +5,7 @@
 
 mod acpi;
 mod apic;
+mod balloon;
 mod blk;
 mod boot;
 mod chipset;
@@ -58,6 +59,9 @@ const TESTS: &[(&str, Test)] = &[
     ("config-read", pci::config_read),
     ("blk-verify", blk::verify),
     ("blk-load", blk::load),
+    ("balloon", balloon::give),
+    ("balloon-hold", balloon::hold),
+    ("balloon-cheat", balloon::cheat),
     ("rng", virtio::rng),
     ("hostile-pci", hostile_pci::run),
     ("hostile-virtio", hostile_virtio::run),
