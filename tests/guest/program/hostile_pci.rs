@@ -103,7 +103,15 @@ fn configuration(bus: &Bus, _: &Device, _: &Clock) {
 
 /// The BARs that a function has, as (number, size).
 fn bars(function: Function) -> impl Iterator<Item = (u16, u64)> {
-    (0..function.bar_count()).map(move |index| (index, function.bar(index).size)).filter(|bar| bar.1 > 0)
+    let mut next = 0;
+    core::iter::from_fn(move || {
+        (next < function.bar_count()).then(|| {
+            let (index, bar) = (next, function.bar(next));
+            next += 1 + u16::from(bar.wide);
+            (index, bar.size)
+        })
+    })
+    .filter(|bar| bar.1 > 0)
 }
 
 /// Every BAR at every place where it must not be, decoding and being accessed.
@@ -156,7 +164,7 @@ fn overlap(bus: &Bus, device: &Device, _: &Clock) {
         }
         function.set(COMMAND, MEMORY_AND_MASTER);
     }
-    for offset in (0..0x4000).step_by(52) {
+    for offset in (0..0x4000).step_by(164) {
         for size in [1, 2, 4, 8] {
             write_sized(target + offset, size, u64::MAX);
             read_sized(target + offset, size);

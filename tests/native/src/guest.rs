@@ -21,6 +21,7 @@ pub struct Setup {
     owner: Option<u32>,
     expected: Vec<&'static str>,
     disk: Option<u64>,
+    log: &'static str,
 }
 
 /// A running VM with the native guest.
@@ -36,7 +37,15 @@ impl Setup {
         static NEXT: AtomicU32 = AtomicU32::new(0);
         let name = format!("native-{}-{}", std::process::id(), NEXT.fetch_add(1, Ordering::Relaxed));
         let builder = Vm::builder().args(["-name", &name, "-append", append]).args(args);
-        Self { builder, name, steps: Vec::new(), owner: None, expected: Vec::new(), disk: None }
+        Self {
+            builder,
+            name,
+            steps: Vec::new(),
+            owner: None,
+            expected: Vec::new(),
+            disk: None,
+            log: "notice",
+        }
     }
 
     /// Changes what the framework builds.
@@ -70,6 +79,13 @@ impl Setup {
         self.leaves("disk.img")
     }
 
+    /// What is logged, as a level of `BULKHEAD_LOG`; without it notices and more serious things.
+    #[must_use]
+    pub fn log(mut self, level: &'static str) -> Self {
+        self.log = level;
+        self
+    }
+
     /// Starts it.
     ///
     /// # Errors
@@ -83,7 +99,7 @@ impl Setup {
     /// # Errors
     /// As [`Setup::start`], or those of `prepare`.
     pub fn start_in(self, prepare: impl FnOnce(&Path) -> Result<()>) -> Result<Guest> {
-        let Self { builder, name, steps, owner, expected, disk } = self;
+        let Self { builder, name, steps, owner, expected, disk, log } = self;
         let vm = builder.start_with(|command: &mut Command, dir: &Path| {
             std::os::unix::fs::chown(dir, owner, owner)?;
             if let Some(size) = disk {
@@ -93,7 +109,7 @@ impl Setup {
             }
             prepare(dir)?;
             // What the launcher makes for a moment is to be seen if it stays.
-            command.env("XDG_RUNTIME_DIR", dir).env("BULKHEAD_LOG", "notice").enter(&steps);
+            command.env("XDG_RUNTIME_DIR", dir).env("BULKHEAD_LOG", log).enter(&steps);
             Ok(())
         })?;
         let trace = Trace::new(name, vm.dir());
