@@ -35,6 +35,8 @@ pub struct Spec {
     pub id: String,
     /// Virtqueues that the device has at most.
     pub queues: u16,
+    /// Size of a virtqueue at most.
+    pub queue_size: u16,
     /// Length of the configuration space to read from the back end, in bytes; 0 if it is not the back end's.
     pub config_len: u16,
 }

@@ -122,7 +122,12 @@ impl VirtioPci {
         };
         let remote = kind::is_config_remote(config.device_type);
         let config_len = if remote { u16::try_from(config.config.len()).unwrap_or(0) } else { 0 };
-        let front = Frontend::new(Spec { id: device.id.clone(), queues: config.queues, config_len });
+        let front = Frontend::new(Spec {
+            id: device.id.clone(),
+            queues: config.queues,
+            queue_size: config.queue_size,
+            config_len,
+        });
         Ok(Self {
             id: device.id.clone(),
             shape,

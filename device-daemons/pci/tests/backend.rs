@@ -155,7 +155,8 @@ fn what_is_in_flight_goes_to_the_next_life_and_ends_with_a_reset() {
     assert!(front.inflight().is_none());
     assert_eq!(start(&mut front, &mut peer), (true, true));
     let kept = front.inflight().unwrap().clone();
-    assert_eq!((kept.size, kept.offset, kept.queues, kept.queue_size), (4096, 0, 2, common::QUEUE));
+    // A queue that is reset by itself may come back larger.
+    assert_eq!((kept.size, kept.offset, kept.queues, kept.queue_size), (4096, 0, 2, 2 * common::QUEUE));
 
     // Another connection, then another front end.
     let mut peer = Peer::new(&mut front);

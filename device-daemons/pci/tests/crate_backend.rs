@@ -133,7 +133,7 @@ fn rig() -> Rig {
         daemon.start(&mut listener).unwrap();
         let _closed = daemon.wait();
     });
-    let mut front = Frontend::new(Spec { id: "rng0".into(), queues: 1, config_len: 16 });
+    let mut front = Frontend::new(Spec { id: "rng0".into(), queues: 1, queue_size: 256, config_len: 16 });
     front.connect(common::connect(&path));
     let events = next(&mut front);
     let [Event::Ready { features: VERSION_1, queues: 1, config }] = &events[..] else { panic!("{events:?}") };

@@ -14,7 +14,7 @@ use common::{BASE, Ram, VERSION_1, eventually, next};
 use storage::{CONFIG, Daemon, SECTORS};
 
 fn ready(daemon: &Daemon) -> Frontend {
-    let mut front = Frontend::new(Spec { id: "d0".into(), queues: 2, config_len: CONFIG });
+    let mut front = Frontend::new(Spec { id: "d0".into(), queues: 2, queue_size: 256, config_len: CONFIG });
     attach(daemon, &mut front);
     front
 }

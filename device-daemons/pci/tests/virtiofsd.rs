@@ -41,7 +41,7 @@ fn a_file_system_answers() {
     command.args(["-o", &format!("source={}", shared.display()), "-o", "sandbox=chroot"]);
     let child = Child::start(&mut command, "stdout", "stderr").unwrap();
 
-    let mut front = Frontend::new(Spec { id: "fs0".into(), queues: 2, config_len: 44 });
+    let mut front = Frontend::new(Spec { id: "fs0".into(), queues: 2, queue_size: 256, config_len: 44 });
     front.connect(connect(&socket));
     let events = next(&mut front);
     let [Event::Ready { features, config, .. }] = &events[..] else {

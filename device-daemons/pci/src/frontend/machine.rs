@@ -468,7 +468,8 @@ impl Machine {
         }
         let highest = rings.iter().map(|ring| ring.index + 1).max().unwrap_or(1);
         let queues = self.spec.queues.min(self.offer.queues).max(highest);
-        let size = rings.iter().map(|ring| ring.size).max().unwrap_or(1);
+        // A ring that is reset by itself may come back larger than it is now.
+        let size = self.spec.queue_size;
         let kept = self.inflight.as_ref().filter(|kept| kept.queues >= queues && kept.queue_size >= size);
         let step = if let Some(kept) = kept {
             Step::inflight(kept)

@@ -17,7 +17,7 @@ use nix::errno::Errno;
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::sys::socket::{AddressFamily, ControlMessage, MsgFlags, SockFlag, SockType, sendmsg, socketpair};
 
-use super::VERSION_1;
+use super::{QUEUE, VERSION_1};
 
 pub const CONFIG_LEN: usize = 16;
 /// Where each ring of the peer says that it has stopped.
@@ -104,7 +104,7 @@ pub struct Peer {
 }
 
 pub fn spec() -> Spec {
-    Spec { id: "d0".into(), queues: 2, config_len: CONFIG_LEN.try_into().unwrap() }
+    Spec { id: "d0".into(), queues: 2, queue_size: 2 * QUEUE, config_len: CONFIG_LEN.try_into().unwrap() }
 }
 
 impl Peer {
