@@ -37,6 +37,8 @@ enum Peer {
 pub struct Adding {
     /// The request's id.
     request: u32,
+    /// Which broker's it is: the next one's ids begin anew.
+    broker: u32,
     /// Index of the device.
     pub index: u16,
     /// When it is given up.
@@ -47,6 +49,8 @@ pub struct Adding {
 #[derive(Debug)]
 pub struct Broker {
     peer: Peer,
+    /// Counts brokers.
+    number: u32,
     waiting: VecDeque<FromPci>,
     /// Devices that are being added.
     pub adding: Vec<Adding>,
@@ -54,7 +58,7 @@ pub struct Broker {
 
 impl Default for Broker {
     fn default() -> Self {
-        Self { peer: Peer::Gone, waiting: VecDeque::new(), adding: Vec::new() }
+        Self { peer: Peer::Gone, number: 0, waiting: VecDeque::new(), adding: Vec::new() }
     }
 }
 
@@ -86,6 +90,7 @@ impl Broker {
     /// The link is over. What was asked on it is answered to nobody; events wait for the next broker.
     fn forget(&mut self) {
         self.peer = Peer::Gone;
+        self.number = self.number.wrapping_add(1);
         self.waiting.retain(|message| matches!(message, FromPci::Event(_)));
     }
 
@@ -150,7 +155,8 @@ impl Broker {
             Op::Remove { id } => machine.bus.unplug(&id, now).map(|()| Answer::Done),
             Op::Add(device) => match add(machine, &device) {
                 Ok(index) => {
-                    self.adding.push(Adding { request: request.id, index, deadline: now + PATIENCE });
+                    let (request, broker, deadline) = (request.id, self.number, now + PATIENCE);
+                    self.adding.push(Adding { request, broker, index, deadline });
                     machine.settle()?;
                     return Ok(());
                 }
@@ -228,7 +234,9 @@ impl Broker {
             };
             machine.settle()?;
             self.tell_events(machine);
-            self.reply(adding.request, result);
+            if adding.broker == self.number {
+                self.reply(adding.request, result);
+            }
         }
         Ok(())
     }

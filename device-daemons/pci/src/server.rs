@@ -11,7 +11,7 @@ mod house;
 use std::collections::BTreeMap;
 use std::os::fd::{AsFd as _, OwnedFd};
 use std::os::unix::net::UnixListener;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use bulkhead_bus_api::pci::FromCore;
 use bulkhead_control_api::config::{CpuTopology, PciDevice};
@@ -33,6 +33,9 @@ use crate::function::Function;
 use crate::machine::{Machine, MachineError};
 use crate::memory::{Memory, Region};
 use crate::state::{Left, State};
+
+/// A listener that cannot accept is tried again after this.
+const DEAF: Duration = Duration::from_secs(1);
 
 /// Why the process ends otherwise than by core's word.
 #[derive(Debug, thiserror::Error)]
@@ -136,6 +139,8 @@ pub struct Server {
     opener: Option<Link>,
     links: Vec<Option<AccessLink>>,
     listeners: BTreeMap<String, UnixListener>,
+    /// One of them could not accept: none is looked at before this.
+    deaf: Option<Instant>,
     /// Which of them a device lacks now.
     wanted: BTreeMap<String, u16>,
     connections: BTreeMap<String, OwnedFd>,
@@ -175,6 +180,7 @@ impl Server {
             opener: parts.opener,
             links: Vec::new(),
             listeners: parts.listeners,
+            deaf: None,
             wanted: BTreeMap::new(),
             connections: parts.connections,
             connector: Connector::default(),
@@ -259,7 +265,7 @@ impl Server {
                     tokens.push(Token::Opener);
                 }
                 for (index, (name, listener)) in self.listeners.iter().enumerate() {
-                    if self.wanted.contains_key(name) {
+                    if self.wanted.contains_key(name) && self.deaf.is_none() {
                         list.push(PollFd::new(listener.as_fd(), PollFlags::POLLIN));
                         tokens.push(Token::Listener(index));
                     }
@@ -416,8 +422,9 @@ impl Server {
         match listener.accept() {
             Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => {}
             Err(error) => {
-                warn!("{name}: cannot accept: {error}; it takes no more back ends");
-                self.listeners.remove(&name);
+                // Out of descriptors, perhaps: that passes.
+                warn!("{name}: cannot accept: {error}; it is tried again");
+                self.deaf = Some(Instant::now() + DEAF);
             }
             Ok((stream, _)) => {
                 if let Some(device) = device {

@@ -18,8 +18,9 @@ use super::{Running, Server, ServerError, Stage};
 use crate::function::Function;
 use crate::machine::Machine;
 
-/// Devices have so long to let their back ends come to rest.
-const REST: Duration = Duration::from_secs(1);
+/// Devices have so long to let their back ends come to rest: a slow disk may have much to finish, and core gives this
+/// process up after 5 s.
+const REST: Duration = Duration::from_secs(4);
 /// After this it is said which back ends the machine waits for.
 const PATIENCE: Duration = Duration::from_secs(2);
 /// What the starter had no room for is tried again after this.
@@ -31,6 +32,7 @@ impl Server {
     /// Everything that is not an answer to a descriptor.
     pub(super) fn keep_house(&mut self, now: Instant) -> Result<(), ServerError> {
         self.stay_alive(now);
+        self.deaf = self.deaf.filter(|until| now < *until);
         let Stage::Serving(machine) = &mut self.stage else { return Ok(()) };
         self.broker.advance(machine, now)?;
         for removed in machine.bus.take_removed() {
@@ -169,6 +171,7 @@ impl Server {
         let adding = self.broker.adding.iter().map(|adding| adding.deadline);
         let others = [
             self.alive,
+            self.deaf,
             self.connector.deadline().filter(|_| self.opener.is_some()),
             self.running.map(|running| running.deadline),
             self.begun.map(|begun| begun + PATIENCE),
