@@ -4,6 +4,7 @@ mod boot;
 mod power;
 mod restarts;
 mod run_state;
+mod unit_devices;
 mod units;
 
 use bulkhead_framework::{Failure, Result};
@@ -48,6 +49,12 @@ pub const ALL: &[Case] = &[
         about: "one VM hits its memory limit, the other runs on",
         kind: Kind::Systemd,
         run: units::memory,
+    },
+    Case {
+        name: "units-devices",
+        about: "a disk and a balloon in units: made from the machine file, killed, gone with the VM",
+        kind: Kind::Systemd,
+        run: unit_devices::run,
     },
     Case {
         name: "units-host",
