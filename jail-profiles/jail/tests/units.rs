@@ -248,12 +248,19 @@ fn socket(about: &str, lines: &str, service: &str) -> String {
 /// The last socket to stop in its directory removes that: order, and what to do then.
 fn last(service: &str) -> (&'static str, &'static str) {
     match service {
+        // Not before the machine file is known to be what its devices' sockets were made from. Without the default
+        // dependencies, as the loader's: by those it would come before basic.target, and so before what it waits for.
         "opener" => (
-            "",
+            "DefaultDependencies=no\nConflicts=shutdown.target\nBefore=shutdown.target\n\
+             Requires=bulkhead-limits@%i.service\nAfter=bulkhead-limits@%i.service\n",
             "ExecStopPost=-/bin/rmdir /run/bulkhead-inner/%i\nExecStopPost=-/bin/rm -f /run/bulkhead-links-%i\n",
         ),
         "console" => ("", "ExecStopPost=-/bin/rmdir /run/bulkhead/%i\n"),
-        "loader" => ("After=bulkhead-opener@%i.socket\n", ""),
+        "loader" => (
+            "DefaultDependencies=no\nConflicts=shutdown.target\nBefore=shutdown.target\n\
+             After=bulkhead-opener@%i.socket\n",
+            "",
+        ),
         _ => ("After=bulkhead-serial@%i.socket\n", ""),
     }
 }
