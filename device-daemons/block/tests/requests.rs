@@ -3,6 +3,7 @@
 
 mod common;
 
+use std::io::{Read as _, Write as _};
 use std::os::unix::fs::{FileExt as _, MetadataExt as _};
 
 use bulkhead_control_api::config::IoThread;
@@ -224,4 +225,17 @@ fn a_thread_that_polls_is_kicked_less() {
     }
     println!("{kicks} kicks for 1,000 requests");
     assert!(kicks < 500, "{kicks} kicks");
+}
+
+#[test]
+fn a_message_that_does_not_go_on_ends_its_connection() {
+    let rig = Rig::new(&config(1), 4096);
+    for part in [&[1, 0, 0, 0, 1][..], &[5, 0, 0, 0, 1, 0, 0, 0, 200, 0, 0, 0, 1]] {
+        let mut stream = rig.sockets.connect();
+        stream.write_all(part).unwrap();
+        stream.set_read_timeout(Some(common::LIMIT)).unwrap();
+        assert!(matches!(stream.read(&mut [0; 16]), Ok(0) | Err(_)));
+        // The next one is served.
+        assert!(rig.connect(0).config(0, 8).is_some());
+    }
 }

@@ -1,8 +1,9 @@
 //! The control thread: the life of a daemon.
 
-use std::os::fd::{AsFd as _, BorrowedFd};
+use std::os::fd::{AsFd as _, AsRawFd as _, BorrowedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
 
 use bulkhead_control_api::config::IoThread;
 use bulkhead_jail::start::{Start, StartError};
@@ -12,7 +13,7 @@ use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::signal::{SigSet, Signal};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
-use nix::sys::socket::{setsockopt, sockopt};
+use nix::sys::socket::{MsgFlags, recv, setsockopt, sockopt};
 use nix::sys::time::{TimeVal, TimeValLike as _};
 use vhost::vhost_user::{BackendReqHandler, Error as VhostError};
 
@@ -23,8 +24,10 @@ use crate::side::Side;
 use crate::vhost::{BackEnd, Fixed};
 use crate::worker::{self, Handle};
 
-/// How long the rest of a message may take, in seconds.
-const PATIENCE: i64 = 5;
+/// How long the rest of a message may take.
+const PATIENCE: Duration = Duration::from_secs(5);
+/// Length of a vhost-user message's header.
+const HEADER: usize = 12;
 
 /// Why a daemon fails.
 #[derive(Debug, thiserror::Error)]
@@ -131,7 +134,7 @@ impl Daemon {
 
     /// Serves one front end until it goes, or the daemon is to end.
     fn session(&mut self, starter: &Starter, stream: UnixStream) -> Result<Ready, ServeError> {
-        setsockopt(&stream, sockopt::ReceiveTimeout, &TimeVal::seconds(PATIENCE))
+        setsockopt(&stream, sockopt::ReceiveTimeout, &TimeVal::seconds(PATIENCE.as_secs().cast_signed()))
             .map_err(host("setsockopt"))?;
         let watched = stream.as_fd().try_clone_to_owned().map_err(|_| host("dup")(Errno::EMFILE))?;
         self.around.notices.forget();
@@ -144,6 +147,10 @@ impl Daemon {
         let ready = loop {
             let ready = self.around.wait(starter, watched.as_fd())?;
             if ready == Ready::End {
+                break ready;
+            }
+            if !begins(watched.as_fd()) {
+                warn!("vhost-user: a message that does not go on; the connection is closed");
                 break ready;
             }
             match handler.handle_request() {
@@ -159,6 +166,23 @@ impl Daemon {
             back_end.end();
         }
         Ok(ready)
+    }
+}
+
+/// Whether a whole header is there, or the end: the vhost crate would wait for the rest of one for ever.
+fn begins(socket: BorrowedFd<'_>) -> bool {
+    let mut header = [0; HEADER];
+    let end = Instant::now() + PATIENCE;
+    loop {
+        let flags = MsgFlags::MSG_PEEK | MsgFlags::MSG_DONTWAIT;
+        match recv(socket.as_raw_fd(), &mut header, flags) {
+            Ok(len) if (1..HEADER).contains(&len) && Instant::now() < end => {}
+            Ok(len) => return len == 0 || len == HEADER,
+            // What is wrong with the socket shows itself again.
+            Err(_) => return true,
+        }
+        // A short sleep.
+        let _ = poll(&mut [], 10u8);
     }
 }
 
