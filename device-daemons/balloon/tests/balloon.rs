@@ -239,7 +239,7 @@ fn statistics_come_when_they_are_wanted() {
     queue.add(&[(NUMBERS, 10, false)]).unwrap();
     queue.kick(1);
     thread::sleep(Duration::from_millis(50));
-    assert_eq!(front_end.stop(&queue), 1, "it was put back");
+    assert_eq!(front_end.stop(queue.index), 1, "it was put back");
 }
 
 #[test]
