@@ -7,7 +7,7 @@ use std::sync::atomic::{Ordering, fence};
 
 use bulkhead_jail::warn;
 use virtio_queue::{Error as QueueError, Queue, QueueOwnedT as _, QueueT as _};
-use vm_memory::GuestAddress;
+use vm_memory::{Bytes as _, GuestAddress};
 
 use crate::chain::{Chain, ChainError};
 use crate::inflight::Tracker;
@@ -73,6 +73,10 @@ pub struct Ring {
     owed: VecDeque<u16>,
     spare: Vec<Chain>,
     given: bool,
+    /// So many were given back behind the used index: the driver sees them with the next one.
+    unseen: u16,
+    /// The used index when it was last asked whether the driver wants to hear of it.
+    asked: u16,
     /// The driver has begun it anew, and nobody has asked for that yet.
     new: bool,
     /// It goes on where a predecessor may have given something back and died before it said so.
@@ -118,6 +122,8 @@ impl Ring {
             owed: left.map_or_else(VecDeque::new, |left| left.heads.into()),
             spare: Vec::new(),
             given: false,
+            unseen: 0,
+            asked: used,
             new: next_avail == 0 && used == 0,
             unsaid: next_avail != 0,
             broken: None,
@@ -225,6 +231,7 @@ impl Ring {
         if let Some(tracker) = &self.tracker {
             tracker.giving(head);
         }
+        self.queue.set_next_used(self.queue.next_used().wrapping_add(std::mem::take(&mut self.unseen)));
         if self.queue.add_used(&*self.memory, head, len).is_err() {
             return self.fail(RingError::Memory);
         }
@@ -237,19 +244,41 @@ impl Ring {
         }
     }
 
-    /// Whether the driver wants to hear of what was given back since the last call.
-    fn wants_interrupt(&mut self) -> bool {
-        match self.queue.needs_notification(&*self.memory) {
-            Ok(true) if !self.queue.event_idx_enabled() => {
-                fence(Ordering::SeqCst);
-                read_u16(&self.memory, self.queue.avail_ring()).is_ok_and(|flags| flags & NO_INTERRUPT == 0)
-            }
-            Ok(wants) => wants,
-            Err(_) => {
-                self.fail(RingError::Memory);
-                false
-            }
+    /// Gives a request back with `len` bytes of it written, but the driver sees that only together with the next one
+    /// that is done, as with the buffers of one packet (virtio 1.2, 5.1.6.4). For devices without in-flight tracking.
+    pub fn done_with_next(&mut self, chain: Chain, len: u32) {
+        if self.broken.is_some() {
+            return;
         }
+        let slot = self.queue.next_used().wrapping_add(self.unseen) % self.queue.size();
+        let element = u64::from(chain.head()) | u64::from(len) << 32;
+        let at = GuestAddress(self.queue.used_ring() + 4 + 8 * u64::from(slot));
+        if self.memory.write_obj(element.to_le(), at).is_err() {
+            return self.fail(RingError::Memory);
+        }
+        self.unseen = self.unseen.wrapping_add(1);
+        if self.spare.len() < MAX_QUEUE_SIZE.into() {
+            self.spare.push(chain);
+        }
+    }
+
+    /// Whether the driver wants to hear of what was given back since the last call (2.7.7.2, 2.7.10).
+    fn wants_interrupt(&mut self) -> bool {
+        // What was given back is seen before the driver's wish is looked at.
+        fence(Ordering::SeqCst);
+        let (avail, size) = (self.queue.avail_ring(), u64::from(self.queue.size()));
+        let (new, old) = (self.queue.next_used(), self.asked);
+        self.asked = new;
+        let wants = if self.queue.event_idx_enabled() {
+            let event = read_u16(&self.memory, avail + 4 + 2 * size);
+            event.map(|event| new.wrapping_sub(event).wrapping_sub(1) < new.wrapping_sub(old))
+        } else {
+            read_u16(&self.memory, avail).map(|flags| flags & NO_INTERRUPT == 0)
+        };
+        wants.unwrap_or_else(|_| {
+            self.fail(RingError::Memory);
+            false
+        })
     }
 
     /// Raises the interrupt if there is reason to.

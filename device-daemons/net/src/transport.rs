@@ -246,11 +246,13 @@ impl Pair {
         let count = u16::try_from(self.chains.len()).unwrap_or(u16::MAX);
         let packet = self.packet.get_mut(..len).unwrap_or_default();
         set_num_buffers(packet, count);
-        let mut rest = &*packet;
-        for chain in self.chains.drain(..) {
+        let (mut rest, last) = (&*packet, self.chains.len().saturating_sub(1));
+        for (index, chain) in self.chains.drain(..).enumerate() {
             let done = chain.writable().write(memory, rest)?;
             rest = rest.get(done..).unwrap_or_default();
-            ring.done(chain, u32::try_from(done).unwrap_or(u32::MAX));
+            let len = u32::try_from(done).unwrap_or(u32::MAX);
+            // The driver may look at the ring at any moment: it is to find the whole packet, or nothing.
+            if index < last { ring.done_with_next(chain, len) } else { ring.done(chain, len) }
         }
         Ok(Placed::Yes)
     }

@@ -9,7 +9,7 @@ use std::net::UdpSocket;
 use std::os::fd::{AsFd as _, AsRawFd as _, OwnedFd};
 use std::path::Path;
 use std::process::Command;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use bulkhead_control_api::VERSION;
 use bulkhead_control_api::config::{IoThread, Net};
@@ -22,7 +22,8 @@ use bulkhead_kit::device::{Listeners, Notices};
 use bulkhead_kit::serve::Daemon;
 use bulkhead_net::device::{F_CSUM, F_CTRL_VQ, F_GUEST_CSUM, F_MQ, F_MRG_RXBUF, HEAD};
 use bulkhead_net::transport::Transport;
-use nix::sched::{CloneFlags, unshare};
+use nix::sched::{CloneFlags, CpuSet, sched_setaffinity, unshare};
+use nix::unistd::Pid;
 use vm_memory::{Bytes as _, GuestAddress};
 
 /// Names the state file, in the process that is the daemon.
@@ -38,9 +39,10 @@ fn main() {
         return be_daemon(Path::new(&state));
     }
     make_network();
-    let tests: [(&str, fn()); 5] = [
+    let tests: [(&str, fn()); 6] = [
         ("packets_go_both_ways", packets_go_both_ways),
         ("a_packet_lies_in_several_buffers", a_packet_lies_in_several_buffers),
+        ("the_buffers_of_a_packet_are_used_at_once", the_buffers_of_a_packet_are_used_at_once),
         ("checksums_are_the_devices_if_the_driver_says_so", checksums_are_the_devices_if_the_driver_says_so),
         (
             "a_driver_that_breaks_the_rules_harms_its_own_ring",
@@ -273,6 +275,44 @@ fn a_packet_lies_in_several_buffers() {
     let pieces = rig.receive(0, 0);
     assert_eq!(pieces.iter().map(Vec::len).collect::<Vec<_>>(), [400, 400, 400, HEAD + 1442 - 1200]);
     assert_eq!(pieces.concat()[HEAD + 42..], payload);
+}
+
+/// Has all threads of a process run on these processors, as far as they exist.
+fn pin(process: u32, processors: &[usize]) {
+    let mut set = CpuSet::new();
+    processors.iter().for_each(|processor| set.set(*processor).unwrap());
+    for thread in std::fs::read_dir(format!("/proc/{process}/task")).unwrap() {
+        let id = thread.unwrap().file_name().to_str().unwrap().parse().unwrap();
+        let _there_is_only_one = sched_setaffinity(Pid::from_raw(id), &set);
+    }
+}
+
+/// A driver that looks at the ring all the time never sees a part of a packet.
+// #[test], run by `main`
+fn the_buffers_of_a_packet_are_used_at_once() {
+    let mut rig = Rig::new(F_MRG_RXBUF, 16);
+    // Side by side, so that it looks while they are used.
+    pin(std::process::id(), &[0]);
+    pin(rig.life.as_ref().unwrap().id(), &[1]);
+    let (socket, payload) = (socket(), [7; 1400]);
+    let buffers = u16::try_from((HEAD + 42 + payload.len()).div_ceil(16)).unwrap();
+    for round in 0..200 {
+        let before = rig.queues[0].used_index();
+        socket.send_to(&payload, "10.0.0.2:7777").unwrap();
+        let begun = Instant::now();
+        let seen = loop {
+            match rig.queues[0].used_index().wrapping_sub(before) {
+                0 => assert!(begun.elapsed() < LIMIT, "no packet"),
+                seen => break seen,
+            }
+        };
+        assert_eq!(seen, buffers, "round {round}");
+        for slot in 0..u64::from(buffers) {
+            rig.queues[0].take().unwrap();
+            rig.give_buffer(0, slot, 16);
+        }
+    }
+    pin(std::process::id(), &[0, 1]);
 }
 
 // #[test], run by `main`
