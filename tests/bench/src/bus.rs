@@ -5,13 +5,14 @@ use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use bulkhead_bus_api::{REPLY_LEN, REQUEST_LEN};
-use bulkhead_framework::{Child, Failure, Result};
+use bulkhead_framework::{Child, Result};
 use nix::sched::{CpuSet, sched_getaffinity, sched_setaffinity};
 use nix::sys::signal::Signal;
 use nix::sys::socket::{AddressFamily, MsgFlags, SockFlag, SockType, recv, send, socketpair};
 use nix::unistd::{Pid, read, write};
 
 use crate::host::Host;
+use crate::machine::number;
 use crate::report::{self, Samples};
 
 /// Argument of the process at the other end of the ping-pong.
@@ -93,11 +94,7 @@ fn port_reads(host: &Host, port: u16) -> Result<(f64, f64)> {
     let start = Instant::now();
     let line = child.stdout().expect_line("bench link ", SOON)?;
     let micros = start.elapsed().as_secs_f64() * 1e6;
-    let number = |name: &str| -> Result<f64> {
-        let word = line.split_whitespace().find_map(|word| word.strip_prefix(name)?.strip_prefix('='));
-        let value = word.and_then(|value| value.parse().ok());
-        value.ok_or_else(|| Failure::new(format!("no {name} in {line:?}")))
-    };
+    let number = |name: &str| number(&line, name);
     // The loop is as long as the wait for its result, within a few hundredths: that gives the clock's rate.
     let cycle = micros / number("cycles")?;
     Ok((number("nobody")? * cycle, number("claimed")? * cycle))

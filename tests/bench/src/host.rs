@@ -74,13 +74,22 @@ impl Host {
 
     /// QEMU with the same guest on stdio. Its RAM is a memfd, so that /proc tells it from the rest.
     pub fn qemu(&self, test: &str) -> Command {
+        self.qemu_as("microvm,isa-serial=on,memory-backend=ram", test, RAM)
+    }
+
+    /// The same with a PCIe bus and so many MiB.
+    pub fn qemu_with_pci(&self, test: &str, memory: u32) -> Command {
+        self.qemu_as("microvm,pcie=on,acpi=on,isa-serial=on,memory-backend=ram", test, &memory.to_string())
+    }
+
+    fn qemu_as(&self, machine: &str, test: &str, memory: &str) -> Command {
         let mut command = Command::new(QEMU);
         command
             // A KVM inside of another one may list bits of ARCH_CAPABILITIES that it refuses to set.
             .args(["-accel", "kvm", "-cpu", "host,arch-capabilities=off"])
             .args(["-nodefaults", "-no-user-config", "-display", "none"])
-            .args(["-M", "microvm,isa-serial=on,memory-backend=ram", "-m", RAM])
-            .args(["-object", &format!("memory-backend-memfd,id=ram,size={RAM}M")])
+            .args(["-M", machine, "-m", memory])
+            .args(["-object", &format!("memory-backend-memfd,id=ram,size={memory}M,share=on")])
             .args([OsStr::new("-kernel"), self.dir().join("guest.elf").as_os_str()])
             .args(["-serial", "stdio", "-append"])
             .arg(format!("test={test}"));

@@ -4,8 +4,10 @@
 //! that misses its goal is printed as such and is no error; one that cannot be measured is.
 
 mod bus;
+mod disk;
 mod host;
 mod jail;
+mod machine;
 mod memory;
 mod passed;
 mod qmp;
@@ -27,7 +29,7 @@ const USAGE: &str = "usage: bulkhead-bench [FIGURE...]";
 /// A figure: its name, what it is, and what measures and prints it.
 type Figure = (&'static str, &'static str, fn(&Host) -> Result<()>);
 
-const FIGURES: [Figure; 9] = [
+const FIGURES: [Figure; 10] = [
     (
         "start",
         "from exec to the first serial byte of the native guest, the whole VM in its jails",
@@ -43,6 +45,7 @@ const FIGURES: [Figure; 9] = [
     ("passed", "descriptors that a client passes: add-fd, then remove-fd", passed::run),
     ("restart", "from kill -9 of a compartment until the next one serves", restart::run),
     ("bus", "round trip of an access that the console answers", bus::run),
+    ("disk", "virtio-blk: random reads of 4 KiB by the native guest, the host's cache warm", disk::run),
     ("size", "lines of code, and system calls that the jail allows", size::run),
     ("units", "exposure of the systemd units, as systemd-analyze judges it offline", units::run),
 ];

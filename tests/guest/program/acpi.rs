@@ -136,8 +136,9 @@ impl Fixed {
 
     /// Memory windows of the PCI host bridge as `(first, end)`: below 4 GiB, above.
     pub fn pci_windows(&self) -> Option<[(u64, u64); 2]> {
-        // The compressed id PNP0A08; then DWord and QWord address space descriptors of type memory.
-        let bridge = &self.dsdt[find(self.dsdt, &[0x41, 0xd0, 0x0a, 0x08])?..];
+        // The id PNP0A08, compressed or (in QEMU) as text; then DWord and QWord address space descriptors of type memory.
+        let ids: [&[u8]; 2] = [&[0x41, 0xd0, 0x0a, 0x08], b"PNP0A08\0"];
+        let bridge = &self.dsdt[ids.iter().find_map(|id| find(self.dsdt, id))?..];
         let largest = |tag: &[u8], size: usize| {
             let places = (0..bridge.len()).filter(|&at| bridge[at..].starts_with(tag));
             let window = |at: usize| {
@@ -146,6 +147,13 @@ impl Fixed {
             places.map(window).max_by_key(|(first, end)| end.saturating_sub(*first))
         };
         Some([largest(&[0x87, 23, 0, 0], 4)?, largest(&[0x8a, 43, 0, 0], 8)?])
+    }
+
+    /// As [`Tables::ecam`], by the bridge's `_CBA`: QEMU's microvm has that in place of an MCFG.
+    pub fn ecam(&self) -> Option<(u64, u8)> {
+        // Flags of the method, a return, a DWord.
+        let base = find(self.dsdt, b"_CBA")? + 4;
+        self.dsdt.get(base..)?.starts_with(&[0, 0xa4, 0x0c]).then(|| (number(self.dsdt, base + 3, 4), 255))
     }
 
     /// GSI of the generic event device, from its extended interrupt descriptor.

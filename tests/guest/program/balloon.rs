@@ -8,9 +8,9 @@ use crate::virtio::{Device, Queue};
 use crate::{boot, dma, println, trap};
 
 /// Type of the device.
-const KIND: u16 = 5;
+pub const KIND: u16 = 5;
 /// Page numbers in a buffer, as Linux's driver has them.
-const NUMBERS: u64 = 256;
+pub const NUMBERS: u64 = 256;
 const PAGE: u64 = 4096;
 /// Where the pages begin that are given: behind everything that this program uses.
 const FLOOR: u64 = 64 << 20;

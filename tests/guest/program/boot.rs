@@ -252,7 +252,10 @@ static SPARE_DIRECTORIES: [PageTable; SPARE] =
     [const { PageTable([const { AtomicU64::new(0) }; 512]) }; SPARE];
 static SPARE_USED: AtomicU16 = AtomicU16::new(0);
 
-/// Maps the GiB around `address` (below 512 GiB) to itself. False when no table is left for it.
+/// End of the addresses that can be mapped.
+pub const REACH: u64 = 512 << 30;
+
+/// Maps the GiB around `address` (below [`REACH`]) to itself. False when no table is left for it.
 pub fn map(address: u64) -> bool {
     let gib = (address >> 30) as usize;
     // SAFETY: a page of the image, touched by atomics only.

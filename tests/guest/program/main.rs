@@ -6,6 +6,7 @@
 mod acpi;
 mod apic;
 mod balloon;
+mod bench;
 mod blk;
 mod boot;
 mod chipset;
@@ -55,6 +56,9 @@ const TESTS: &[(&str, Test)] = &[
     ("bench-pio", io::bench_ports),
     ("bench-mmio", io::bench_mmio),
     ("bench-link", io::bench_link),
+    ("bench-blk", bench::disk),
+    ("bench-pci", bench::bus),
+    ("bench-balloon", bench::balloon),
     ("pci-list", pci::list),
     ("config-read", pci::config_read),
     ("blk-verify", blk::verify),

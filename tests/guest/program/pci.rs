@@ -174,17 +174,26 @@ pub struct Bus {
     count: usize,
     room: Room,
     next_bus: u8,
+    /// Below a port only device 0 is looked for.
+    links: bool,
 }
 
 impl Bus {
     /// Enumerates everything and gives every BAR an address and every bridge its buses and windows.
     pub fn enumerate(info: &StartInfo) -> Option<Self> {
+        Self::enumerate_as(info, false)
+    }
+
+    /// The same; with `links` below a port only device 0 is looked for, as Linux does.
+    pub fn enumerate_as(info: &StartInfo, links: bool) -> Option<Self> {
         let tables = Tables::find(info.rsdp)?;
-        let (ecam, _) = tables.ecam()?;
+        let (ecam, _) = tables.ecam().or_else(|| tables.fixed()?.ecam())?;
         ECAM.store(ecam, Ordering::Relaxed);
         let [low, high] = tables.fixed()?.pci_windows()?;
+        // QEMU's may be out of this program's reach.
+        let high = if high.1 <= boot::REACH { high } else { (0, 0) };
         let room = Room { next: [low.0, high.0], end: [low.1, high.1] };
-        let mut bus = Self { functions: [Function(0); MOST], count: 0, room, next_bus: 1 };
+        let mut bus = Self { functions: [Function(0); MOST], count: 0, room, next_bus: 1, links };
         bus.walk(0);
         Some(bus)
     }
@@ -195,7 +204,8 @@ impl Bus {
     }
 
     fn walk(&mut self, number: u8) {
-        for device in 0..32 {
+        let devices = if self.links && number > 0 { 1 } else { 32 };
+        for device in 0..devices {
             let first = Function(u16::from(number) << 8 | device << 3);
             if !first.exists() {
                 continue;
@@ -220,7 +230,7 @@ impl Bus {
         while index < function.bar_count() {
             let bar = function.bar(index);
             if bar.size > 0 {
-                let high = usize::from(bar.wide && bar.prefetch);
+                let high = usize::from(bar.wide && bar.prefetch && self.room.end[1] > 0);
                 match self.room.take(high, bar.size) {
                     Some(address) => function.set_bar(index, address),
                     None => println!("no room for BAR {index} of {function}"),

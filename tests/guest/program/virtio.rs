@@ -19,6 +19,8 @@ pub const FEATURES_OK: u8 = 8;
 pub const NEEDS_RESET: u8 = 64;
 /// Feature: the interface is that of virtio 1.
 pub const VERSION_1: u64 = 1 << 32;
+/// Feature: each side says by an index when it wants to be told.
+pub const EVENT_IDX: u64 = 1 << 29;
 
 /// Offsets in the common configuration (virtio 1.2, 4.1.4.3).
 pub mod common {
@@ -177,6 +179,7 @@ pub struct Queue {
     pub used: u64,
     bell: u64,
     next: u16,
+    told: u16,
     seen: u16,
     size: u16,
     vector: u8,
@@ -186,9 +189,14 @@ pub struct Queue {
 impl Queue {
     /// Makes ring `index` and tells the device; its vector is `index`, too.
     pub fn new(device: &Device, index: u16) -> Self {
-        let (desc, avail, used) = (dma::pages(16 * u64::from(SIZE)), dma::pages(0x1000), dma::pages(0x1000));
+        Self::sized(device, index, SIZE)
+    }
+
+    /// The same of at most `most` descriptors, which are 256 or less.
+    pub fn sized(device: &Device, index: u16, most: u16) -> Self {
+        let (desc, avail, used) = (dma::pages(16 * u64::from(most)), dma::pages(0x1000), dma::pages(0x1000));
         device.set(common::QUEUE_SELECT, index);
-        let size = device.get::<u16>(common::QUEUE_SIZE).min(SIZE);
+        let size = device.get::<u16>(common::QUEUE_SIZE).min(most);
         assert!(size > 0, "the device has no such ring");
         device.set(common::QUEUE_SIZE, size);
         let vector = (index % u16::from(trap::MSI_COUNT)) as u8;
@@ -202,7 +210,7 @@ impl Queue {
         let off = u64::from(device.get::<u16>(common::QUEUE_NOTIFY_OFF));
         let bell = device.notify.0 + off * device.notify.1;
         let counter = trap::msi_counter(vector);
-        Self { index, desc, avail, used, bell, next: 0, seen: 0, size, vector, counter }
+        Self { index, desc, avail, used, bell, next: 0, told: 0, seen: 0, size, vector, counter }
     }
 
     /// Writes a descriptor.
@@ -231,6 +239,30 @@ impl Queue {
     /// Rings the doorbell.
     pub fn kick(&self) {
         write(self.bell, self.index);
+    }
+
+    /// With [`EVENT_IDX`]: rings the doorbell if the device wants to hear of what was offered since the last time.
+    pub fn kick_if_wanted(&mut self) {
+        let (old, new) = (core::mem::replace(&mut self.told, self.next), self.next);
+        let event: u16 = read(self.used + 4 + 8 * u64::from(self.size));
+        if new.wrapping_sub(event).wrapping_sub(1) < new.wrapping_sub(old) {
+            self.kick();
+        }
+    }
+
+    /// With [`EVENT_IDX`]: as [`Queue::wait`]; an interrupt comes only when there is nothing to take.
+    pub fn wait_for_event(&mut self) -> (u16, u32) {
+        loop {
+            let interrupts = self.counter.load(Ordering::SeqCst);
+            if let Some(found) = self.take() {
+                return found;
+            }
+            write(self.avail + 4 + 2 * u64::from(self.size), self.seen);
+            if let Some(found) = self.take() {
+                return found;
+            }
+            trap::wait(self.counter, interrupts);
+        }
     }
 
     /// The device's own index.
