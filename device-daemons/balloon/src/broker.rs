@@ -1,5 +1,6 @@
 //! The link to the broker and the opener's, which brings another one when the broker was started anew.
 
+use std::collections::VecDeque;
 use std::os::fd::OwnedFd;
 
 use bulkhead_control_api::VERSION;
@@ -12,6 +13,8 @@ use nix::errno::Errno;
 use nix::sys::epoll::{Epoll, EpollEvent, EpollFlags};
 use nix::sys::socket::MsgFlags;
 
+/// Answers that the broker has not read: it asks for one thing at a time.
+const MAX_WAITING: usize = 16;
 /// What the event loop calls the broker's link.
 pub const BROKER: u64 = 1;
 /// What it calls the opener's.
@@ -30,6 +33,10 @@ enum Peer {
 pub struct Broker {
     peer: Peer,
     opener: Option<Link>,
+    /// What it has no room for now: answers, and the last change. The guest makes changes faster than it reads.
+    waiting: VecDeque<FromBalloon>,
+    /// The event loop waits for room.
+    full: bool,
 }
 
 fn permitted(op: &Op) -> bool {
@@ -52,7 +59,7 @@ impl Broker {
         if let Some(link) = &opener {
             epoll.add(link, EpollEvent::new(EpollFlags::EPOLLIN, OPENER))?;
         }
-        let mut this = Self { peer: Peer::Gone, opener };
+        let mut this = Self { peer: Peer::Gone, opener, waiting: VecDeque::new(), full: false };
         this.greet(epoll, broker);
         Ok(this)
     }
@@ -73,6 +80,8 @@ impl Broker {
         if let Peer::Greeting(link) | Peer::Up(link) = std::mem::replace(&mut self.peer, Peer::Gone) {
             let _ = epoll.delete(&link);
         }
+        self.waiting.clear();
+        self.full = false;
     }
 
     /// The opener has something.
@@ -96,6 +105,7 @@ impl Broker {
 
     /// The broker's link has something: a request, perhaps.
     pub fn receive(&mut self, epoll: &Epoll) -> Option<Request> {
+        self.flush(epoll);
         let result = match &mut self.peer {
             Peer::Greeting(link) => link.finish(VERSION, MsgFlags::MSG_DONTWAIT).map(|()| None),
             Peer::Up(link) => link.recv_with::<Request>(MsgFlags::MSG_DONTWAIT).map(Some),
@@ -118,16 +128,46 @@ impl Broker {
         None
     }
 
-    /// Tells the broker, if it is there.
-    pub fn tell(&mut self, epoll: &Epoll, message: &FromBalloon) {
-        let Peer::Up(link) = &self.peer else { return };
-        match link.send_with(message, &[], MsgFlags::MSG_DONTWAIT) {
-            Ok(()) => return,
-            // It does not read.
-            Err(LinkError::WouldBlock) => lost(&LinkError::Malformed),
-            Err(error) => lost(&error),
+    /// Tells the broker, if it is there. Of changes that it has not read the last one counts.
+    pub fn tell(&mut self, epoll: &Epoll, message: FromBalloon) {
+        if !matches!(self.peer, Peer::Up(_)) {
+            return;
         }
-        self.forget(epoll);
+        if matches!(message, FromBalloon::Changed { .. }) {
+            self.waiting.retain(|other| !matches!(other, FromBalloon::Changed { .. }));
+        }
+        self.waiting.push_back(message);
+        if self.waiting.len() > MAX_WAITING {
+            // It asks and does not read.
+            lost(&LinkError::Malformed);
+            return self.forget(epoll);
+        }
+        self.flush(epoll);
+    }
+
+    /// Sends what waits, as far as there is room; the event loop waits for more.
+    fn flush(&mut self, epoll: &Epoll) {
+        let Peer::Up(link) = &self.peer else { return };
+        let mut sent = Ok(());
+        while let Some(message) = self.waiting.front() {
+            sent = link.send_with(message, &[], MsgFlags::MSG_DONTWAIT);
+            if sent.is_err() {
+                break;
+            }
+            self.waiting.pop_front();
+        }
+        let full = matches!(sent, Err(LinkError::WouldBlock));
+        let mut result = if full { Ok(()) } else { sent };
+        if result.is_ok() && full != self.full {
+            let what = if full { EpollFlags::EPOLLIN | EpollFlags::EPOLLOUT } else { EpollFlags::EPOLLIN };
+            let changed = epoll.delete(link).and_then(|()| epoll.add(link, EpollEvent::new(what, BROKER)));
+            result = changed.map_err(LinkError::from);
+            self.full = full;
+        }
+        if let Err(error) = result {
+            lost(&error);
+            self.forget(epoll);
+        }
     }
 }
 

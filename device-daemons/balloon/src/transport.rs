@@ -374,7 +374,7 @@ impl Transport {
     fn on_broker(&mut self) {
         if let Some(request) = self.broker.receive(&self.epoll) {
             let answer = self.answer(request.op);
-            self.broker.tell(&self.epoll, &FromBalloon::Reply { id: request.id, answer });
+            self.broker.tell(&self.epoll, FromBalloon::Reply { id: request.id, answer });
         }
     }
 }
@@ -396,7 +396,7 @@ impl Device for Transport {
         let written = self.balloon.write_config(offset, data);
         self.changed();
         if written == Written::Actual {
-            self.broker.tell(&self.epoll, &FromBalloon::Changed { actual: self.balloon.actual() });
+            self.broker.tell(&self.epoll, FromBalloon::Changed { actual: self.balloon.actual() });
         }
     }
 

@@ -210,6 +210,24 @@ fn the_broker_aims_and_hears_of_changes_over_a_restart() {
     assert_eq!(rig.connect(0).config(0, 4).unwrap(), target);
 }
 
+/// A guest changes its balloon faster than the broker reads.
+#[test]
+fn a_broker_that_is_slow_hears_of_the_last_change() {
+    const CHANGES: u32 = 3000;
+    let mut rig = Rig::new();
+    let mut front_end = rig.connect(!POISON);
+    for actual in 1..=CHANGES {
+        front_end.raw.set_config(4, VhostUserConfigFlags::WRITABLE, &actual.to_le_bytes()).unwrap();
+    }
+    let last = RAM - u64::from(CHANGES) * 4096;
+    let mut heard = 0;
+    while rig.broker.recv::<FromBalloon>().unwrap() != (FromBalloon::Changed { actual: last }) {
+        heard += 1;
+    }
+    assert!(heard < CHANGES, "all of them had room");
+    assert_eq!(rig.ask(Op::Query), Answer::Balloon { actual: last });
+}
+
 #[test]
 fn statistics_come_when_they_are_wanted() {
     let mut rig = Rig::new();
