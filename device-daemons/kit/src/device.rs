@@ -106,6 +106,8 @@ impl Notices {
         let bit = match message {
             ToPci::NeedsReset => NEEDS_RESET,
             ToPci::ConfigChanged => CONFIG_CHANGED,
+            // It is no notice.
+            ToPci::Thread => return,
         };
         self.bits.fetch_or(bit, Ordering::AcqRel);
     }

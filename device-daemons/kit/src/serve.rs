@@ -97,11 +97,13 @@ impl Daemon {
         };
         let errno = |error: std::io::Error| Errno::from_raw(error.raw_os_error().unwrap_or(libc::EIO));
         let worker = worker::spawn(device, iothread, notices.clone());
+        let worker = worker.map_err(errno).map_err(host("queue thread"))?;
+        let side = Side::new(listeners.side, Arc::clone(&worker.named));
         Ok(Self {
             fixed,
-            worker: worker.map_err(errno).map_err(host("queue thread"))?,
+            worker,
             listener: UnixListener::from(listeners.vhost),
-            around: Around { signals, side: Side::new(listeners.side), notices },
+            around: Around { signals, side, notices },
         })
     }
 

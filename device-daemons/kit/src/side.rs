@@ -2,10 +2,13 @@
 
 use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixListener;
+use std::sync::Arc;
 
 use bulkhead_control_api::VERSION;
+use bulkhead_control_api::side::ToPci;
 use bulkhead_jail::link::{Link, LinkError};
 use bulkhead_jail::warn;
+use nix::sys::eventfd::EventFd;
 use nix::sys::socket::MsgFlags;
 
 use crate::device::Notices;
@@ -15,12 +18,14 @@ use crate::device::Notices;
 pub(crate) struct Side {
     listener: UnixListener,
     link: Option<(Link, bool)>,
+    /// Owned by the queue thread.
+    thread: Arc<EventFd>,
 }
 
 impl Side {
-    pub(crate) fn new(listener: OwnedFd) -> Self {
+    pub(crate) fn new(listener: OwnedFd, thread: Arc<EventFd>) -> Self {
         // Of packets, which makes no difference for accepting.
-        Self { listener: UnixListener::from(listener), link: None }
+        Self { listener: UnixListener::from(listener), link: None, thread }
     }
 
     /// What to wait for: the connection, or the next one.
@@ -46,6 +51,8 @@ impl Side {
         match result {
             Ok(()) => {
                 *up = true;
+                // There is room for one message.
+                let _ = link.send_with(&ToPci::Thread, &[self.thread.as_fd()], MsgFlags::MSG_DONTWAIT);
                 self.speak(notices);
             }
             Err(LinkError::WouldBlock) => {}

@@ -9,7 +9,7 @@
 //! kick, and one that came while nobody was here is still seen when the descriptor is added.
 
 use std::io;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd as _, OwnedFd};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Barrier};
@@ -17,6 +17,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use bulkhead_control_api::config::IoThread;
+use bulkhead_jail::owner::name_this_thread;
 use bulkhead_jail::{error, warn};
 use nix::errno::Errno;
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
@@ -82,6 +83,8 @@ pub(crate) struct Handle {
     answers: Receiver<Answer>,
     wake: Arc<EventFd>,
     pending: Arc<AtomicBool>,
+    /// Owned by the queue thread.
+    pub(crate) named: Arc<EventFd>,
 }
 
 impl Handle {
@@ -128,16 +131,22 @@ pub(crate) fn spawn(device: Box<dyn Device>, iothread: &IoThread, notices: Notic
     };
     worker.watch()?;
     let begun = Arc::new(Barrier::new(2));
+    let named = Arc::new(EventFd::from_flags(EfdFlags::EFD_CLOEXEC)?);
+    let name_there = Arc::clone(&named);
     let here = Arc::clone(&begun);
     let name = if iothread.id.is_empty() { NAME } else { &iothread.id };
     thread::Builder::new().name(name.replace('\0', "?")).stack_size(STACK).spawn(move || {
+        // Without it the thread has no id for others, and works all the same.
+        if let Err(errno) = name_this_thread(name_there.as_fd()) {
+            warn!("queue thread: {errno}");
+        }
         here.wait();
         let Err(errno) = worker.run();
         error!("queue thread: {errno}");
         std::process::exit(1);
     })?;
     begun.wait();
-    Ok(Handle { commands, answers, wake, pending })
+    Ok(Handle { commands, answers, wake, pending, named })
 }
 
 struct Worker {

@@ -1,7 +1,8 @@
 //! The link to the broker: what it asks, and the events for it.
 
 use std::collections::VecDeque;
-use std::os::fd::{AsFd as _, OwnedFd};
+use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
+use std::rc::Rc;
 use std::time::{Duration, Instant};
 
 use bulkhead_control_api::VERSION;
@@ -45,13 +46,16 @@ pub struct Adding {
     pub deadline: Instant,
 }
 
+/// What is said, and the descriptor that comes with it.
+type Message = (FromPci, Option<Rc<OwnedFd>>);
+
 /// The broker.
 #[derive(Debug)]
 pub struct Broker {
     peer: Peer,
     /// Counts brokers.
     number: u32,
-    waiting: VecDeque<FromPci>,
+    waiting: VecDeque<Message>,
     /// Devices that are being added.
     pub adding: Vec<Adding>,
 }
@@ -91,7 +95,7 @@ impl Broker {
     fn forget(&mut self) {
         self.peer = Peer::Gone;
         self.number = self.number.wrapping_add(1);
-        self.waiting.retain(|message| matches!(message, FromPci::Event(_)));
+        self.waiting.retain(|(message, _)| matches!(message, FromPci::Event(_)));
     }
 
     /// Adds the link's descriptor to what is watched.
@@ -134,6 +138,7 @@ impl Broker {
             Ok(Some((request, fds))) => {
                 let name = match &request.op {
                     Op::Functions { .. } => "functions",
+                    Op::Thread { .. } => "thread",
                     Op::Add(_) => "add",
                     Op::Remove { .. } => "remove",
                 };
@@ -152,6 +157,11 @@ impl Broker {
     fn answer(&mut self, machine: &mut Machine, request: Request, now: Instant) -> Result<(), MachineError> {
         let result = match request.op {
             Op::Functions { from } => Ok(listing::functions(&machine.bus, from)),
+            Op::Thread { socket } => {
+                let thread = machine.bus.thread(&socket);
+                self.reply_with(request.id, Ok(Answer::Thread), thread);
+                return Ok(());
+            }
             Op::Remove { id } => machine.bus.unplug(&id, now).map(|()| Answer::Done),
             Op::Add(device) => match add(machine, &device) {
                 Ok(index) => {
@@ -171,8 +181,12 @@ impl Broker {
     }
 
     fn reply(&mut self, id: u32, result: Result<Answer, Refusal>) {
+        self.reply_with(id, result, None);
+    }
+
+    fn reply_with(&mut self, id: u32, result: Result<Answer, Refusal>, fd: Option<Rc<OwnedFd>>) {
         if matches!(self.peer, Peer::Up(_)) {
-            self.put(FromPci::Reply { id, result: result.map_err(fitting) });
+            self.put((FromPci::Reply { id, result: result.map_err(fitting) }, fd));
         }
     }
 
@@ -185,10 +199,10 @@ impl Broker {
 
     /// Tells of an event.
     pub fn tell(&mut self, event: Event) {
-        self.put(FromPci::Event(event));
+        self.put((FromPci::Event(event), None));
     }
 
-    fn put(&mut self, message: FromPci) {
+    fn put(&mut self, message: Message) {
         self.waiting.push_back(message);
         self.flush();
         if self.waiting.len() > MAX_WAITING {
@@ -202,7 +216,9 @@ impl Broker {
 
     fn flush(&mut self) {
         while let (Peer::Up(link), Some(message)) = (&self.peer, self.waiting.front()) {
-            match link.send_with(message, &[], MsgFlags::MSG_DONTWAIT) {
+            let (message, fd) = message;
+            let fds: Vec<BorrowedFd<'_>> = fd.iter().map(|fd| fd.as_fd()).collect();
+            match link.send_with(message, &fds, MsgFlags::MSG_DONTWAIT) {
                 Ok(()) => drop(self.waiting.pop_front()),
                 Err(LinkError::WouldBlock) => return,
                 Err(error) => {

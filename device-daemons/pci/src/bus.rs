@@ -11,6 +11,7 @@ use std::time::{Duration, Instant};
 use bulkhead_bus_api::pci::{Change, MAX_BELLS, MAX_VECTORS};
 use bulkhead_bus_api::platform::{ECAM, PCI_MEM32, Range, pci_mem64};
 use bulkhead_bus_api::{Access, Op, Space as Addresses};
+use bulkhead_control_api::config::PciKind;
 use bulkhead_control_api::pci::{Event, Refusal};
 use bulkhead_jail::warn;
 
@@ -520,6 +521,14 @@ impl Bus {
             slot.set_present(&mut function.space, true);
             self.check_edge(port);
         }
+    }
+
+    /// What the queue thread of a daemon of ours owns, by the name that the opener knows it by.
+    #[must_use]
+    pub fn thread(&self, socket: &str) -> Option<Rc<OwnedFd>> {
+        let is_its = |kind: &PciKind| matches!(kind, PciKind::Virtio(virtio) if virtio.socket == socket);
+        let (_, function) = self.functions().find(|(_, function)| is_its(&function.config.kind))?;
+        function.device_ref()?.thread()
     }
 
     /// Asks the guest to give up a device.

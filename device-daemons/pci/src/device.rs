@@ -117,6 +117,10 @@ pub trait Device: Backed {
     fn bars(&self) -> Vec<Bar>;
     /// Its MSI-X structures.
     fn msix(&self) -> Option<Msix>;
+    /// A descriptor that the queue thread of its daemon owns, if the daemon is one of ours and there.
+    fn thread(&self) -> Option<Rc<OwnedFd>> {
+        None
+    }
     /// Its capabilities in order. Their offsets are told by [`Device::placed`].
     fn capabilities(&self) -> Vec<Capability>;
     /// Where in configuration space its capabilities are, in the order of [`Device::capabilities`].

@@ -249,6 +249,10 @@ fn check(config: &Virtio) -> Result<(), String> {
 }
 
 impl Device for VirtioPci {
+    fn thread(&self) -> Option<Rc<OwnedFd>> {
+        self.side.as_ref().and_then(|side| side.thread.clone())
+    }
+
     fn identity(&self) -> Identity {
         Identity {
             vendor: 0x1af4,

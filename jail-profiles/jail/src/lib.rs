@@ -8,6 +8,7 @@ pub mod alarm;
 pub mod keeper;
 pub mod link;
 pub mod log;
+pub mod owner;
 pub mod pace;
 mod sandbox;
 pub mod start;

@@ -148,7 +148,7 @@ pub fn plan(options: &Options) -> Result<Plan, Error> {
             chardevs: devices.all.iter().filter(|d| d.owner == Owner::Console).map(Device::config).collect(),
             serial: serial.map(|device| device.id),
         },
-        broker: broker(options, life, monitors, &devices),
+        broker: broker(options, life, monitors, (&devices, &bus)),
         terminal: devices.terminal(),
         opens: opens(options, &devices, behind),
         bus,
@@ -174,7 +174,7 @@ fn broker(
     options: &Options,
     life: u64,
     monitors: Vec<config::Monitor>,
-    devices: &Chardevs,
+    (devices, bus): (&Chardevs, &Bus),
 ) -> config::Broker {
     let member = |(number, option): (usize, &At<AddFd>)| {
         let AddFd { set, opaque, .. } = option.value.clone();
@@ -195,7 +195,7 @@ fn broker(
         preconfig: options.preconfig,
         options: table::groups(),
         back_ends: devices.all.iter().filter(|d| d.owner == Owner::Pci).map(Device::config).collect(),
-        iothreads: options.iothreads.iter().map(|thread| pci::io_thread(&thread.value)).collect(),
+        iothreads: options.iothreads.iter().map(|thread| bus.io_thread(&thread.value)).collect(),
     }
 }
 

@@ -107,6 +107,7 @@ pub fn begin(call: Call, known: &Known<'_>, mode: &mut Mode) -> Step {
         Handler::QomSet => with(call.args, |args| Step::Devices(devices::Op::QomSet(args))),
         Handler::ObjectAdd => Step::Devices(devices::Op::ObjectAdd(call.args)),
         Handler::ObjectDel => with(call.args, |args| Step::Devices(devices::Op::ObjectDel(args))),
+        Handler::QueryIothreads => Step::Devices(devices::Op::IoThreads),
         Handler::ChardevAdd => Step::Devices(devices::Op::ChardevAdd(call.args)),
         Handler::ChardevChange => Step::Devices(devices::Op::ChardevChange(call.args)),
         Handler::ChardevRemove => with(call.args, |args| Step::Devices(devices::Op::ChardevRemove(args))),
@@ -179,6 +180,7 @@ fn answer(query: Handler, known: &Known<'_>) -> Reply {
         | Handler::QomSet
         | Handler::ObjectAdd
         | Handler::ObjectDel
+        | Handler::QueryIothreads
         | Handler::ChardevAdd
         | Handler::ChardevChange
         | Handler::ChardevRemove

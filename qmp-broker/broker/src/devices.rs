@@ -21,6 +21,7 @@ pub enum Op {
     Pci,
     QueryBalloon,
     Balloon(BalloonArg),
+    IoThreads,
     DeviceAdd(Map<String, Value>),
     DeviceDel(DeviceDelArg),
     QomList(QomListArg),
@@ -53,6 +54,7 @@ impl Op {
             Self::Pci
             | Self::QueryBalloon
             | Self::Balloon(_)
+            | Self::IoThreads
             | Self::DeviceDel(_)
             | Self::QomList(_)
             | Self::QomGet(_)
@@ -72,6 +74,7 @@ impl Hub {
             Op::Pci => self.query_pci().await,
             Op::QueryBalloon => self.query_balloon().await,
             Op::Balloon(args) => self.set_balloon(args).await,
+            Op::IoThreads => self.query_iothreads().await,
             Op::DeviceAdd(args) => self.device_add(args).await,
             Op::DeviceDel(args) => self.device_del(args).await,
             Op::QomList(args) => self.qom_list(args).await,

@@ -2,6 +2,7 @@
 
 use std::cell::{Cell, RefCell};
 use std::collections::BTreeMap;
+use std::os::fd::OwnedFd;
 use std::rc::Rc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
@@ -57,7 +58,7 @@ pub struct Hub {
     /// Link to the console.
     pub console: Peer<console::Answer>,
     /// Link to pci.
-    pub pci: Peer<Result<pci::Answer, pci::Refusal>>,
+    pub pci: Peer<(Result<pci::Answer, pci::Refusal>, Option<OwnedFd>)>,
     /// Link to the balloon.
     pub balloon: Peer<balloon::Answer>,
     /// `BALLOON_CHANGE` is not sent more often than QEMU does.

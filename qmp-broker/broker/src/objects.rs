@@ -84,7 +84,7 @@ fn memory(id: String, properties: Map<String, Value>) -> Result<Memory, Error> {
 impl Hub {
     fn has_object(&self, id: &str) -> bool {
         self.store.registry.borrow().memory.iter().any(|memory| memory.id == id)
-            || self.config.iothreads.iter().any(|thread| thread.id == id)
+            || self.config.iothreads.iter().any(|own| own.thread.id == id)
     }
 
     pub(crate) async fn object_add(&self, args: Map<String, Value>) -> Reply {
@@ -123,7 +123,7 @@ impl Hub {
         if !self.has_object(&id) {
             return Err(Error::generic(format!("object '{id}' not found")));
         }
-        if self.config.iothreads.iter().any(|thread| thread.id == id) {
+        if self.config.iothreads.iter().any(|own| own.thread.id == id) {
             return Err(Error::generic(format!("object '{id}' is in use, can not be deleted")));
         }
         self.store.registry.borrow_mut().memory.retain(|memory| memory.id != id);

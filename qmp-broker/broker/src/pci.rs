@@ -1,11 +1,16 @@
 //! What is on the PCI bus, as pci tells it and as QEMU shows it.
 
+use std::os::fd::{AsFd as _, OwnedFd};
+
+use bulkhead_control_api::config::BrokerIoThread;
 use bulkhead_control_api::pci::{Answer, Bridge, Function, MAX_FUNCTIONS, Op, Refusal, Region, Request};
+use bulkhead_jail::owner::thread_named_by;
 use bulkhead_qapi::Error;
 use bulkhead_qapi::types::pci::{
     PciBridgeInfo, PciBusInfo, PciDeviceClass, PciDeviceId, PciDeviceInfo, PciDevices, PciInfo,
     PciMemoryRange, PciMemoryRegion,
 };
+use bulkhead_qapi::types::qom::IOThreadInfo;
 
 use crate::commands::{Reply, reply};
 use crate::hub::{Hub, away};
@@ -129,7 +134,32 @@ fn info(functions: &[Function]) -> Vec<PciInfo> {
 impl Hub {
     /// Asks pci.
     pub(crate) async fn ask_pci(&self, op: Op) -> Result<Result<Answer, Refusal>, Error> {
+        Ok(self.ask_pci_for(op).await?.0)
+    }
+
+    /// Asks pci for a descriptor, too.
+    async fn ask_pci_for(&self, op: Op) -> Result<(Result<Answer, Refusal>, Option<OwnedFd>), Error> {
         self.pci.ask(|id| Request { id, op }).await.map_err(|error| away("The PCI bus", error))
+    }
+
+    /// `query-iothreads`: the threads that there are, one for each id.
+    pub(crate) async fn query_iothreads(&self) -> Reply {
+        let mut all = Vec::new();
+        for BrokerIoThread { thread, socket } in &self.config.iothreads {
+            let Some(socket) = socket.clone() else { continue };
+            let (Ok(Answer::Thread), fd) = self.ask_pci_for(Op::Thread { socket }).await? else {
+                return Err(unexpected());
+            };
+            let Some(host) = fd.and_then(|fd| thread_named_by(fd.as_fd())) else { continue };
+            all.push(IOThreadInfo {
+                id: thread.id.clone(),
+                thread_id: host.into(),
+                poll_max_ns: int(thread.poll_max_ns),
+                poll_grow: int(thread.poll_grow),
+                poll_shrink: int(thread.poll_shrink),
+            });
+        }
+        reply(all)
     }
 
     /// All functions; none in a machine without a bus.

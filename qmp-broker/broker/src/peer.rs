@@ -46,6 +46,17 @@ impl Link {
     /// # Errors
     /// See [`LinkError`].
     pub async fn receive<T: DeserializeOwned>(&self) -> Result<T, LinkError> {
+        match self.receive_with().await? {
+            (message, None) => Ok(message),
+            (_, Some(_)) => Err(LinkError::Malformed),
+        }
+    }
+
+    /// Receives a message and the one descriptor that may come with it.
+    ///
+    /// # Errors
+    /// See [`LinkError`].
+    pub async fn receive_with<T: DeserializeOwned>(&self) -> Result<(T, Option<OwnedFd>), LinkError> {
         loop {
             // A peer that never stops sending must not keep everybody else from their turn.
             consume_budget().await;
@@ -60,7 +71,10 @@ impl Link {
             };
             return match buffer.get(..length) {
                 Some([]) => Err(LinkError::Closed),
-                Some(bytes) if fds.is_empty() => decode(bytes).map_err(|_| LinkError::Malformed),
+                Some(bytes) if fds.len() <= 1 => {
+                    let message = decode(bytes).map_err(|_| LinkError::Malformed)?;
+                    Ok((message, fds.into_iter().next()))
+                }
                 _ => Err(LinkError::Malformed),
             };
         }

@@ -1,9 +1,11 @@
 //! `device_add`, `device_del`, and what pci tells of devices.
 
+use std::os::fd::OwnedFd;
 use std::rc::Rc;
 
 use bulkhead_control_api::config::{PciDevice, PciKind, PciPlace};
 use bulkhead_control_api::pci::{Event, FromPci, Function, Op, Refusal};
+use bulkhead_jail::link::LinkError;
 use bulkhead_qapi::types::qdev::{
     DeviceBackEndData, DeviceDelArg, DeviceDeletedData, DeviceUnplugRefusedData,
 };
@@ -211,10 +213,18 @@ impl Hub {
     }
 
     /// What pci says.
-    pub(crate) fn pci_message(self: &Rc<Self>, message: FromPci) {
-        let event = match message {
-            FromPci::Reply { id, result } => return self.pci.answer(id, result),
-            FromPci::Event(event) => event,
+    pub(crate) fn pci_message(
+        self: &Rc<Self>,
+        message: FromPci,
+        fd: Option<OwnedFd>,
+    ) -> Result<(), LinkError> {
+        let event = match (message, fd) {
+            (FromPci::Reply { id, result }, fd) => {
+                self.pci.answer(id, (result, fd));
+                return Ok(());
+            }
+            (FromPci::Event(event), None) => event,
+            (FromPci::Event(_), Some(_)) => return Err(LinkError::Malformed),
         };
         let (event, data) = match event {
             Event::Deleted { id } => {
@@ -233,6 +243,7 @@ impl Hub {
             }
         };
         self.emit(event, data.ok());
+        Ok(())
     }
 }
 

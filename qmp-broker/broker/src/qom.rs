@@ -7,6 +7,7 @@
 //! ```
 
 use bulkhead_control_api::balloon::{Answer, Op, Stats};
+use bulkhead_control_api::config::BrokerIoThread;
 use bulkhead_control_api::pci::Function;
 use bulkhead_qapi::Error;
 use bulkhead_qapi::types::char::ChardevInfo;
@@ -232,7 +233,7 @@ impl Hub {
         }
         let mut anonymous = 0;
         (0..functions.len()).for_each(|index| tree.push_device(index, functions, &mut anonymous));
-        for thread in &self.config.iothreads {
+        for BrokerIoThread { thread, .. } in &self.config.iothreads {
             tree.0.push(
                 Node::new(&["objects", &thread.id], THREAD)
                     .with("poll-max-ns", "int", thread.poll_max_ns)

@@ -140,14 +140,17 @@ async fn follow_core(hub: &Hub, link: &Link) -> LinkError {
     }
 }
 
+/// Takes a message.
+type Take<M> = fn(&Rc<Hub>, M, Option<OwnedFd>) -> Result<(), LinkError>;
+
 /// A peer that connects to the broker, and what its messages do.
 struct Caller<M, A> {
     /// What the log calls it.
     name: &'static str,
     /// The peer.
     peer: fn(&Hub) -> &Peer<A>,
-    /// Takes a message.
-    take: fn(&Rc<Hub>, M),
+    /// Takes a message and the descriptor that came with it; an error ends the link.
+    take: Take<M>,
 }
 
 /// Accepts a peer, again after each time it is gone.
@@ -163,9 +166,12 @@ async fn accept_loop<M: DeserializeOwned, A>(hub: Rc<Hub>, listener: AsyncFd<Own
                 let link = Rc::new(link);
                 peer(&hub).attach(Rc::clone(&link));
                 let error = loop {
-                    match link.receive().await {
-                        Ok(message) => take(&hub, message),
-                        Err(error) => break error,
+                    let taken = match link.receive_with().await {
+                        Ok((message, fd)) => take(&hub, message, fd),
+                        Err(error) => Err(error),
+                    };
+                    if let Err(error) = taken {
+                        break error;
                     }
                 };
                 peer(&hub).detach();
@@ -181,15 +187,30 @@ async fn accept_loop<M: DeserializeOwned, A>(hub: Rc<Hub>, listener: AsyncFd<Own
     }
 }
 
+/// Only pci sends descriptors.
+fn without(fd: Option<&OwnedFd>) -> Result<(), LinkError> {
+    if fd.is_some() { Err(LinkError::Malformed) } else { Ok(()) }
+}
+
 /// Begins to wait for the peers that connect. One without a listener is not of this machine.
 fn accept_peers(hub: &Rc<Hub>, callers: Callers) {
     let console = Caller {
         name: "the console",
         peer: |hub| &hub.console,
-        take: |hub, console::Reply { id, answer }| hub.console.answer(id, answer),
+        take: |hub, console::Reply { id, answer }, fd| {
+            hub.console.answer(id, answer);
+            without(fd.as_ref())
+        },
     };
     let pci = Caller { name: "pci", peer: |hub| &hub.pci, take: Hub::pci_message };
-    let balloon = Caller { name: "the balloon", peer: |hub| &hub.balloon, take: Hub::balloon_message };
+    let balloon = Caller {
+        name: "the balloon",
+        peer: |hub| &hub.balloon,
+        take: |hub, message, fd| {
+            hub.balloon_message(message);
+            without(fd.as_ref())
+        },
+    };
     hub.console.set_exists();
     spawn_local(accept_loop(Rc::clone(hub), callers.console, console));
     if let Some(listener) = callers.pci {

@@ -77,6 +77,7 @@ pub enum Handler {
     QomSet,
     ObjectAdd,
     ObjectDel,
+    QueryIothreads,
     ChardevAdd,
     ChardevChange,
     ChardevRemove,
@@ -281,6 +282,14 @@ pub static COMMANDS: &[Command] = &[
         "Asks the guest to give memory back, or take it.",
     )
     .args(balloon::BalloonArg::DESCRIPTION),
+    Command::new(
+        "query-iothreads",
+        Handler::QueryIothreads,
+        Role::Monitor,
+        "The I/O threads that devices use, with their host threads.",
+    )
+    .returns::<Vec<qom::IOThreadInfo>>()
+    .preconfig(),
     // qdev
     Command::new("device_add", Handler::DeviceAdd, Role::Operator, "Plugs a device in.")
         .args(qdev::DeviceAddArg::DESCRIPTION)

@@ -180,7 +180,7 @@ impl Broker {
             preconfig,
             options: vec![memory_options()],
             back_ends: if devices == Some(true) { vec![back_end()] } else { Vec::new() },
-            iothreads: vec![config::IoThread { id: "io0".to_owned(), ..config::IoThread::default() }],
+            iothreads: vec![io_thread(devices == Some(true))],
             ..config::Broker::default()
         };
         let (ours, theirs) = seqpacket_pair()?;
@@ -235,6 +235,12 @@ impl Broker {
             None => Ok(()),
         }
     }
+}
+
+/// `-object iothread,id=io0`, used by the disk.
+fn io_thread(used: bool) -> config::BrokerIoThread {
+    let thread = config::IoThread { id: "io0".to_owned(), poll_max_ns: 32768, ..config::IoThread::default() };
+    config::BrokerIoThread { thread, socket: used.then(|| "vhost.disk".to_owned()) }
 }
 
 /// `-chardev socket,id=sk,path=/sk`.

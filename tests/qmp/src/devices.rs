@@ -32,6 +32,7 @@ pub fn none() -> Vec<Case> {
     let balloon = |value: Value| execute("balloon", json!({ "value": value }));
     vec![
         Case::new(execute("query-pci", json!({})), [ok(json!([{ "bus": 0, "devices": [host, "..."] }]))]),
+        Case::new(execute("query-iothreads", json!({})), [ok(json!([]))]),
         Case::new(execute("query-balloon", json!({})), [inactive()]),
         Case::new(balloon(1.into()), [inactive()]),
         // Before the size is looked at.
@@ -48,8 +49,30 @@ pub fn none() -> Vec<Case> {
 /// The machine of [`crate::qemu::Qemu::with_devices`] and of [`crate::fake_bus`].
 #[must_use]
 pub fn some() -> Vec<Case> {
-    [bus(), balloon(), human(), adding(), removing(), tree(), values(), setting(), chardevs(), objects()]
-        .concat()
+    [
+        bus(),
+        threads(),
+        balloon(),
+        human(),
+        adding(),
+        removing(),
+        tree(),
+        values(),
+        setting(),
+        chardevs(),
+        objects(),
+    ]
+    .concat()
+}
+
+fn threads() -> Vec<Case> {
+    let thread = json!({
+        "id": "io0", "thread-id": "*", "poll-max-ns": 32768, "poll-grow": 0, "poll-shrink": 0,
+    });
+    vec![
+        Case::new(execute("query-iothreads", json!({})), [ok(json!([thread]))])
+            .qemu72("aio-max-batch came with 6.1", [ok(json!([with(thread, "aio-max-batch", 0.into())]))]),
+    ]
 }
 
 fn bus() -> Vec<Case> {

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use bulkhead_control_api::opener::{FromOpener, ToOpener};
@@ -10,6 +11,7 @@ use bulkhead_control_api::pci::{
 };
 use bulkhead_control_api::{MAX_MESSAGE, VERSION, balloon, config, decode, encode};
 use bulkhead_jail::link::{Link, recv_packet, send_packet};
+use bulkhead_jail::owner::name_this_thread;
 use nix::errno::Errno;
 use nix::sys::socket::MsgFlags;
 use serde::Serialize;
@@ -111,8 +113,13 @@ impl Bus {
     fn serve_pci(&self, fd: OwnedFd) {
         let Ok(mut link) = Link::connect(fd, VERSION) else { return };
         while let Ok(Request { id, op }) = link.recv::<Request>() {
+            let thread = matches!(&op, Op::Thread { socket } if socket == "vhost.disk");
             let result = self.state().act(op);
-            if link.send(&FromPci::Reply { id, result }).is_err() {
+            let reply = FromPci::Reply { id, result };
+            // This thread stands for the daemon's.
+            let named = fd_of_this_thread().filter(|_| thread);
+            let fds: Vec<_> = named.iter().map(AsFd::as_fd).collect();
+            if link.send_with(&reply, &fds, MsgFlags::empty()).is_err() {
                 return;
             }
         }
@@ -220,6 +227,7 @@ impl State {
                 let functions: Vec<_> = rest.by_ref().take(MAX_FUNCTIONS).collect();
                 Ok(Answer::Functions { functions, more: rest.next().is_some() })
             }
+            Op::Thread { .. } => Ok(Answer::Thread),
             Op::Add(device) => {
                 let ports = self.functions.iter().position(|port| port.qdev_id == device.place.bus);
                 let parent = ports.ok_or(Refusal::NoBus)?;
@@ -251,6 +259,12 @@ impl State {
             }
         }
     }
+}
+
+fn fd_of_this_thread() -> Option<OwnedFd> {
+    let (fd, _) = UnixStream::pair().ok()?;
+    name_this_thread(fd.as_fd()).ok()?;
+    Some(fd.into())
 }
 
 fn send<T: Serialize>(fd: Option<&OwnedFd>, message: &T) {

@@ -62,7 +62,7 @@ fn a_vm_answers_as_the_table_says_of_devices() -> Result<()> {
         "pcie-root-port,id=rp0,chassis=1,addr=1",
         "pcie-root-port,id=rp1,chassis=2,addr=2",
         "virtio-balloon-pci,id=b0,addr=3",
-        "virtio-blk-pci,drive=d0,addr=4",
+        "virtio-blk-pci,drive=d0,addr=4,iothread=io0",
     ];
     let vm = Vm::builder().args(["-S", "-m", "64M", "-object", "iothread,id=io0", "-drive", &drive]);
     let vm = devices.iter().fold(vm, |vm, device| vm.args(["-device", device])).start()?;

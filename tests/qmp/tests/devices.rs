@@ -4,8 +4,9 @@ use std::time::{Duration, Instant};
 
 use bulkhead_control_api::config::PciKind;
 use bulkhead_control_api::pci::Event;
-use bulkhead_framework::Result;
+use bulkhead_framework::{Result, Vm};
 use bulkhead_qmp_tests::broker::{Broker, Kind};
+use bulkhead_qmp_tests::vms_run_here;
 use bulkhead_qmp_tests::wire::Wire;
 use serde_json::{Value, json};
 
@@ -227,5 +228,29 @@ fn a_character_device_of_the_command_line_can_be_removed() -> Result<()> {
     let reply = execute(&mut wire, "chardev-add", json!({ "id": "sk", "backend": unix("/other") }))?;
     assert_eq!(reply, json!({ "return": {} }));
     assert_eq!(filename(&mut wire, "sk")?["filename"], "disconnected:unix:/other");
+    Ok(())
+}
+
+/// The id is that of the daemon's thread on the host, whatever namespace it lives in.
+#[test]
+fn an_io_thread_is_a_thread_of_the_host() -> Result<()> {
+    if !vms_run_here() {
+        return Ok(());
+    }
+    let vm = Vm::builder().args(["-S", "-m", "64M", "-object", "iothread,id=io0,poll-max-ns=5"]);
+    let vm =
+        vm.args(["-object", "iothread,id=idle", "-device", "virtio-balloon-pci,iothread=io0"]).start()?;
+    let mut wire = Wire::connect(&vm.dir().join("q.sock"))?;
+    wire.negotiate(false)?;
+    let reply = wire.ask("{'execute': 'query-iothreads'}")?;
+    let threads = reply["return"].as_array().cloned().unwrap_or_default();
+    assert_eq!(threads.len(), 1, "{reply}: one that no device uses does not exist");
+    assert_eq!((&threads[0]["id"], &threads[0]["poll-max-ns"]), (&json!("io0"), &json!(5)));
+    let id = threads[0]["thread-id"].as_i64().ok_or("no id")?;
+    assert_eq!(std::fs::read_to_string(format!("/proc/{id}/comm"))?, "io0\n");
+    let status = std::fs::read_to_string(format!("/proc/{id}/status"))?;
+    let process = status.lines().find_map(|line| line.strip_prefix("Tgid:")).ok_or("no process")?;
+    let name = std::fs::read_to_string(format!("/proc/{}/cmdline", process.trim()))?;
+    assert!(name.contains("bulkhead-balloon"), "{name}");
     Ok(())
 }

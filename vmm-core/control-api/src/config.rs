@@ -233,7 +233,16 @@ pub struct Broker {
     /// Character devices of pci, behind which there are back ends of devices.
     pub back_ends: Vec<Chardev>,
     /// `-object iothread` in the order of the command line.
-    pub iothreads: Vec<IoThread>,
+    pub iothreads: Vec<BrokerIoThread>,
+}
+
+/// An I/O thread as the broker knows it.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct BrokerIoThread {
+    /// Its parameters.
+    pub thread: IoThread,
+    /// What the opener knows the first daemon by whose queues run on it ([`Virtio::socket`]); none while no device uses it.
+    pub socket: Option<String>,
 }
 
 /// Configuration of the pci daemon.

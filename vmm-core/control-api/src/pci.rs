@@ -19,6 +19,11 @@ pub enum Op {
         /// Index of the first one.
         from: u16,
     },
+    /// The queue thread of our own daemon behind a device: [`Answer::Thread`].
+    Thread {
+        /// What the opener knows the daemon by: [`crate::config::Virtio::socket`].
+        socket: String,
+    },
     /// Plug a device: [`Answer::Done`] once its back end has answered and the guest is told of it.
     Add(Box<PciDevice>),
     /// Ask the guest to give up the device of this id ([`Event::Deleted`] follows).
@@ -114,6 +119,8 @@ pub struct Bridge {
 pub enum Answer {
     /// Done, nothing to say.
     Done,
+    /// The attached descriptor's owner is the thread; without one the daemon is away, or has not told.
+    Thread,
     /// At most [`MAX_FUNCTIONS`] of them.
     Functions {
         /// They.

@@ -11,4 +11,6 @@ pub enum ToPci {
     ConfigChanged,
     /// The device cannot go on until the guest resets it (virtio 1.2, 2.1 "Device Status Field").
     NeedsReset,
+    /// The queue thread owns the attached descriptor (`bulkhead-jail`'s `owner`). Said first.
+    Thread,
 }

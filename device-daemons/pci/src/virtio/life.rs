@@ -347,7 +347,7 @@ impl VirtioPci {
                             self.front.read_config();
                         }
                         // It is read when there is a back end, or a second time already.
-                        ToPci::ConfigChanged => {}
+                        ToPci::ConfigChanged | ToPci::Thread => {}
                         ToPci::NeedsReset if self.stage == Stage::Running => {
                             self.needs_reset("its back end says so");
                         }

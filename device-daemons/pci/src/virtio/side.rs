@@ -1,6 +1,7 @@
 //! The side link of a device daemon of ours (`control-api::side`).
 
 use std::os::fd::{AsFd as _, OwnedFd};
+use std::rc::Rc;
 
 use bulkhead_control_api::VERSION;
 use bulkhead_control_api::side::ToPci;
@@ -15,6 +16,8 @@ const TURNS: usize = 16;
 pub struct Side {
     link: Link,
     greeted: bool,
+    /// Owned by the daemon's queue thread.
+    pub thread: Option<Rc<OwnedFd>>,
 }
 
 impl Side {
@@ -23,7 +26,7 @@ impl Side {
     /// # Errors
     /// It is gone.
     pub fn new(fd: OwnedFd) -> Result<Self, LinkError> {
-        Ok(Self { link: Link::begin(fd, VERSION)?, greeted: false })
+        Ok(Self { link: Link::begin(fd, VERSION)?, greeted: false, thread: None })
     }
 
     /// What to wait for.
@@ -39,7 +42,12 @@ impl Side {
         let mut said = Vec::new();
         for _ in 0..TURNS {
             let result = if self.greeted {
-                self.link.recv_with::<ToPci>(MsgFlags::MSG_DONTWAIT).map(|(message, _)| said.push(message))
+                self.link.recv_with::<ToPci>(MsgFlags::MSG_DONTWAIT).map(|(message, fds)| {
+                    if message == ToPci::Thread {
+                        self.thread = fds.into_iter().next().map(Rc::new);
+                    }
+                    said.push(message);
+                })
             } else {
                 self.link.finish(VERSION, MsgFlags::MSG_DONTWAIT).map(|()| self.greeted = true)
             };

@@ -72,7 +72,26 @@ impl Bus {
     }
 }
 
+impl Bus {
+    /// An I/O thread as the broker knows it.
+    pub fn io_thread(&self, thread: &IoThread) -> config::BrokerIoThread {
+        let user = self.daemons.iter().find(|daemon| daemon.thread().id == thread.id);
+        config::BrokerIoThread {
+            thread: io_thread(thread),
+            socket: user.map(|daemon| format!("vhost.{}", daemon.key)),
+        }
+    }
+}
+
 impl Daemon {
+    const fn thread(&self) -> &config::IoThread {
+        match &self.config {
+            DaemonConfig::Block(config) => &config.iothread,
+            DaemonConfig::Net(config) => &config.iothread,
+            DaemonConfig::Balloon(config) => &config.iothread,
+        }
+    }
+
     /// Its process in the topology.
     pub const fn process(&self) -> &'static Process {
         match self.config {
@@ -148,7 +167,7 @@ pub fn bus(
 }
 
 /// An I/O thread as its daemon and the broker know it.
-pub fn io_thread(thread: &IoThread) -> config::IoThread {
+fn io_thread(thread: &IoThread) -> config::IoThread {
     let IoThread { id, poll_max_ns, poll_grow, poll_shrink } = thread.clone();
     config::IoThread { id, poll_max_ns, poll_grow, poll_shrink }
 }

@@ -6,6 +6,7 @@ use bulkhead_qapi::types::control::VersionInfo;
 use bulkhead_qapi::types::machine::CpuInfoFast;
 use bulkhead_qapi::types::misc::{KvmInfo, NameInfo, UuidInfo};
 use bulkhead_qapi::types::pci::{PciBridgeInfo, PciDeviceInfo, PciInfo, PciMemoryRange};
+use bulkhead_qapi::types::qom::IOThreadInfo;
 use bulkhead_qapi::types::run_state::{RunState, StatusInfo};
 use serde::de::DeserializeOwned;
 use serde_json::Value;
@@ -43,6 +44,19 @@ pub fn cpus(value: Value, chosen: i64) -> String {
             format!("{mark} CPU #{}: thread_id={}\n", cpu.cpu_index, cpu.thread_id)
         };
         cpus.iter().map(line).collect()
+    })
+}
+
+/// `info iothreads`.
+pub fn iothreads(value: Value, _: i64) -> String {
+    with(value, |threads: Vec<IOThreadInfo>| {
+        let lines = |thread: &IOThreadInfo| {
+            let IOThreadInfo { id, thread_id, poll_max_ns, poll_grow, poll_shrink } = thread;
+            format!(
+                "{id}:\n  thread_id={thread_id}\n  poll-max-ns={poll_max_ns}\n  poll-grow={poll_grow}\n  poll-shrink={poll_shrink}\n"
+            )
+        };
+        threads.iter().map(lines).collect()
     })
 }
 

@@ -115,6 +115,7 @@ pub static INFO: &[Entry] = &[
     info(&["balloon"], "query-balloon", "how much memory the guest has", show::balloon),
     info(&["chardev"], "query-chardev", "the character devices", show::chardevs),
     info(&["cpus"], "query-cpus-fast", "the vCPUs and their threads", show::cpus),
+    info(&["iothreads"], "query-iothreads", "the I/O threads", show::iothreads),
     info(&["kvm"], "query-kvm", "whether KVM is used", show::kvm),
     info(&["name"], "query-name", "the guest's name", show::name),
     info(&["pci"], "query-pci", "the PCI devices", show::pci),
