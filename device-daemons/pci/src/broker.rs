@@ -158,8 +158,10 @@ impl Broker {
         let result = match request.op {
             Op::Functions { from } => Ok(listing::functions(&machine.bus, from)),
             Op::Thread { socket } => {
-                let thread = machine.bus.thread(&socket);
-                self.reply_with(request.id, Ok(Answer::Thread), thread);
+                match machine.bus.thread(&socket) {
+                    Ok(thread) => self.reply_with(request.id, Ok(Answer::Thread), thread),
+                    Err(refusal) => self.reply(request.id, Err(refusal)),
+                }
                 return Ok(());
             }
             Op::Remove { id } => machine.bus.unplug(&id, now).map(|()| Answer::Done),

@@ -523,12 +523,16 @@ impl Bus {
         }
     }
 
-    /// What the queue thread of a daemon of ours owns, by the name that the opener knows it by.
-    #[must_use]
-    pub fn thread(&self, socket: &str) -> Option<Rc<OwnedFd>> {
+    /// What the queue thread of a daemon of ours owns, by the name that the opener knows it by; none while the daemon is
+    /// away.
+    ///
+    /// # Errors
+    /// [`Refusal::NoDevice`].
+    pub fn thread(&self, socket: &str) -> Result<Option<Rc<OwnedFd>>, Refusal> {
         let is_its = |kind: &PciKind| matches!(kind, PciKind::Virtio(virtio) if virtio.socket == socket);
-        let (_, function) = self.functions().find(|(_, function)| is_its(&function.config.kind))?;
-        function.device_ref()?.thread()
+        let found = self.functions().find(|(_, function)| is_its(&function.config.kind));
+        let (_, function) = found.ok_or(Refusal::NoDevice)?;
+        Ok(function.device_ref().and_then(|device| device.thread()))
     }
 
     /// Asks the guest to give up a device.

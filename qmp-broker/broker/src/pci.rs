@@ -1,6 +1,7 @@
 //! What is on the PCI bus, as pci tells it and as QEMU shows it.
 
 use std::os::fd::{AsFd as _, OwnedFd};
+use std::time::Duration;
 
 use bulkhead_control_api::config::BrokerIoThread;
 use bulkhead_control_api::pci::{Answer, Bridge, Function, MAX_FUNCTIONS, Op, Refusal, Region, Request};
@@ -11,10 +12,15 @@ use bulkhead_qapi::types::pci::{
     PciMemoryRange, PciMemoryRegion,
 };
 use bulkhead_qapi::types::qom::IOThreadInfo;
+use tokio::time::{Instant, sleep};
 
 use crate::commands::{Reply, reply};
 use crate::hub::{Hub, away};
+use crate::peer::NoAnswer;
 
+/// How long a client waits for a daemon that is started anew, and how often pci is asked meanwhile.
+const DAEMON: Duration = Duration::from_secs(5);
+const GLANCE: Duration = Duration::from_millis(20);
 /// The most functions that are believed: 255 of devices, 32 of ports, the host bridge and room to spare.
 const MAX_TOTAL: usize = 512;
 /// The most buses below each other that are shown.
@@ -142,15 +148,32 @@ impl Hub {
         self.pci.ask(|id| Request { id, op }).await.map_err(|error| away("The PCI bus", error))
     }
 
+    /// The host's thread of a daemon, which is waited for if it is started anew; none if its device is gone.
+    async fn host_thread(&self, socket: String) -> Result<Option<u32>, Error> {
+        let end = Instant::now() + DAEMON;
+        loop {
+            match self.ask_pci_for(Op::Thread { socket: socket.clone() }).await? {
+                (Err(Refusal::NoDevice), _) => return Ok(None),
+                (Ok(Answer::Thread), fd) => {
+                    if let Some(host) = fd.and_then(|fd| thread_named_by(fd.as_fd())) {
+                        return Ok(Some(host));
+                    }
+                }
+                _ => return Err(unexpected()),
+            }
+            if Instant::now() >= end {
+                return Err(away("An I/O thread's daemon", NoAnswer::Late(DAEMON)));
+            }
+            sleep(GLANCE).await;
+        }
+    }
+
     /// `query-iothreads`: the threads that there are, one for each id.
     pub(crate) async fn query_iothreads(&self) -> Reply {
         let mut all = Vec::new();
         for BrokerIoThread { thread, socket } in &self.config.iothreads {
             let Some(socket) = socket.clone() else { continue };
-            let (Ok(Answer::Thread), fd) = self.ask_pci_for(Op::Thread { socket }).await? else {
-                return Err(unexpected());
-            };
-            let Some(host) = fd.and_then(|fd| thread_named_by(fd.as_fd())) else { continue };
+            let Some(host) = self.host_thread(socket).await? else { continue };
             all.push(IOThreadInfo {
                 id: thread.id.clone(),
                 thread_id: host.into(),

@@ -19,7 +19,7 @@ pub enum Op {
         /// Index of the first one.
         from: u16,
     },
-    /// The queue thread of our own daemon behind a device: [`Answer::Thread`].
+    /// The queue thread of our own daemon behind a device: [`Answer::Thread`], or [`Refusal::NoDevice`].
     Thread {
         /// What the opener knows the daemon by: [`crate::config::Virtio::socket`].
         socket: String,
