@@ -3,7 +3,7 @@
 use std::collections::VecDeque;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
-use std::sync::atomic::{Ordering, fence};
+use std::sync::atomic::{AtomicBool, Ordering, fence};
 
 use bulkhead_jail::warn;
 use virtio_queue::{Error as QueueError, Queue, QueueOwnedT as _, QueueT as _};
@@ -81,6 +81,8 @@ pub struct Ring {
     new: bool,
     /// It goes on where a predecessor may have given something back and died before it said so.
     unsaid: bool,
+    /// Somebody waits for the queue thread: no request is begun before that.
+    hurry: Arc<AtomicBool>,
     broken: Option<RingError>,
 }
 
@@ -126,6 +128,7 @@ impl Ring {
             asked: used,
             new: next_avail == 0 && used == 0,
             unsaid: next_avail != 0,
+            hurry: Arc::default(),
             broken: None,
         })
     }
@@ -134,6 +137,10 @@ impl Ring {
     #[must_use]
     pub fn memory(&self) -> Arc<Memory> {
         Arc::clone(&self.memory)
+    }
+
+    pub(crate) fn set_hurry(&mut self, hurry: Arc<AtomicBool>) {
+        self.hurry = hurry;
     }
 
     pub(crate) fn set_memory(&mut self, memory: Arc<Memory>) {
@@ -189,9 +196,9 @@ impl Ring {
         Ok(Some(chain))
     }
 
-    /// Takes the next request; none if there is none, or the ring is broken.
+    /// Takes the next request; none if there is none, or the ring is broken, or somebody waits for this thread.
     pub fn pop(&mut self) -> Option<Chain> {
-        if self.broken.is_some() {
+        if self.broken.is_some() || self.hurry.load(Ordering::Relaxed) {
             return None;
         }
         match self.take() {
@@ -307,7 +314,7 @@ impl Ring {
             return false;
         }
         match self.queue.enable_notification(&*self.memory) {
-            Ok(more) => more,
+            Ok(more) => more || !self.owed.is_empty(),
             Err(_) => {
                 self.fail(RingError::Memory);
                 false

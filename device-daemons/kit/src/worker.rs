@@ -88,7 +88,7 @@ pub(crate) struct Handle {
 }
 
 impl Handle {
-    /// Has the queue thread do something, after the requests that it is at; waits for it.
+    /// Has the queue thread do something, after the requests that it is at (it begins no others); waits for it.
     pub(crate) fn ask(&self, command: Command) -> Answer {
         if self.commands.send(command).is_ok() {
             self.pending.store(true, Ordering::Release);
@@ -362,7 +362,8 @@ impl Worker {
         let queue = setup.index;
         self.unwatch(queue);
         match Ring::new(setup, Arc::clone(&self.memory)) {
-            Ok(ring) => {
+            Ok(mut ring) => {
+                ring.set_hurry(Arc::clone(&self.pending));
                 self.rings.insert(queue, ring);
                 self.epoll.add(&kick, edge(EpollFlags::EPOLLIN, queue.into()))?;
                 if let Some(slot) = self.kicks.get_mut(usize::from(queue)) {
