@@ -1,6 +1,7 @@
 //! The cases: each boots its own Debian guest in L1.
 
 mod boot;
+mod ceiling;
 mod power;
 mod restarts;
 mod run_state;
@@ -55,6 +56,12 @@ pub const ALL: &[Case] = &[
         about: "a disk and a balloon in units: made from the machine file, killed, gone with the VM",
         kind: Kind::Systemd,
         run: unit_devices::run,
+    },
+    Case {
+        name: "units-ceiling",
+        about: "a guest that uses what it gave to the balloon hits its slice's limit, its neighbour runs on",
+        kind: Kind::Systemd,
+        run: ceiling::run,
     },
     Case {
         name: "units-host",
