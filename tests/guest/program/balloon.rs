@@ -103,7 +103,10 @@ pub fn give(info: &StartInfo) {
         let kept = lost(first + half, count - half);
         balloon.move_pages(Way::Out, first, half, 1);
         touch(first, half);
-        println!("round {round}: took back {half} pages, {kept} of the others lost, {} lost", lost(first, half));
+        println!(
+            "round {round}: took back {half} pages, {kept} of the others lost, {} lost",
+            lost(first, half)
+        );
     }
 }
 
