@@ -8,3 +8,6 @@ pub const INITRD: &str = "/lab/initrd";
 
 /// Directory of the native test programs.
 pub const TESTS: &str = "/lab/tests";
+
+/// A root file system of the Debian guest, ext4 in a file.
+pub const ROOT: &str = "/lab/root.img";

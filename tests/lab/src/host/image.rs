@@ -1,12 +1,13 @@
 //! What L1 boots from: the programs under test, the KVM modules and the Debian guest, with busybox in an initramfs or
 //! with systemd on a disk.
 
+use std::collections::BTreeSet;
 use std::fs;
-use std::os::unix::fs::PermissionsExt;
+use std::os::unix::fs::{PermissionsExt, symlink};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use bulkhead_framework::{Failure, Result};
+use bulkhead_framework::{Failure, Result, Scratch};
 
 use super::kernel::Kernel;
 use super::systemd;
@@ -16,8 +17,28 @@ use crate::paths;
 /// Modules that make /dev/kvm in L1.
 pub const L1_MODULES: [&str; 1] = ["kvm-amd"];
 
+/// What else the L1 without systemd needs: TAP interfaces.
+const L1_DEVICES: [&str; 1] = ["tun"];
+
 /// Modules through which the Debian guest reports its power button.
 const L2_MODULES: [&str; 2] = ["button", "evdev"];
+
+/// Modules for its virtio devices.
+const L2_VIRTIO: [&str; 7] = [
+    "virtio_pci",
+    "virtio_blk",
+    "virtio_net",
+    "virtiofs",
+    "virtio-rng",
+    "virtio_balloon",
+    "vmw_vsock_virtio_transport",
+];
+
+/// Other people's back ends: Debian packages qemu-system-common, qemu-utils (see tests/setup.sh). Name and places.
+const BACK_ENDS: [(&str, &[&str]); 2] = [
+    ("qemu-storage-daemon", &["/usr/bin/qemu-storage-daemon"]),
+    ("virtiofsd", &["/usr/lib/qemu/virtiofsd", "/usr/libexec/virtiofsd"]),
+];
 
 const PASSWD: &str = "root:x:0:0:root:/root:/bin/sh\ntester:x:1000:1000:an ordinary user:/tmp:/bin/sh\n";
 const GROUP: &str = "root:x:0:\nkvm:x:100:tester\ntester:x:1000:\n";
@@ -101,7 +122,9 @@ fn initramfs(kernel: &Kernel, content: &Content, dir: &Path) -> Result<PathBuf> 
     archive.file("etc/passwd", false, PASSWD.as_bytes());
     archive.file("etc/group", false, GROUP.as_bytes());
     archive.directory("new");
-    add_modules(&mut archive, kernel, &L1_MODULES)?;
+    add_modules(&mut archive, "modules", kernel, &[&L1_MODULES[..], &L1_DEVICES].concat())?;
+    add_back_ends(&mut archive)?;
+    archive.file(paths::ROOT.trim_start_matches('/'), false, &guest_root(&busybox, dir)?);
     archive.file(paths::KERNEL.trim_start_matches('/'), false, &read(&kernel.image)?);
     archive.file(paths::INITRD.trim_start_matches('/'), false, &guest_initrd(kernel)?);
     content.each_program(|path, bytes| {
@@ -140,14 +163,69 @@ pub fn guest_initrd(kernel: &Kernel) -> Result<Vec<u8>> {
     for directory in ["proc", "sys"] {
         archive.directory(directory);
     }
-    add_modules(&mut archive, kernel, &L2_MODULES)?;
+    add_modules(&mut archive, "modules", kernel, &L2_MODULES)?;
+    add_modules(&mut archive, "virtio", kernel, &L2_VIRTIO)?;
     Ok(archive.finish())
 }
 
-/// Adds modules under names that sort in loading order.
-fn add_modules(archive: &mut Archive, kernel: &Kernel, names: &[&str]) -> Result<()> {
+/// A root file system of the Debian guest with busybox, made below `dir`.
+fn guest_root(busybox: &Busybox, dir: &Path) -> Result<Vec<u8>> {
+    let scratch = Scratch::new()?;
+    let tree = scratch.path().join("root");
+    for name in ["bin", "dev", "proc", "sys", "mnt"] {
+        fs::create_dir_all(tree.join(name))?;
+    }
+    fs::write(tree.join("bin/busybox"), &busybox.content)?;
+    for applet in busybox.applets.iter().filter(|applet| !["busybox", "init"].contains(&applet.as_str())) {
+        symlink("busybox", tree.join("bin").join(applet))?;
+    }
+    symlink("bin", tree.join("sbin"))?;
+    fs::write(tree.join("bin/init"), include_bytes!("init-root"))?;
+    for program in ["bin/busybox", "bin/init"] {
+        fs::set_permissions(tree.join(program), fs::Permissions::from_mode(0o755))?;
+    }
+    let image = dir.join(format!("root-{}.img", std::process::id()));
+    let program = ["/sbin/mke2fs", "/usr/sbin/mke2fs"]
+        .into_iter()
+        .find(|path| Path::new(path).exists())
+        .unwrap_or("mke2fs");
+    let made = Command::new(program)
+        .args(["-q", "-F", "-t", "ext4", "-m", "0", "-E", "root_owner=0:0", "-d"])
+        .arg(&tree)
+        .arg(&image)
+        .arg("24M")
+        .output()
+        .map_err(|error| Failure::new(format!("{program}: {error}")))?;
+    if !made.status.success() {
+        return Err(Failure::new(format!("{program}: {}", String::from_utf8_lossy(&made.stderr))));
+    }
+    let content = read(&image)?;
+    fs::remove_file(&image)?;
+    Ok(content)
+}
+
+/// Adds other people's back ends and the libraries that they are linked with.
+fn add_back_ends(archive: &mut Archive) -> Result<()> {
+    let mut added = BTreeSet::new();
+    for (name, places) in BACK_ENDS {
+        let place = places.iter().map(Path::new).find(|place| place.exists());
+        let place = place.ok_or_else(|| Failure::new(format!("no {name}: run tests/setup.sh")))?;
+        archive.file(&format!("usr/bin/{name}"), true, &read(place)?);
+        let output = Command::new("ldd").arg(place).output()?;
+        let text = String::from_utf8_lossy(&output.stdout).into_owned();
+        for library in text.split_whitespace().filter(|word| word.starts_with('/')) {
+            if added.insert(library.to_owned()) {
+                archive.file(library.trim_start_matches('/'), true, &read(Path::new(library))?);
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Adds modules to a directory, under names that sort in loading order.
+fn add_modules(archive: &mut Archive, dir: &str, kernel: &Kernel, names: &[&str]) -> Result<()> {
     for (index, (name, content)) in kernel.modules(names)?.into_iter().enumerate() {
-        archive.file(&format!("modules/{index:02}-{name}.ko"), false, &content);
+        archive.file(&format!("{dir}/{index:02}-{name}.ko"), false, &content);
     }
     Ok(())
 }

@@ -2,6 +2,7 @@
 
 mod boot;
 mod ceiling;
+mod devices;
 mod power;
 mod restarts;
 mod run_state;
@@ -68,6 +69,30 @@ pub const ALL: &[Case] = &[
         about: "systemd 252 as PID 1, and bulkhead run as a transient service",
         kind: Kind::Systemd,
         run: units::host,
+    },
+    Case {
+        name: "disk",
+        about: "boots from an ext4 disk behind the block daemon, which is killed under load",
+        kind: Kind::Busybox,
+        run: devices::disk,
+    },
+    Case {
+        name: "disk-of-qemu",
+        about: "boots from an ext4 disk behind qemu-storage-daemon",
+        kind: Kind::Busybox,
+        run: devices::disk_of_qemu,
+    },
+    Case {
+        name: "shared-directory",
+        about: "mounts a directory of virtiofsd",
+        kind: Kind::Busybox,
+        run: devices::shared_directory,
+    },
+    Case {
+        name: "network",
+        about: "TCP over a TAP interface and the net daemon, which is killed meanwhile",
+        kind: Kind::Busybox,
+        run: devices::network,
     },
     Case {
         name: "reset",
