@@ -519,6 +519,10 @@ impl Bus {
             && let Kind::Port(slot) = &mut function.kind
         {
             slot.set_present(&mut function.space, true);
+            // A slot with a button has no other way to ask for power: Linux enables no event of presence there.
+            if !slot.is_powered(&function.space) {
+                slot.press_button(&mut function.space);
+            }
             self.check_edge(port);
         }
     }

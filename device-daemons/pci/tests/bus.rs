@@ -232,23 +232,23 @@ fn a_device_comes_and_goes_as_pciehp_does_it() {
     let mut machine = Machine::new();
     machine.open_port(2, 1);
     let (control, status) = slot_control(2);
-    // MSI-X of the port, then every event and the indicators as Linux has them with an empty slot.
+    // MSI-X of the port, then every event and the indicators as Linux has them with an empty slot: with a button, none of presence.
     machine.write(config(0, 2, 0, 0x10), 4, 0xd000_0000);
     machine.write(0xd000_0000, 8, 0xfee0_0000);
     machine.write(0xd000_0008, 8, 0x22);
     machine.write(config(0, 2, 0, 0x7e), 2, 0x8000);
-    machine.write(control, 2, 0x17f9);
+    machine.write(control, 2, 0x17f1);
     machine.write(status, 2, 0x1ff);
     assert_eq!((machine.core.routes.len(), machine.core.raised), (1, 1), "command completed");
     add(&mut machine.bus, device("n", "p1", None), true);
     machine.settle();
-    assert_eq!((machine.read(status, 2), machine.core.raised), (0x48, 2));
+    assert_eq!((machine.read(status, 2), machine.core.raised), (0x49, 2));
     assert_eq!(machine.read(config(1, 0, 0, 0), 4), 0xffff_ffff, "not before it has power");
     machine.write(status, 2, 0x1ff);
-    machine.write(control, 2, 0x12f9);
+    machine.write(control, 2, 0x12f1);
     assert_eq!(machine.read(config(0, 2, 0, 0x52), 2) & 0x2000, 0x2000, "link up");
     assert_eq!(machine.read(config(1, 0, 0, 0), 4), 0x1042_1af4);
-    machine.write(control, 2, 0x11f9);
+    machine.write(control, 2, 0x11f1);
     machine.write(status, 2, 0x1ff);
     // The user wants it back.
     let now = Instant::now();
@@ -259,7 +259,7 @@ fn a_device_comes_and_goes_as_pciehp_does_it() {
     assert_eq!(machine.read(status, 2), 0x41);
     assert_eq!(machine.bus.unplug("n", now), Err(Refusal::Pending));
     machine.write(status, 2, 1);
-    machine.write(control, 2, 0x12f9);
+    machine.write(control, 2, 0x12f1);
     assert_eq!(machine.bus.unplug("n", now + Duration::from_secs(6)), Err(Refusal::Pending), "it blinks");
     assert_eq!(machine.bus.take_events(), []);
     machine.write(control, 2, 0x16f9);
