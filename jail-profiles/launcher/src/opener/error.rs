@@ -128,6 +128,15 @@ impl Error {
         }
     }
 
+    /// Somebody else has it, which may pass.
+    pub fn is_taken(&self) -> bool {
+        match self {
+            Self::Of(_, error) => error.is_taken(),
+            Self::DiskLock(..) | Self::DiskSharedLock(_) | Self::TapBusy(_) => true,
+            _ => false,
+        }
+    }
+
     /// The same with the option that asked for it.
     pub fn of(self, at: &str) -> Self {
         Self::Of(at.to_owned(), Box::new(self))

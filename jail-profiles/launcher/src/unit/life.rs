@@ -24,10 +24,12 @@ use crate::opener;
 use crate::rendezvous;
 use crate::supervise::parts;
 
-/// How often the service manager is asked to keep something, and the pause before it is asked again.
-const KEEP_TRIES: u32 = 250;
-const KEEP_PAUSE: Duration = Duration::from_millis(20);
+/// How often the service manager is asked to keep something, and the pause before it is asked again; the same for what
+/// it still has of a former life.
+const TRIES: u32 = 250;
+const PAUSE: Duration = Duration::from_millis(20);
 /// Beginnings of names in the store.
+const GIVEN: &str = "given.";
 const LISTENING: &str = "listen.";
 const CONFIGURED: &str = "config.";
 /// Name in the store of where others' back ends listen.
@@ -116,7 +118,12 @@ fn listeners(plan: &Plan) -> Vec<String> {
 
 /// Name in the store of something opened.
 fn given(name: &str) -> String {
-    format!("given.{name}")
+    format!("{GIVEN}{name}")
+}
+
+/// Closes what a predecessor has left; returns the names of what it had opened.
+pub fn given_of(store: BTreeMap<String, OwnedFd>) -> Vec<String> {
+    store.into_keys().filter(|name| name.starts_with(GIVEN)).collect()
 }
 
 /// Name in the store of a listener.
@@ -140,31 +147,49 @@ fn admit_as(config: &mut config::Broker, new: &config::Broker) {
     }
 }
 
-/// Keeps a descriptor in the store, in place of a former one. Waits for a service manager that has much to read.
-pub fn keep(starter: &Starter, name: &str, fd: BorrowedFd<'_>) -> Result<(), String> {
+/// Tries something again and again while its error is one that passes.
+fn patiently<T, E>(passes: impl Fn(&E) -> bool, mut act: impl FnMut() -> Result<T, E>) -> Result<T, E> {
     let mut tries = 0;
     loop {
-        match starter.forget(name).and_then(|()| starter.keep(name, fd)) {
-            Err(Errno::EAGAIN) if tries < KEEP_TRIES => std::thread::sleep(KEEP_PAUSE),
-            result => return result.map_err(|e| format!("cannot keep {name} in the descriptor store: {e}")),
+        match act() {
+            Err(error) if tries < TRIES && passes(&error) => std::thread::sleep(PAUSE),
+            result => return result,
         }
         tries += 1;
     }
 }
 
+/// Keeps a descriptor in the store, in place of a former one. Waits for a service manager that has much to read.
+pub fn keep(starter: &Starter, name: &str, fd: BorrowedFd<'_>) -> Result<(), String> {
+    let kept = patiently(is_busy, || starter.forget(name).and_then(|()| starter.keep(name, fd)));
+    kept.map_err(|e| format!("cannot keep {name} in the descriptor store: {e}"))
+}
+
+/// The service manager has much to read.
+fn is_busy(errno: &Errno) -> bool {
+    *errno == Errno::EAGAIN
+}
+
 impl Life {
-    /// Opens and binds everything for a new life of core.
+    /// Opens and binds everything for a new life of core. What a former one had opened, by its names in the store, is
+    /// forgotten first: a disk is locked, and a TAP interface taken, as long as anybody has it.
     ///
     /// # Errors
     /// One line.
-    pub fn begin(plan: &Plan, places: &Places, starter: &Starter) -> Result<Self, String> {
+    pub fn begin(plan: &Plan, places: &Places, starter: &Starter, former: &[String]) -> Result<Self, String> {
+        for name in former {
+            let forgotten = patiently(is_busy, || starter.forget(name));
+            forgotten.map_err(|e| format!("cannot take {name} out of the descriptor store: {e}"))?;
+        }
+        let may_pass = |error: &opener::Error| !former.is_empty() && error.is_taken();
         let mut fds = BTreeMap::new();
         for request in &plan.opens {
             // Core alone holds the device, from the moment when it asks for it.
             if matches!(request.what, What::Kvm) {
                 continue;
             }
-            let fd = opener::open_beneath(places.state.as_fd(), request).map_err(|e| e.to_string())?;
+            let opened = patiently(may_pass, || opener::open_beneath(places.state.as_fd(), request));
+            let fd = opened.map_err(|e| e.to_string())?;
             keep(starter, &given(&request.name), fd.as_fd())?;
             fds.insert(request.name.clone(), fd);
         }
@@ -217,8 +242,13 @@ impl Life {
             admit_as(&mut config, &plan.broker);
             *broker = config_blob::seal(&config)?;
         }
-        let given = |(name, fd): (String, OwnedFd)| Some((name.strip_prefix("given.")?.to_owned(), fd));
+        let given = |(name, fd): (String, OwnedFd)| Some((name.strip_prefix(GIVEN)?.to_owned(), fd));
         Ok(Self { configs, fds: store.into_iter().filter_map(given).collect(), listeners, paths })
+    }
+
+    /// Closes all that was opened; returns its names in the store.
+    pub fn let_go(&mut self) -> Vec<String> {
+        std::mem::take(&mut self.fds).keys().map(|name| given(name)).collect()
     }
 
     /// What a process is started with: names and copies of its descriptors.
@@ -321,6 +351,9 @@ fn listener(kind: SockType, path: &Path) -> Result<OwnedFd, Errno> {
 
 #[cfg(test)]
 mod tests {
+    use bulkhead_jail::link::recv_packet;
+    use nix::sys::socket::{AddressFamily, MsgFlags, SockFlag, socketpair};
+
     use super::*;
     use crate::unit::file;
 
@@ -394,6 +427,46 @@ mod tests {
         assert_eq!(life.back_end("chardev.c", &places).unwrap_err(), Errno::ENOENT);
         let _listener = std::os::unix::net::UnixListener::bind(dir.join("others/c")).unwrap();
         assert!(life.back_end("chardev.c", &places).is_ok());
+        fs::remove_dir_all(dir).unwrap();
+    }
+
+    /// What a former life had opened is in the store until the service manager has heard that it is not to be.
+    #[test]
+    fn a_new_life_has_the_disk_of_the_last_one() {
+        let text = "drive = { if = \"none\", id = \"d\", file = \"disk\" }\n\
+                    device = { driver = \"virtio-blk-pci\", id = \"d0\", drive = \"d\" }";
+        let plan = plan(text);
+        let dir = std::env::temp_dir().join(format!("bulkhead-lives-{}", std::process::id()));
+        fs::create_dir_all(&dir).unwrap();
+        fs::write(dir.join("disk"), [0; 512]).unwrap();
+        let (ours, theirs) =
+            socketpair(AddressFamily::Unix, SockType::SeqPacket, None, SockFlag::empty()).unwrap();
+        let manager = std::thread::spawn(move || {
+            let (mut store, mut words) = (BTreeMap::new(), [0; 512]);
+            while let Ok((len @ 1.., fds)) = recv_packet(theirs.as_fd(), &mut words, MsgFlags::empty()) {
+                let text = std::str::from_utf8(&words[..len]).unwrap();
+                let name = text.lines().find_map(|line| line.strip_prefix("FDNAME=")).unwrap().to_owned();
+                if text.starts_with("FDSTOREREMOVE=1") {
+                    std::thread::sleep(Duration::from_millis(1));
+                    store.remove(&name);
+                }
+                store.extend(fds.into_iter().map(|fd| (name.clone(), fd)));
+            }
+        });
+        let places = Places {
+            state: OwnedFd::from(fs::File::open(&dir).unwrap()),
+            links: dir.clone(),
+            others: dir.clone(),
+        };
+        let starter = Starter::new(Some(ours));
+        let names = Life::begin(&plan, &places, &starter, &[]).unwrap().let_go();
+        assert!(names.contains(&"given.disk.d0".to_owned()));
+        let second = Life::begin(&plan, &places, &starter, &names).unwrap();
+        // Nobody else gets it.
+        let taken = Life::begin(&plan, &places, &starter, &[]).unwrap_err();
+        assert!(taken.contains("Failed to get \"write\" lock"), "{taken}");
+        drop((second, starter));
+        manager.join().unwrap();
         fs::remove_dir_all(dir).unwrap();
     }
 

@@ -85,7 +85,8 @@ impl Opener {
             Life::go_on(plan.as_ref().ok(), store)?
         } else {
             links.clear();
-            Life::begin(plan.as_ref().map_err(Clone::clone)?, &places, &starter)?
+            let former = life::given_of(store);
+            Life::begin(plan.as_ref().map_err(Clone::clone)?, &places, &starter, &former)?
         };
         let mut opener = Self { plan, places, starter, doors, life, links };
         opener.tell_broker();
@@ -153,7 +154,8 @@ impl Opener {
             self.links.clear();
             let plan = self.plan.as_mut().map_err(|why| why.clone())?;
             plan.renew();
-            self.life = Life::begin(plan, &self.places, &self.starter)?;
+            let former = self.life.let_go();
+            self.life = Life::begin(plan, &self.places, &self.starter, &former)?;
         }
         let kept = fd.try_clone().map_err(|e| format!("dup: {e}"))?;
         let link = Link::accept(fd, VERSION).map_err(|e| e.to_string())?;
