@@ -74,7 +74,7 @@ impl<'a> Machine<'a> {
     /// It does not.
     pub fn run(&self, test: &str) -> Result<Outcome> {
         let child = Child::start(&mut self.command(test), "console", "stderr")?;
-        child.stdout().expect("bench begin", SOON)?;
+        child.stdout().expect("bench begin", SOON).map_err(|failure| failure.with_logs(&child.logs()))?;
         let (begin, before) = (Instant::now(), self.processor(&child)?);
         let line = child.stdout().expect_line("bench end ", SOON)?;
         let seconds = begin.elapsed().as_secs_f64();

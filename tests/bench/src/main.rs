@@ -3,6 +3,7 @@
 //! Both sides of a comparison take turns, so that whatever else the host does falls on both. A figure
 //! that misses its goal is printed as such and is no error; one that cannot be measured is.
 
+mod balloon;
 mod bus;
 mod disk;
 mod host;
@@ -10,6 +11,7 @@ mod jail;
 mod machine;
 mod memory;
 mod passed;
+mod pci;
 mod qmp;
 mod report;
 mod restart;
@@ -29,7 +31,7 @@ const USAGE: &str = "usage: bulkhead-bench [FIGURE...]";
 /// A figure: its name, what it is, and what measures and prints it.
 type Figure = (&'static str, &'static str, fn(&Host) -> Result<()>);
 
-const FIGURES: [Figure; 10] = [
+const FIGURES: [Figure; 12] = [
     (
         "start",
         "from exec to the first serial byte of the native guest, the whole VM in its jails",
@@ -46,6 +48,8 @@ const FIGURES: [Figure; 10] = [
     ("restart", "from kill -9 of a compartment until the next one serves", restart::run),
     ("bus", "round trip of an access that the console answers", bus::run),
     ("disk", "virtio-blk: random reads of 4 KiB by the native guest, the host's cache warm", disk::run),
+    ("pci", "enumeration of a bus with 32 functions by the native guest", pci::run),
+    ("balloon", "memory that the native guest gives and takes back", balloon::run),
     ("size", "lines of code, and system calls that the jail allows", size::run),
     ("units", "exposure of the systemd units, as systemd-analyze judges it offline", units::run),
 ];

@@ -287,6 +287,11 @@ impl Msix {
         Some(Self { function, capability, table: place(4)?, pending: place(8)?, size })
     }
 
+    /// That of a function without MSI-X.
+    pub fn none(function: Function) -> Self {
+        Self { function, capability: 0, table: 0, pending: 0, size: 0 }
+    }
+
     /// Switches MSI-X on or off.
     pub fn enable(&self, on: bool) {
         let control: u16 = self.function.get(self.capability + 2);

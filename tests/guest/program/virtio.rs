@@ -50,6 +50,9 @@ pub const WRITE: u16 = 2;
 /// Descriptor flag: a table of descriptors.
 pub const INDIRECT: u16 = 4;
 
+/// Flag of the available ring: no interrupts.
+const NO_INTERRUPT: u16 = 1;
+
 /// A device with its windows.
 #[derive(Clone, Copy)]
 pub struct Device {
@@ -72,6 +75,11 @@ pub struct Device {
 impl Device {
     /// The `index`-th device of this virtio type on the bus.
     pub fn find(bus: &Bus, kind: u16, index: usize) -> Option<Self> {
+        Self::find_polled(bus, kind, index).filter(|device| device.msix.size > 0)
+    }
+
+    /// The same, which may be without MSI-X.
+    pub fn find_polled(bus: &Bus, kind: u16, index: usize) -> Option<Self> {
         let is_it = |f: &&Function| f.get::<u16>(0) == 0x1af4 && f.get::<u16>(2) == 0x1040 + kind;
         let &function = bus.functions().iter().filter(is_it).nth(index)?;
         let mut device = Self {
@@ -81,7 +89,7 @@ impl Device {
             isr: 0,
             config: 0,
             access: 0,
-            msix: Msix::of(function)?,
+            msix: Msix::of(function).unwrap_or(Msix::none(function)),
         };
         for (at, _) in function.capabilities().filter(|capability| capability.1 == VENDOR) {
             let kind: u8 = function.get(at + 3);
@@ -200,9 +208,14 @@ impl Queue {
         assert!(size > 0, "the device has no such ring");
         device.set(common::QUEUE_SIZE, size);
         let vector = (index % u16::from(trap::MSI_COUNT)) as u8;
-        device.msix.route(index, vector);
-        device.set(common::QUEUE_VECTOR, index);
-        assert!(device.get::<u16>(common::QUEUE_VECTOR) == index, "the device has no vector for its ring");
+        if device.msix.size > 0 {
+            device.msix.route(index, vector);
+            device.set(common::QUEUE_VECTOR, index);
+            assert!(
+                device.get::<u16>(common::QUEUE_VECTOR) == index,
+                "the device has no vector for its ring"
+            );
+        }
         device.set(common::QUEUE_DESC, desc);
         device.set(common::QUEUE_DRIVER, avail);
         device.set(common::QUEUE_DEVICE, used);
@@ -289,6 +302,17 @@ impl Queue {
                 return found;
             }
             trap::wait(self.counter, interrupts);
+        }
+    }
+
+    /// As [`Queue::take`], but never halts the CPU: the device is told to raise no interrupt.
+    pub fn spin(&mut self) -> (u16, u32) {
+        write(self.avail, NO_INTERRUPT);
+        loop {
+            if let Some(found) = self.take() {
+                return found;
+            }
+            core::hint::spin_loop();
         }
     }
 
