@@ -44,6 +44,21 @@ pub struct Outcome {
 }
 
 impl<'a> Machine<'a> {
+    /// Both sides' with a disk, each its own, and a balloon.
+    ///
+    /// # Errors
+    /// The disk cannot be made.
+    pub fn pair(host: &'a Host) -> Result<[Self; 2]> {
+        let one = |side, name| -> Result<Self> {
+            let disk = host.dir().join(name);
+            fs::File::create(&disk)?.set_len(16 << 20)?;
+            let drive = format!("-drive if=none,id=d0,format=raw,file={}", disk.display());
+            let devices = "-device virtio-blk-pci,drive=d0 -device virtio-balloon-pci,id=b0";
+            Ok(Self::new(host, side, 256, &format!("{drive} {devices}")))
+        };
+        Ok([one(Side::Ours, "disk1")?, one(Side::Qemu, "disk2")?])
+    }
+
     /// One with so many MiB and these arguments, which are words.
     pub fn new(host: &'a Host, side: Side, memory: u32, args: &str) -> Self {
         let args = args.split_whitespace().map(str::to_owned).collect();
@@ -56,7 +71,8 @@ impl<'a> Machine<'a> {
         self
     }
 
-    fn command(&self, test: &str) -> Command {
+    /// What starts it with that program.
+    pub fn command(&self, test: &str) -> Command {
         let mut command = match self.side {
             Side::Ours => self.host.ours(test),
             Side::Qemu => self.host.qemu_with_pci(test, self.memory),

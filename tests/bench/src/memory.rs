@@ -1,12 +1,14 @@
 //! Memory of all processes of a VM beside its guest's.
 
 use std::fs;
+use std::process::Command;
 use std::time::Duration;
 
 use bulkhead_framework::{Child, Failure, Process, Result, descendants, mapped_pss_kib, process};
 use bulkhead_jail::topology::PROCESSES;
 
 use crate::host::Host;
+use crate::machine::Machine;
 use crate::report;
 
 const SOON: Duration = Duration::from_secs(20);
@@ -22,8 +24,15 @@ const RAM: [&str; 2] = ["/memfd:ram-", "/memfd:memory-backend-memfd"];
 /// A guest did not start, or its processes are not ours to look at (needs root).
 pub fn run(host: &Host) -> Result<()> {
     host.needs_kvm()?;
-    let (ours, _ours_socket) = host.with_qmp(host.ours("halt"), "ours")?;
-    let (qemu, _qemu_socket) = host.with_qmp(host.qemu("halt"), "qemu")?;
+    println!("  without devices:");
+    compare(host, [host.ours("halt"), host.qemu("halt")])?;
+    println!("  with a disk and a balloon:");
+    compare(host, Machine::pair(host)?.map(|machine| machine.command("halt")))
+}
+
+fn compare(host: &Host, [ours, qemu]: [Command; 2]) -> Result<()> {
+    let (ours, _ours_socket) = host.with_qmp(ours, "ours")?;
+    let (qemu, _qemu_socket) = host.with_qmp(qemu, "qemu")?;
     let ours = family(&ours, "ours")?;
     let qemu = family(&qemu, "QEMU's")?;
     report::limit("all of ours", ours, GOAL, "MiB");

@@ -9,11 +9,17 @@ use bulkhead_jail::topology::PROCESSES;
 use crate::host::Host;
 use crate::report;
 
-/// Where the sources are, from the top. The jail is part of every process.
-const CRATES: [(&str, &str); 6] = [
+/// Where the sources are, from the top. The jail is part of every process, the kit of block, net and
+/// balloon.
+const CRATES: [(&str, &str); 11] = [
     ("core", "vmm-core/core"),
     ("loader", "vmm-core/loader"),
     ("console", "device-daemons/console"),
+    ("pci", "device-daemons/pci"),
+    ("block", "device-daemons/block"),
+    ("net", "device-daemons/net"),
+    ("balloon", "device-daemons/balloon"),
+    ("kit", "device-daemons/kit"),
     ("broker", "qmp-broker/broker"),
     ("jail", "jail-profiles/jail"),
     ("launcher", "jail-profiles/launcher"),

@@ -10,6 +10,7 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
 use crate::host::Host;
+use crate::machine::Machine;
 use crate::report::{self, Samples};
 
 const ROUNDS: usize = 25;
@@ -22,11 +23,19 @@ const TARGET: f64 = 15_000.0;
 /// A guest did not start.
 pub fn run(host: &Host) -> Result<()> {
     host.needs_kvm()?;
+    println!("  without devices:");
+    compare(|| host.ours("halt"), || host.qemu("halt"))?;
+    println!("  with a disk and a balloon:");
+    let [ours, qemu] = Machine::pair(host)?;
+    compare(|| ours.command("halt"), || qemu.command("halt"))
+}
+
+fn compare(our_command: impl Fn() -> Command, qemu_command: impl Fn() -> Command) -> Result<()> {
     let mut ours = Side::default();
     let mut qemu = Side::default();
     for _ in 0..ROUNDS {
-        ours.measure(host.ours("halt"))?;
-        qemu.measure(host.qemu("halt"))?;
+        ours.measure(our_command())?;
+        qemu.measure(qemu_command())?;
     }
     ours.first_byte.print("bulkhead run, all processes jailed", "ms", 1e-3);
     qemu.first_byte.print("QEMU, one process, no jail", "ms", 1e-3);
