@@ -90,6 +90,8 @@ pub struct Function {
     pub kept: Option<u32>,
     /// What that is.
     pub kept_fd: Option<Rc<OwnedFd>>,
+    /// What is to be kept if it lasts, and since when.
+    pub to_keep: Option<(Rc<OwnedFd>, Instant)>,
     /// What was said last of its back end's presence.
     pub connected: Option<bool>,
     /// Page of the configuration window and what is there.
@@ -174,6 +176,7 @@ impl Function {
             asked: None,
             kept: None,
             kept_fd: None,
+            to_keep: None,
             connected: None,
             shown: None,
             warned: false,

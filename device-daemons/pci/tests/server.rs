@@ -324,6 +324,28 @@ fn keeping(seen: &mut Seen) {
     (seen.missing, seen.kept) = (vec!["vhost.d".to_owned()], Some(memfd().into()));
 }
 
+/// A guest that resets its device in a loop does not keep the starter busy.
+#[test]
+fn what_does_not_last_is_not_kept() {
+    let (starter, words) = UnixDatagram::pair().unwrap();
+    let connections = BTreeMap::from([("vhost.d".to_owned(), pair().0)]);
+    let starter = Starter::new(Some(starter.into()));
+    let given = Given { connections, starter, ..Given::default() };
+    let rig = Rig::with(vec![device("d", "pcie.0", None)], keeping, given);
+    assert_eq!(rig.next(), ToCore::Ready);
+    let begun = Instant::now();
+    for id in 0..100 {
+        rig.command(id, Command::Reset);
+        assert_eq!(rig.next(), ToCore::Done { id });
+    }
+    let most = 1 + begun.elapsed().as_secs();
+    let mut word = [0; 64];
+    words.set_read_timeout(Some(Duration::from_secs(2))).unwrap();
+    let heard = std::iter::from_fn(|| words.recv(&mut word).ok()).count();
+    // Each is also forgotten, but for the last one.
+    assert!((1..2 * most).contains(&u64::try_from(heard).unwrap()), "{heard} words");
+}
+
 #[test]
 fn what_a_device_wants_kept_comes_back_to_it() {
     let (starter, words) = UnixDatagram::pair().unwrap();

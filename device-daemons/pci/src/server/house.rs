@@ -23,6 +23,8 @@ use crate::machine::Machine;
 const REST: Duration = Duration::from_secs(4);
 /// After this it is said which back ends the machine waits for.
 const PATIENCE: Duration = Duration::from_secs(2);
+/// What is to be kept beyond this process must have been there so long.
+const LASTS: Duration = Duration::from_secs(1);
 /// What the starter had no room for is tried again after this.
 const RETRY: Duration = Duration::from_millis(10);
 /// The longest wait, in milliseconds.
@@ -77,7 +79,7 @@ impl Server {
                 }
                 function.connected = Some(connected);
             }
-            keep_fd(machine, &mut self.keeper, index)?;
+            keep_fd(machine, &mut self.keeper, index, now)?;
         }
         Ok(())
     }
@@ -182,9 +184,10 @@ impl Server {
     }
 }
 
-/// Has the starter keep what a device wants kept.
-fn keep_fd(machine: &mut Machine, keeper: &mut Keeper, index: u16) -> Result<(), ServerError> {
-    let Some(function) = machine.bus.get(index).filter(|function| function.plugged) else {
+/// Has the starter keep what a device wants kept. How often there is another one is up to the guest, so the starter
+/// hears only of one that lasts.
+fn keep_fd(machine: &mut Machine, keeper: &mut Keeper, index: u16, now: Instant) -> Result<(), ServerError> {
+    let Some(function) = machine.bus.get_mut(index).filter(|function| function.plugged) else {
         return Ok(());
     };
     let wanted = function.device_ref().and_then(|device| device.kept());
@@ -194,9 +197,20 @@ fn keep_fd(machine: &mut Machine, keeper: &mut Keeper, index: u16) -> Result<(),
         (None, None) => former.is_none(),
         _ => false,
     };
+    let since = function.to_keep.take().filter(|(fd, _)| wanted.as_ref().is_some_and(|w| Rc::ptr_eq(w, fd)));
+    let since = since.map_or(now, |(_, since)| since);
+    function.to_keep = wanted.clone().map(|fd| (fd, since));
     if same {
         return Ok(());
     }
+    let young = wanted.is_some() && now < since + LASTS;
+    if young {
+        machine.changed.insert(index);
+        if former.is_none() {
+            return Ok(());
+        }
+    }
+    let wanted = wanted.filter(|_| !young);
     let number = match &wanted {
         None => None,
         Some(fd) => {

@@ -153,6 +153,8 @@ impl Device for Mock {
         let mut seen = self.seen.borrow_mut();
         seen.resets += 1;
         seen.registers.clear();
+        // Another one, as with the next start of a real device.
+        seen.kept = seen.kept.take().map(|_| eventfd());
     }
     fn save(&self) -> Vec<u8> {
         let seen = self.seen.borrow();
