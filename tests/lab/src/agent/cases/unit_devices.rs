@@ -50,6 +50,10 @@ pub fn run(journal: &mut Journal) -> Result<()> {
     }
     check(vm.qmp("operator", journal)?.status()? == "running", || "not running".to_owned())?;
     check(vm.ask("echo still here", SOON)? == "still here", || "the guest is gone".to_owned())?;
+    // The descriptor store outlives this, and with it the disk's lock for a moment.
+    tool(&["systemctl", "restart", &vm.target()])?;
+    vm.attach(journal)?;
+    vm.wait_for_user_space()?;
     tool(&["systemctl", "kill", "--signal=KILL", "bulkhead-core@vm1.service"])?;
     let gone = || vm.left().ok().filter(Vec::is_empty);
     wait_for("the end of the VM", 2 * SOON, gone)?;
