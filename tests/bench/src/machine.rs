@@ -44,19 +44,19 @@ pub struct Outcome {
 }
 
 impl<'a> Machine<'a> {
-    /// Both sides' with a disk, each its own, and a balloon.
+    /// Both sides' with a disk, each its own of that name, and a balloon.
     ///
     /// # Errors
     /// The disk cannot be made.
-    pub fn pair(host: &'a Host) -> Result<[Self; 2]> {
-        let one = |side, name| -> Result<Self> {
-            let disk = host.dir().join(name);
+    pub fn pair(host: &'a Host, name: &str) -> Result<[Self; 2]> {
+        let one = |side, whose| -> Result<Self> {
+            let disk = host.dir().join(format!("{name}-{whose}"));
             fs::File::create(&disk)?.set_len(16 << 20)?;
             let drive = format!("-drive if=none,id=d0,format=raw,file={}", disk.display());
             let devices = "-device virtio-blk-pci,drive=d0 -device virtio-balloon-pci,id=b0";
             Ok(Self::new(host, side, 256, &format!("{drive} {devices}")))
         };
-        Ok([one(Side::Ours, "disk1")?, one(Side::Qemu, "disk2")?])
+        Ok([one(Side::Ours, "ours")?, one(Side::Qemu, "qemu")?])
     }
 
     /// One with so many MiB and these arguments, which are words.

@@ -12,6 +12,8 @@ use crate::machine::Machine;
 use crate::report;
 
 const SOON: Duration = Duration::from_secs(20);
+/// How many others share the files with one.
+const OTHERS: u32 = 3;
 /// MiB.
 const GOAL: f64 = 10.0;
 const TARGET: f64 = 5.0;
@@ -27,7 +29,14 @@ pub fn run(host: &Host) -> Result<()> {
     println!("  without devices:");
     compare(host, [host.ours("halt"), host.qemu("halt")])?;
     println!("  with a disk and a balloon:");
-    compare(host, Machine::pair(host)?.map(|machine| machine.command("halt")))
+    let commands = |name: &str| Ok(Machine::pair(host, name)?.map(|machine| machine.command("halt")));
+    compare(host, commands("one")?)?;
+    println!("  the same, {OTHERS} more of which run:");
+    let others: Vec<_> = (0..OTHERS).map(|n| commands(&format!("other{n}"))).collect::<Result<_>>()?;
+    let start = |mut command| Child::start(&mut command, "console", "stderr");
+    let others: Vec<_> = others.into_iter().flatten().map(start).collect::<Result<_>>()?;
+    others.iter().try_for_each(|child| child.stdout().expect("halting", SOON))?;
+    compare(host, commands("last")?)
 }
 
 fn compare(host: &Host, [ours, qemu]: [Command; 2]) -> Result<()> {

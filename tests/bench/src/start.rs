@@ -26,7 +26,7 @@ pub fn run(host: &Host) -> Result<()> {
     println!("  without devices:");
     compare(|| host.ours("halt"), || host.qemu("halt"))?;
     println!("  with a disk and a balloon:");
-    let [ours, qemu] = Machine::pair(host)?;
+    let [ours, qemu] = Machine::pair(host, "start")?;
     compare(|| ours.command("halt"), || qemu.command("halt"))
 }
 
