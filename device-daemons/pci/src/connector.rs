@@ -7,6 +7,9 @@ use std::time::{Duration, Instant};
 const FIRST: Duration = Duration::from_millis(10);
 /// ... up to this.
 const LONGEST: Duration = Duration::from_secs(1);
+/// One that was there for so long is asked for at once when it is lost, and at the first pace: a daemon of ours that dies is
+/// there again in less.
+const WHILE: Duration = Duration::from_millis(100);
 /// No answer is as good as a refusal after this.
 const PATIENCE: Duration = Duration::from_secs(5);
 
@@ -22,6 +25,8 @@ struct Want {
     /// When it may be asked for.
     next: Instant,
     delay: Duration,
+    /// When it was answered last.
+    answered: Instant,
 }
 
 /// All names that were ever missing.
@@ -33,11 +38,15 @@ pub struct Connector {
 impl Connector {
     /// What a device lacks now.
     pub fn update(&mut self, device: u16, missing: &[String], now: Instant) {
-        for want in self.wants.values_mut().filter(|want| want.device == device) {
+        for (name, want) in self.wants.iter_mut().filter(|(_, want)| want.device == device) {
+            let lost = missing.contains(name) && !want.missing && !want.asked;
+            if lost && now.saturating_duration_since(want.answered) >= WHILE {
+                (want.next, want.delay) = (now, FIRST);
+            }
             want.missing = false;
         }
         for name in missing {
-            let new = Want { device, missing: true, asked: false, next: now, delay: FIRST };
+            let new = Want { device, missing: true, asked: false, next: now, delay: FIRST, answered: now };
             let want = self.wants.entry(name.clone()).or_insert(new);
             want.device = device;
             want.missing = true;
@@ -71,6 +80,7 @@ impl Connector {
     pub fn answered(&mut self, name: &str, now: Instant) -> Option<u16> {
         let want = self.wants.get_mut(name)?;
         want.asked = false;
+        want.answered = now;
         want.next = now + want.delay;
         want.delay = (2 * want.delay).min(LONGEST);
         Some(want.device).filter(|_| want.missing)
@@ -109,6 +119,15 @@ mod tests {
         connector.update(3, &[], now);
         assert!(connector.due(now).is_empty() && connector.deadline().is_none());
         assert_eq!(connector.answered("vhost.d", now), None);
+        for (there, due) in [(WHILE / 2, false), (WHILE, true)] {
+            connector.answered("vhost.d", now);
+            connector.update(3, &[], now);
+            now += there;
+            connector.update(3, &name, now);
+            assert_eq!(!connector.due(now).is_empty(), due, "lost after {there:?}");
+        }
+        connector.answered("vhost.d", now);
+        connector.update(3, &[], now);
         now += Duration::from_secs(10);
         connector.update(3, &name, now);
         assert_eq!(connector.due(now), name);
