@@ -17,7 +17,7 @@ use bulkhead_control_api::balloon::{Answer, FromBalloon, Op, Request, Stats};
 use bulkhead_control_api::config::{Balloon, IoThread};
 use bulkhead_control_api::side::ToPci;
 use bulkhead_framework::Scratch;
-use bulkhead_frontend::{EVENT_IDX, FrontEnd, Memory, Queue, pair_of_packets};
+use bulkhead_frontend::{EVENT_IDX, FrontEnd, Memory, Queue, next_word, pair_of_packets};
 use bulkhead_jail::link::Link;
 use bulkhead_jail::starter::Starter;
 use bulkhead_kit::device::{Listeners, Notices};
@@ -198,7 +198,7 @@ fn the_broker_aims_and_hears_of_changes_over_a_restart() {
     let mut side = rig.side();
     let mut front_end = rig.connect(!POISON);
     assert_eq!(rig.ask(Op::Target { bytes: RAM / 2 }), Answer::Done);
-    assert_eq!(side.recv::<ToPci>().unwrap(), ToPci::ConfigChanged);
+    assert_eq!(next_word(&mut side), ToPci::ConfigChanged);
     let target = u32::try_from(RAM / 2 / 4096).unwrap().to_le_bytes();
     assert_eq!(front_end.config(0, 4).unwrap(), target);
     front_end.raw.set_config(4, VhostUserConfigFlags::WRITABLE, &100u32.to_le_bytes()).unwrap();
@@ -273,7 +273,7 @@ fn hostile_chains_break_the_queue_and_nothing_else() {
     send(&mut inflate, &[(NUMBERS, 4096, true)]);
     inflate.add(&[(NUMBERS, (1 << 20) + 1, false)]).unwrap();
     inflate.kick(3);
-    assert_eq!(side.recv::<ToPci>().unwrap(), ToPci::NeedsReset);
+    assert_eq!(next_word(&mut side), ToPci::NeedsReset);
     let mut deflate = rig.queue(1);
     front_end.start(&deflate, 0);
     rig.give(&mut deflate, &[1, 2, u32::MAX]);

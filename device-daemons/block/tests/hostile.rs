@@ -9,10 +9,11 @@ use std::time::Duration;
 
 use bulkhead_control_api::VERSION;
 use bulkhead_control_api::side::ToPci;
-use bulkhead_frontend::{FrontEnd, Queue};
+use bulkhead_frontend::{FrontEnd, Queue, next_word};
 use bulkhead_jail::link::Link;
 use common::{DATA, Driver, HEADER, LIMIT, Rig, STATUS, T_DISCARD, T_FLUSH, T_IN, T_OUT, config};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::socket::MsgFlags;
 use vm_memory::{Bytes as _, GuestAddress};
 
 const NEXT: u16 = 1;
@@ -34,7 +35,9 @@ struct Hostile {
 impl Hostile {
     fn new() -> Self {
         let rig = Rig::new(&config(2), 4096);
-        let side = Link::connect(rig.sockets.connect_side(), VERSION).unwrap();
+        let mut side = Link::connect(rig.sockets.connect_side(), VERSION).unwrap();
+        let (first, _) = side.recv_with::<ToPci>(MsgFlags::empty()).unwrap();
+        assert_eq!(first, ToPci::Thread);
         let mut front_end = rig.connect(0);
         let _ = front_end.get_inflight(2, 16);
         let other = rig.queue(1, 16, false);
@@ -216,6 +219,6 @@ fn rings_over_themselves_and_over_each_other_end_nothing() {
     let mut queue = rig.queue(0, 16, false);
     queue.used = RAM - 16;
     front_end.start(&queue, 0);
-    assert_eq!(side.recv::<ToPci>().unwrap(), ToPci::NeedsReset);
+    assert_eq!(next_word(&mut side), ToPci::NeedsReset);
     let _ = Hostile { rig, front_end, side, other }.goes_on("a ring behind RAM");
 }

@@ -12,7 +12,10 @@ use std::io::{Read as _, Write as _};
 use std::os::fd::AsRawFd as _;
 use std::os::unix::net::UnixStream;
 
+use bulkhead_control_api::side::ToPci;
+use bulkhead_jail::link::Link;
 use nix::sys::memfd::{MFdFlags, memfd_create};
+use nix::sys::socket::MsgFlags;
 use vhost::VhostBackend as _;
 use vhost::vhost_user::message::{VhostUserHeaderFlag, VhostUserInflight, VhostUserProtocolFeatures};
 use vhost::vhost_user::{Frontend, VhostUserFrontend as _};
@@ -154,5 +157,16 @@ impl FrontEnd {
     /// Stops a queue; returns its available index.
     pub fn stop(&mut self, queue: u16) -> u16 {
         u16::try_from(self.raw.get_vring_base(queue.into()).unwrap()).unwrap()
+    }
+}
+
+/// What a daemon says next on its side link, beside who its queue thread is.
+#[must_use]
+pub fn next_word(side: &mut Link) -> ToPci {
+    loop {
+        let (word, _) = side.recv_with(MsgFlags::empty()).unwrap();
+        if word != ToPci::Thread {
+            return word;
+        }
     }
 }

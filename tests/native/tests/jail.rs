@@ -270,14 +270,14 @@ fn allowed(name: &str) -> &'static [(&'static str, usize)] {
         // Links, the starter, the opener, listeners of links and of QMP, and a client that is about to go; what outlives it.
         "broker" => &[("socket", 11), ("eventfd", 1), ("eventpoll", 2), ("/memfd:bulkhead-state", 1)],
         // Links with two vCPUs, the starter, the opener, and of each device a back end, its side link and a channel for what
-        // it asks; its eventfds.
+        // it asks; its eventfds, and the one that its queue thread owns.
         "pci" => &[
             ("/memfd:ram-low", 1),
             ("/memfd:ecam", 1),
             ("/memfd:bulkhead-state", 1),
             ("/memfd:", 2),
             ("socket", 14),
-            ("eventfd", 12),
+            ("eventfd", 16),
         ],
         "block" => &[
             ("DISK", 1),
