@@ -6,6 +6,7 @@ use std::process::Command;
 use std::time::Duration;
 
 use bulkhead_framework::{Child, Result, Scratch};
+use serde_json::json;
 
 use super::super::Journal;
 use super::super::debian::{Debian, SOON};
@@ -112,6 +113,45 @@ pub fn disk_of_qemu(journal: &mut Journal) -> Result<()> {
     uses_its_disk(&mut guest)?;
     complains_of_nothing(&mut guest)?;
     guest.shell("sync; mount -o remount,ro /; poweroff -f")?;
+    guest.ends()
+}
+
+pub fn hot_plug(journal: &mut Journal) -> Result<()> {
+    let scratch = Scratch::new()?;
+    let file = root(&scratch)?;
+    let _daemon = storage_daemon(journal, scratch.path(), &file)?;
+    let args =
+        ["-m", "256M", "-device", "pcie-root-port,id=rp0,slot=1", "-device", "pcie-root-port,id=rp1,slot=2"];
+    let mut guest = Debian::boot(journal, &args, "")?;
+    let path = scratch.path().join("blk.sock");
+    let backend = json!({"type": "socket", "data": {"addr": {"type": "unix", "data": {"path": path}}, "server": false}});
+    guest.qmp.execute("chardev-add", json!({"id": "c0", "backend": backend}))?;
+    let device = json!({"driver": "vhost-user-blk-pci", "id": "hot", "chardev": "c0", "bus": "rp1"});
+    guest.qmp.execute("device_add", device)?;
+    let appears = "for i in $(seq 200); do [ -e /sys/block/vda ] && break; usleep 100000; done; cat /sys/block/vda/size";
+    let found = guest.ask(appears)?;
+    if found.is_empty() {
+        guest.shell("dmesg | grep -iE 'hp|pcie|vda|virtio'; ls -l /sys/bus/pci/devices; ls /sys/bus/pci/slots; echo told")?;
+        guest.expect("told\r\n")?;
+    }
+    let sectors: u64 = found.parse().map_err(|_| guest.failure("no disk"))?;
+    guest.check(sectors == 24 << 11, &format!("the disk has {sectors} sectors"))?;
+    let read =
+        guest.ask("dd if=/dev/vda bs=2 skip=540 count=1 2>/dev/null | hexdump -v -e '1/2 \"%04x\"'")?;
+    guest.check(read == "ef53", &format!("there is {read:?} instead of ext4's magic number"))?;
+    guest.qmp.pending_events();
+    guest.qmp.execute("device_del", json!({"id": "hot"}))?;
+    loop {
+        let event = guest.qmp.event("DEVICE_DELETED", SOON)?;
+        if event.pointer("/data/device") == Some(&json!("hot")) {
+            break;
+        }
+    }
+    let gone =
+        guest.ask("[ -e /sys/block/vda ] && echo there || echo gone; ls /sys/bus/pci/devices | wc -l")?;
+    guest.check(gone == "gone 3", &format!("the disk is {gone}"))?;
+    complains_of_nothing(&mut guest)?;
+    guest.command("quit")?;
     guest.ends()
 }
 

@@ -83,6 +83,12 @@ pub const ALL: &[Case] = &[
         run: devices::disk_of_qemu,
     },
     Case {
+        name: "hot-plug",
+        about: "a disk comes to a root port and goes again",
+        kind: Kind::Busybox,
+        run: devices::hot_plug,
+    },
+    Case {
         name: "shared-directory",
         about: "mounts a directory of virtiofsd",
         kind: Kind::Busybox,
