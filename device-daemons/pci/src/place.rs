@@ -89,12 +89,26 @@ pub enum PlaceError {
     /// Two ports with the same numbers.
     #[error("Can't add chassis slot, error -16")]
     ChassisSlot,
+    /// Another device has its back end.
+    #[error("back end {0:?} serves another device")]
+    BackEndTaken(String),
     /// A device or function number that does not exist.
     #[error("PCI: slot {0} function {1} does not exist")]
     NoSlot(u8, u8),
     /// There are too many functions.
     #[error("PCI: at most {MAX_FUNCTIONS} functions")]
     TooMany,
+}
+
+/// Names by which the opener is asked for the device's back end.
+fn back_ends(device: &PciDevice) -> impl Iterator<Item = &str> {
+    let virtio = if let PciKind::Virtio(virtio) = &device.kind { Some(virtio) } else { None };
+    virtio.into_iter().flat_map(|virtio| [Some(virtio.socket.as_str()), virtio.side.as_deref()]).flatten()
+}
+
+/// Whether the device has a back end of this name.
+fn has(device: &PciDevice, name: &str) -> bool {
+    back_ends(device).any(|own| own == name)
 }
 
 /// Finds the place of a device among what is there; `hot`: the machine runs.
@@ -108,6 +122,11 @@ pub fn find(taken: &[Taken<'_>], device: &PciDevice, hot: bool) -> Result<Place,
     }
     if !device.id.is_empty() && taken.iter().any(|other| other.config.id == device.id) {
         return Err(PlaceError::IdTaken(device.id.clone()));
+    }
+    // The launcher's word on the first devices is taken; the broker's on later ones is not.
+    let known = |name: &&str| hot && taken.iter().any(|other| has(other.config, name));
+    if let Some(name) = back_ends(device).find(known) {
+        return Err(PlaceError::BackEndTaken(name.to_owned()));
     }
     let bus = &device.place.bus;
     let parent = if bus == ROOT_BUS {
@@ -272,6 +291,20 @@ mod tests {
         }
         let full = "PCI: no slot/function available for virtio-blk-pci, all in use or reserved";
         assert_eq!(bus.error(device("", ROOT_BUS, None, false), false), full);
+    }
+
+    #[test]
+    fn a_back_end_serves_one_device() {
+        let mut bus = Bus::new();
+        bus.add(port("p", 1), false).unwrap();
+        bus.add(device("a", ROOT_BUS, None, false), false).unwrap();
+        let again = PciDevice { id: "b".to_owned(), ..device("a", "p", None, false) };
+        assert_eq!(bus.error(again.clone(), true), "back end \"vhost.a\" serves another device");
+        let PciKind::Virtio(virtio) = again.kind else { unreachable!() };
+        let side = Virtio { socket: "vhost.b".to_owned(), side: Some(virtio.socket.clone()), ..virtio };
+        let by_side = PciDevice { kind: PciKind::Virtio(side), ..device("b", "p", None, false) };
+        assert_eq!(bus.error(by_side, true), "back end \"vhost.a\" serves another device");
+        bus.add(device("b", "p", None, false), true).unwrap();
     }
 
     #[test]
