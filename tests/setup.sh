@@ -23,13 +23,16 @@ cloud_kernel() {
 python_venv() {
 	python3 -c 'import ensurepip, venv'
 }
+# Of Debian 12 it is part of qemu-system-common, which has no package of that name.
+virtiofs_daemon() {
+	[ -x /usr/lib/qemu/virtiofsd ] || [ -x /usr/libexec/virtiofsd ] || grep -q '^VERSION_ID="12"' /etc/os-release
+}
 
 need gcc command -v cc
 need libc6-dev installed libc6-dev
 need qemu-system-x86 command -v qemu-system-x86_64
 need qemu-system-common command -v qemu-storage-daemon
-# Of Debian 13 a package of its own.
-need virtiofsd test -x /usr/lib/qemu/virtiofsd -o -x /usr/libexec/virtiofsd
+need virtiofsd virtiofs_daemon
 need busybox-static installed busybox-static
 need linux-image-cloud-amd64 cloud_kernel
 need socat command -v socat
