@@ -18,6 +18,7 @@ use std::os::fd::OwnedFd;
 use std::os::unix::fs::FileExt as _;
 
 use bulkhead_bus_api::REPLY_LEN;
+use bulkhead_bus_api::lasts::{Last, Lasts};
 use bulkhead_control_api::{decode, encode};
 use bulkhead_jail::warn;
 use nix::errno::Errno;
@@ -49,9 +50,6 @@ const OUTPUT: Ring = Ring { base: 2 * PAGE, size: 2 * OUTPUT_LIMIT };
 const INPUT: Ring = Ring { base: OUTPUT.base + OUTPUT.size, size: 2 * INPUT_LIMIT };
 const SIZE: usize = INPUT.base + INPUT.size;
 
-/// A number and the reply to the request of that number.
-pub type Last = (u32, [u8; REPLY_LEN]);
-
 /// Under which numbers a character device's descriptors are kept.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Names {
@@ -71,7 +69,7 @@ struct Record {
     /// By character device.
     names: Vec<Names>,
     /// By access link.
-    lasts: Vec<Option<Last>>,
+    lasts: Lasts,
     machine: Option<machine::Saved>,
     output_appended: u64,
     output_consumed: u64,
@@ -166,7 +164,7 @@ impl State {
             begun: false,
             next: 0,
             names,
-            lasts: Vec::new(),
+            lasts: Lasts::default(),
             machine: None,
             output_appended: 0,
             output_consumed: 0,
@@ -244,24 +242,19 @@ impl State {
     /// Core has welcomed this process, with so many access links.
     pub fn begin(&mut self, links: usize) {
         self.record.begun = true;
-        if self.record.lasts.len() != links {
-            self.record.lasts = vec![None; links];
-        }
+        self.record.lasts.begin(links);
         self.dirty = true;
     }
 
     /// The reply to a request that was answered last on its link, if it is this one.
     #[must_use]
     pub fn reply_to(&self, link: usize, number: u32) -> Option<[u8; REPLY_LEN]> {
-        let (last, reply) = self.record.lasts.get(link).copied().flatten()?;
-        Some(reply).filter(|_| last == number)
+        self.record.lasts.reply_to(link, number)
     }
 
     /// Notes a reply; it is committed with what the access has changed.
     pub fn set_reply(&mut self, link: usize, last: Last) {
-        if let Some(slot) = self.record.lasts.get_mut(link) {
-            *slot = Some(last);
-        }
+        self.record.lasts.set(link, last);
     }
 
     /// Commits what has changed since the last time, if anything has.

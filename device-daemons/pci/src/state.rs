@@ -14,6 +14,7 @@ use std::os::fd::OwnedFd;
 use std::os::unix::fs::FileExt as _;
 
 use bulkhead_bus_api::REPLY_LEN;
+use bulkhead_bus_api::lasts::{Last, Lasts};
 use bulkhead_control_api::{decode, encode};
 use bulkhead_jail::warn;
 use nix::errno::Errno;
@@ -37,9 +38,6 @@ const RECORD_HEADER: usize = 8;
 pub const MAX_RECORD: usize = COPY - RECORD_HEADER;
 const SIZE: usize = PAGE + MAX_FUNCTIONS * 2 * COPY;
 
-/// A number and the reply to the request of that number.
-pub type Last = (u32, [u8; REPLY_LEN]);
-
 /// Which copy of a record counts.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 enum Copy {
@@ -56,7 +54,7 @@ struct Head {
     /// The next number for a descriptor that is kept.
     next: u32,
     /// By access link.
-    lasts: Vec<Option<Last>>,
+    lasts: Lasts,
     /// By index of the function.
     copies: Vec<Copy>,
 }
@@ -116,7 +114,7 @@ impl State {
         let file = File::from(fd);
         let is_new = file.metadata()?.len() == 0;
         let copies = vec![Copy::None; MAX_FUNCTIONS];
-        let head = Head { next: 0, lasts: Vec::new(), copies };
+        let head = Head { next: 0, lasts: Lasts::default(), copies };
         let records = vec![None; MAX_FUNCTIONS];
         let mut state = Self { file, life, head, dirty: true, records };
         let left = if is_new { None } else { state.load() };
@@ -178,24 +176,19 @@ impl State {
 
     /// Core has welcomed this process, with so many access links.
     pub fn begin(&mut self, links: usize) {
-        if self.head.lasts.len() != links {
-            self.head.lasts = vec![None; links];
-        }
+        self.head.lasts.begin(links);
         self.dirty = true;
     }
 
     /// The reply to a request that was answered last on its link, if it is this one.
     #[must_use]
     pub fn reply_to(&self, link: usize, number: u32) -> Option<[u8; REPLY_LEN]> {
-        let (last, reply) = self.head.lasts.get(link).copied().flatten()?;
-        Some(reply).filter(|_| last == number)
+        self.head.lasts.reply_to(link, number)
     }
 
     /// Notes a reply; it is committed with what the access has changed.
     pub fn set_reply(&mut self, link: usize, last: Last) {
-        if let Some(slot) = self.head.lasts.get_mut(link) {
-            *slot = Some(last);
-        }
+        self.head.lasts.set(link, last);
     }
 
     /// Commits functions that may have changed or are gone.

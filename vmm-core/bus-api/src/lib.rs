@@ -11,6 +11,7 @@
 //! reply:   seq u32 | action u8 | 0 x 3 | data u64
 //! ```
 
+pub mod lasts;
 pub mod main_link;
 pub mod pci;
 pub mod platform;
