@@ -128,7 +128,13 @@ impl Daemon {
                         return Ok(());
                     }
                 }
-                Err(error) => warn!("accept: {error}"),
+                // The starter has taken the connection back.
+                Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => {}
+                // Waiting would find the listener readable at once, for ever; the next process comes at a pace.
+                Err(error) => {
+                    let errno = error.raw_os_error().map_or(Errno::UnknownErrno, Errno::from_raw);
+                    return Err(host("accept")(errno));
+                }
             }
         }
         Ok(())
