@@ -7,6 +7,7 @@ logs=$target/check
 mkdir -p "$logs"
 passed=0
 failed=0
+: >"$logs/failed"
 
 # step NAME COMMAND...: runs the command, adds what its output counts, and one failure if it fails without any.
 step() {
@@ -30,6 +31,7 @@ step() {
 	else
 		echo "FAILED, $seconds s; the end of $logs/$name.log:"
 		tail -n 60 "$logs/$name.log" | sed 's/^/    /'
+		sed -nE "s/^(test .* \.\.\. FAILED|thread '.*' .*panicked at .*)/    $name: \1/p" "$logs/$name.log" >>"$logs/failed"
 	fi
 }
 
@@ -54,5 +56,6 @@ step qmp cargo test -p bulkhead-qmp-tests --locked --no-fail-fast
 step units tests/units.sh
 step lab cargo run -q -p bulkhead-lab -- run
 
+cat "$logs/failed"
 echo "$passed passed, $failed failed"
 [ "$failed" -eq 0 ]
