@@ -136,6 +136,8 @@ pub enum ToCore {
     },
     /// Accesses will be answered and all devices of the command line are known. The machine does not start before.
     Ready,
+    /// After a reset a back end may still touch guest memory: nothing of the next guest comes there before [`ToCore::Ready`].
+    NotReady,
     /// Please.
     Ask {
         /// Echoed in the answer.

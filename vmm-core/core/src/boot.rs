@@ -46,26 +46,27 @@ impl Boot {
     /// Asks for the first loader run.
     pub fn new(door: Door, trigger: OwnedFd) -> Result<Self, String> {
         let mut boot = Self { door, phase: Phase::Started, trigger, pace: Pace::default(), due: false };
-        boot.begin()?;
+        boot.begin(true)?;
         Ok(boot)
     }
 
-    /// Asks for a loader run, unless one is under way or its result was never used.
-    pub fn begin(&mut self) -> Result<(), String> {
+    /// Asks for a loader run, unless one is under way or its result was never used; once memory is `free`.
+    pub fn begin(&mut self, free: bool) -> Result<(), String> {
         if matches!(self.phase, Phase::Loading(_) | Phase::Ready(_)) {
             return Ok(());
         }
         self.phase = Phase::Loading(Instant::now());
         self.due = true;
-        self.ask()
+        self.ask(free)
     }
 
     /// Asks for the loader that is due, if the pace allows it.
-    fn ask(&mut self) -> Result<(), String> {
-        if !self.due || !self.pace.allows() {
+    fn ask(&mut self, free: bool) -> Result<(), String> {
+        if !self.due || !free || !self.pace.allows() {
             return Ok(());
         }
         self.due = false;
+        self.phase = Phase::Loading(Instant::now());
         self.pace.take();
         // A socket under the launcher, a FIFO under systemd.
         nix::unistd::write(&self.trigger, b"boot")
@@ -120,14 +121,14 @@ impl Boot {
         Ok(())
     }
 
-    /// Ends a run that takes too long.
-    pub fn expire(&mut self) -> Result<(), String> {
-        self.ask()?;
+    /// Ends a run that takes too long; asks for one that is due if memory is `free`.
+    pub fn expire(&mut self, free: bool) -> Result<(), String> {
+        self.ask(free)?;
         let greeted = self.door.is_greeting();
         self.door.expire();
         self.greeted(greeted)?;
         match self.phase {
-            Phase::Loading(since) if since.elapsed() > PATIENCE => {
+            Phase::Loading(since) if !self.due && since.elapsed() > PATIENCE => {
                 Err(self.failed(format!("no answer in {} seconds", PATIENCE.as_secs())))
             }
             _ => Ok(()),

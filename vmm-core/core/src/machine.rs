@@ -185,7 +185,7 @@ impl Machine {
         if self.has_deadlines() {
             self.peers.iter_mut().for_each(|peer| peer.door.expire());
             self.broker.door.expire();
-            let expired = self.boot.expire();
+            let expired = self.boot.expire(self.are_there());
             self.after_loader(expired)?;
         }
         Ok(())
@@ -345,7 +345,8 @@ impl Machine {
             for (vcpu, state) in self.vcpus.iter().zip(&self.power_on.vcpus) {
                 state.restore(&lock(&vcpu.fd))?;
             }
-            let asked = self.boot.begin();
+            // Without pci's word a back end may still write what the last guest asked for.
+            let asked = self.boot.begin(self.are_there());
             self.after_loader(asked)?;
         }
         Ok(())

@@ -204,6 +204,7 @@ impl Peer {
                 return Err(Fault::Broke("it said what is not for it to say"));
             }
             Ok(ToCore::Ready) => self.seat.arrive(),
+            Ok(ToCore::NotReady) => self.seat.leave(),
             Ok(ToCore::Ask { id, what }) => self.serve(id, &what, vm)?,
             Err(LinkError::WouldBlock) => return Ok(Heard::Nothing),
             Err(error) => return Err(fault(&error)),

@@ -3,6 +3,7 @@
 use std::fs::File;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::fs::FileExt;
+use std::sync::atomic::Ordering;
 use std::thread;
 use std::time::Duration;
 
@@ -460,6 +461,44 @@ fn the_next_daemon_learns_of_a_reset_and_a_pause_and_a_stop_waits_for_none() {
     pci.obey(Command::Resume);
     rig.wait_result(0, |n| n == 2);
     rig.quit();
+}
+
+#[test]
+fn the_next_guest_is_not_loaded_while_a_back_end_may_touch_memory() {
+    for dies in [false, true] {
+        let (mut rig, mut pci) = started(Program::default().count(0).halt());
+        rig.wait_result(0, |n| n == 1);
+        let reset = thread::spawn(move || (rig.ask(Op::Reset).1, rig));
+        pci.obey(Command::Pause);
+        let (id, what) = pci.command();
+        assert_eq!(what, Command::Reset);
+        pci.main.send(&ToCore::NotReady).unwrap();
+        let kept = if dies {
+            drop(pci);
+            None
+        } else {
+            pci.done(id, what);
+            Some(pci)
+        };
+        let (events, mut rig) = reset.join().unwrap();
+        assert_eq!(events, [(Event::Reset(Cause::HostQmpSystemReset), RunState::Running)]);
+        let mut pci = kept.unwrap_or_else(|| {
+            let mut next = Pci::connect(&rig);
+            next.obey(Command::Reset);
+            next.obey(Command::Pause);
+            next
+        });
+        // The broker is answered, and nothing comes into memory.
+        for _ in 0..3 {
+            assert_eq!(rig.status(), RunState::Running);
+            thread::sleep(Duration::from_millis(300));
+        }
+        assert_eq!((rig.loads.load(Ordering::SeqCst), rig.result(0)), (1, 1));
+        pci.ready();
+        pci.obey(Command::Resume);
+        rig.wait_result(0, |n| n == 2);
+        rig.quit();
+    }
 }
 
 #[test]
