@@ -188,6 +188,7 @@ fn broker(
         life,
         name: options.name.clone(),
         uuid: options.uuid,
+        ram: options.ram,
         monitors,
         autostart: !options.stopped,
         fdsets: options.add_fds.iter().enumerate().map(member).collect(),

@@ -8,7 +8,7 @@ use bulkhead_qapi::types::control::{
 };
 use bulkhead_qapi::types::machine::{CpuInfoArch, CpuInfoFast, CpuInstanceProperties, SysEmuTarget};
 use bulkhead_qapi::types::misc::{
-    AddClientArg, HumanMonitorCommandArg, KvmInfo, NameInfo, QueryCommandLineOptionsArg, UuidInfo,
+    AddClientArg, HumanMonitorCommandArg, KvmInfo, MemoryInfo, NameInfo, QueryCommandLineOptionsArg, UuidInfo,
 };
 use bulkhead_qapi::types::run_state::{RunState, StatusInfo};
 use bulkhead_qapi::{Error, introspect};
@@ -154,6 +154,10 @@ fn answer(query: Handler, known: &Known<'_>) -> Reply {
         }
         Handler::QueryName => reply(NameInfo { name: known.config.name.clone() }),
         Handler::QueryUuid => reply(UuidInfo { uuid: uuid(known.config.uuid) }),
+        // None can be plugged in yet, and QEMU says 0 then, too.
+        Handler::QueryMemorySizeSummary => {
+            reply(MemoryInfo { base_memory: known.config.ram.cast_signed(), plugged_memory: Some(0) })
+        }
         Handler::QueryKvm => reply(KvmInfo { enabled: true, present: true }),
         Handler::QmpCapabilities
         | Handler::Quit

@@ -46,6 +46,7 @@ pub enum Handler {
     QueryStatus,
     QueryName,
     QueryUuid,
+    QueryMemorySizeSummary,
     QueryKvm,
     QueryCpusFast,
     QueryChardev,
@@ -203,6 +204,13 @@ pub static COMMANDS: &[Command] = &[
         .preconfig(),
     Command::new("query-kvm", Handler::QueryKvm, Role::Monitor, "Whether KVM is used: always.")
         .returns::<misc::KvmInfo>(),
+    Command::new(
+        "query-memory-size-summary",
+        Handler::QueryMemorySizeSummary,
+        Role::Monitor,
+        "How much memory the guest has from the start, and how much was plugged in.",
+    )
+    .returns::<misc::MemoryInfo>(),
     Command::new("stop", Handler::Stop, Role::Operator, "Stops all vCPUs."),
     Command::new("cont", Handler::Cont, Role::Operator, "Lets the vCPUs run on."),
     Command::new("system_reset", Handler::SystemReset, Role::Operator, "Resets the machine."),

@@ -257,12 +257,14 @@ fn an_inherited_connection() -> Result<()> {
 #[test]
 fn what_was_configured_is_reported() -> Result<()> {
     let uuid = "8d8b4d8e-5ac4-4ee1-8d3c-a4a9f0c4b9f2";
-    let guest = counting(&["-uuid", uuid])?;
+    let guest = counting(&["-uuid", uuid, "-m", "24"])?;
     let mut qmp = guest.qmp()?;
     let reply = qmp.execute("query-uuid", json!({}))?;
     guest.check(reply == json!({"UUID": uuid}), &reply.to_string())?;
     let name = qmp.execute("query-name", json!({}))?;
     guest.check(name["name"].as_str().is_some_and(|name| name.starts_with("native-")), &name.to_string())?;
+    let memory = qmp.execute("query-memory-size-summary", json!({}))?;
+    guest.check(memory == json!({"base-memory": 24 << 20, "plugged-memory": 0}), &memory.to_string())?;
     let kvm = qmp.execute("query-kvm", json!({}))?;
     guest.check(kvm == json!({"enabled": true, "present": true}), &kvm.to_string())?;
     let chardevs = qmp.execute("query-chardev", json!({}))?;

@@ -178,6 +178,7 @@ impl Broker {
             monitors,
             autostart,
             preconfig,
+            ram: 16 << 20,
             options: vec![memory_options()],
             back_ends: if devices == Some(true) { vec![back_end()] } else { Vec::new() },
             iothreads: vec![io_thread(devices == Some(true))],

@@ -65,6 +65,10 @@ fn queries() -> Vec<Case> {
         Case::new(execute("query-uuid"), [ok(json!({ "UUID": "00000000-0000-0000-0000-000000000000" }))]),
         Case::new(execute("query-kvm"), [ok(json!({ "enabled": true, "present": true }))])
             .qemu72("the oracle runs without KVM", [ok(json!({ "enabled": false, "present": true }))]),
+        Case::new(
+            execute("query-memory-size-summary"),
+            [ok(json!({ "base-memory": 16 << 20, "plugged-memory": 0 }))],
+        ),
         Case::new(execute("query-cpus-fast"), [ok(json!(cpus))]).qemu72(later, [ok(json!(cpus72))]),
         Case::new(
             execute("query-chardev"),
@@ -188,6 +192,7 @@ fn surplus_arguments() -> Vec<Case> {
         "query-name",
         "query-uuid",
         "query-kvm",
+        "query-memory-size-summary",
         "query-cpus-fast",
         "query-chardev",
         "query-status",

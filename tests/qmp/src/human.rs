@@ -113,6 +113,7 @@ fn info() -> Vec<Case> {
     vec![
         prints("info kvm", "kvm support: enabled\n")
             .qemu72("the oracle runs without KVM", [ok("kvm support: disabled\r\n".into())]),
+        prints("info memory_size_summary", "base memory: 16777216\nplugged memory: 0\n"),
         prints("info name", ""),
         prints("info uuid", "00000000-0000-0000-0000-000000000000\n"),
         prints("info status", "VM status: paused (prelaunch)\n").stopped(),

@@ -37,7 +37,7 @@ fn a_vm_answers_as_the_table_says() -> Result<()> {
         return Ok(());
     }
     let vm =
-        Vm::builder().args(["-S", "-smp", "2", "-m", "256M", "-device", "pcie-root-port,id=port"]).start()?;
+        Vm::builder().args(["-S", "-smp", "2", "-m", "16M", "-device", "pcie-root-port,id=port"]).start()?;
     let path = vm.dir().join("q.sock");
     run_all(&path, false).map_err(|failure| failure.with_logs(&[vm.console().clone(), vm.stderr().clone()]))
 }

@@ -63,9 +63,20 @@ fn help_lists_every_command_and_subject() -> Result<()> {
         "system_reset ",
         "system_wakeup ",
     ];
-    let subjects =
-        ["balloon", "chardev", "cpus", "iothreads", "kvm", "name", "pci", "status", "uuid", "version"]
-            .map(|name| format!("info {name} "));
+    let subjects = [
+        "balloon",
+        "chardev",
+        "cpus",
+        "iothreads",
+        "kvm",
+        "memory_size_summary",
+        "name",
+        "pci",
+        "status",
+        "uuid",
+        "version",
+    ]
+    .map(|name| format!("info {name} "));
     assert_eq!(names, commands.into_iter().chain(subjects.iter().map(String::as_str)).collect::<Vec<_>>());
     Ok(())
 }

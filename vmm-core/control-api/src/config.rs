@@ -218,6 +218,8 @@ pub struct Broker {
     pub name: Option<String>,
     /// `-uuid`, all zero without it.
     pub uuid: [u8; 16],
+    /// `-m`, in bytes.
+    pub ram: u64,
     /// QMP monitors in the order of the command line.
     pub monitors: Vec<Monitor>,
     /// Send [`crate::core::Op::Start`] when every `wait=on` is satisfied; false with `-S`.

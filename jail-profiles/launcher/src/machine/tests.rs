@@ -40,6 +40,7 @@ fn run_alone_boots_the_native_guest_on_the_terminal() {
         plan.broker,
         config::Broker {
             life: plan.console.life,
+            ram: 128 << 20,
             autostart: true,
             options: table::groups(),
             ..config::Broker::default()

@@ -4,7 +4,7 @@ use bulkhead_qapi::types::balloon::BalloonInfo;
 use bulkhead_qapi::types::char::ChardevInfo;
 use bulkhead_qapi::types::control::VersionInfo;
 use bulkhead_qapi::types::machine::CpuInfoFast;
-use bulkhead_qapi::types::misc::{KvmInfo, NameInfo, UuidInfo};
+use bulkhead_qapi::types::misc::{KvmInfo, MemoryInfo, NameInfo, UuidInfo};
 use bulkhead_qapi::types::pci::{PciBridgeInfo, PciDeviceInfo, PciInfo, PciMemoryRange};
 use bulkhead_qapi::types::qom::IOThreadInfo;
 use bulkhead_qapi::types::run_state::{RunState, StatusInfo};
@@ -69,6 +69,14 @@ pub fn kvm(value: Value, _: i64) -> String {
             (true, true) => "enabled",
         };
         format!("kvm support: {state}\n")
+    })
+}
+
+/// `info memory_size_summary`.
+pub fn memory(value: Value, _: i64) -> String {
+    with(value, |info: MemoryInfo| {
+        let plugged = info.plugged_memory.map(|bytes| format!("plugged memory: {bytes}\n"));
+        format!("base memory: {}\n{}", info.base_memory, plugged.unwrap_or_default())
     })
 }
 

@@ -117,6 +117,12 @@ pub static INFO: &[Entry] = &[
     info(&["cpus"], "query-cpus-fast", "the vCPUs and their threads", show::cpus),
     info(&["iothreads"], "query-iothreads", "the I/O threads", show::iothreads),
     info(&["kvm"], "query-kvm", "whether KVM is used", show::kvm),
+    info(
+        &["memory_size_summary"],
+        "query-memory-size-summary",
+        "how much memory the guest has from the start, and how much was plugged in",
+        show::memory,
+    ),
     info(&["name"], "query-name", "the guest's name", show::name),
     info(&["pci"], "query-pci", "the PCI devices", show::pci),
     info(&["status"], "query-status", "the run state", show::status),

@@ -19,6 +19,16 @@ qapi_struct! {
 }
 
 qapi_struct! {
+    /// Memory of the guest, in bytes.
+    MemoryInfo {
+        /// What it has from the start (`-m`).
+        "base-memory" base_memory: i64,
+        /// What was plugged in; left out by machines that cannot have such memory.
+        "plugged-memory" plugged_memory: Option<i64>,
+    }
+}
+
+qapi_struct! {
     /// KVM acceleration.
     KvmInfo {
         /// Whether it is active.
