@@ -110,6 +110,8 @@ pub enum Event {
     Memory,
     /// The connection is over; the device is to be connected anew. The text says why.
     Lost(String),
+    /// What ran on a connection that this side has ended runs no more: the back end has ended it, too.
+    Ended,
 }
 
 /// Where a back end notes the requests that it has begun, so that it can go on with them in another life
@@ -145,13 +147,15 @@ pub struct Frontend {
     machine: Machine,
     stream: Option<Stream>,
     channel: Option<Channel>,
+    /// A connection that this side has ended while rings ran, until the back end ends it.
+    former: Option<Stream>,
 }
 
 impl Frontend {
     /// Without a connection.
     #[must_use]
     pub fn new(spec: Spec) -> Self {
-        Self { machine: Machine::new(spec), stream: None, channel: None }
+        Self { machine: Machine::new(spec), stream: None, channel: None, former: None }
     }
 
     /// Begins with a back end: [`Event::Ready`] follows. A former connection is closed.
@@ -170,7 +174,20 @@ impl Frontend {
     pub fn disconnect(&mut self) {
         self.machine.end();
         self.machine.events();
-        (self.stream, self.channel) = (None, None);
+        self.close();
+    }
+
+    /// Lets the connection go. If rings may run at its other end, that end is watched until it is closed.
+    fn close(&mut self) {
+        let stream = self.stream.take().filter(|stream| self.machine.may_run() && stream.end().is_ok());
+        self.former = stream.or(self.former.take());
+        self.channel = None;
+    }
+
+    /// Whether a connection that this side has ended while rings ran is still open at its other end.
+    #[must_use]
+    pub const fn lingers(&self) -> bool {
+        self.former.is_some()
     }
 
     /// Whether there is a connection.
@@ -180,8 +197,8 @@ impl Frontend {
     }
 
     /// Whether the back end may work on rings. After the end of a connection that the back end did not close itself (it was
-    /// late, or broke the protocol) this stays so until the next one: a process that serves one connection at a time
-    /// answers on the next one when it is done with this.
+    /// late, or broke the protocol) this stays so until [`Event::Ended`], or the next one: a process that serves one
+    /// connection at a time answers on the next one when it is done with this.
     #[must_use]
     pub fn may_run(&self) -> bool {
         self.machine.may_run()
@@ -204,6 +221,7 @@ impl Frontend {
             let what = if channel.is_full() { PollFlags::POLLOUT } else { PollFlags::POLLIN };
             list.push(PollFd::new(channel.fd(), what));
         }
+        list.extend(self.former.as_ref().map(|former| PollFd::new(former.fd(), PollFlags::empty())));
     }
 
     /// Sends, receives, returns what happened; bounded work. To be called after any other call, too.
@@ -217,9 +235,17 @@ impl Frontend {
             }
         }
         if !self.machine.is_connected() {
-            (self.stream, self.channel) = (None, None);
+            self.close();
         }
-        self.machine.events()
+        let mut events = self.machine.events();
+        if events.iter().any(|event| matches!(event, Event::Ready { .. })) {
+            // It serves one at a time.
+            self.former = None;
+        } else if self.former.as_ref().is_some_and(Stream::is_ended) {
+            self.former = None;
+            events.push(Event::Ended);
+        }
+        events
     }
 
     /// Sends; says whether anything went.

@@ -77,7 +77,7 @@ pub struct Peer {
 struct Past {
     last_id: u32,
     paused: bool,
-    /// A reset has not been carried out.
+    /// A reset has not been carried out to its end.
     reset_due: bool,
     /// A press of the power button has not been carried out.
     button_due: bool,
@@ -150,6 +150,7 @@ impl Peer {
 
     /// Lets the devices' clocks go on, if they were stopped.
     pub fn resume(&mut self, vm: &Vm) -> Result {
+        self.past.reset_due = false;
         if std::mem::take(&mut self.past.paused) { self.command(Command::Resume, vm) } else { Ok(()) }
     }
 
@@ -159,7 +160,8 @@ impl Peer {
         self.past.button_due = false;
         if self.door.is_linked() {
             self.command(Command::Reset, vm)?;
-            self.past.reset_due = false;
+            // A pci that is not ready after it has a successor do it again.
+            self.past.reset_due = self.seat.there().is_none();
         }
         Ok(())
     }

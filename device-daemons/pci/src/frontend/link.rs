@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 
 use bulkhead_jail::link::receive;
 use nix::errno::Errno;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::socket::{self, ControlMessage, MsgFlags};
 
 use super::wire::{HEADER, MAX_PAYLOAD, Message, Packet, Reader};
@@ -45,6 +46,19 @@ impl Stream {
     /// To be watched.
     pub fn fd(&self) -> BorrowedFd<'_> {
         self.fd.as_fd()
+    }
+
+    /// Tells the peer that nothing more comes.
+    ///
+    /// # Errors
+    /// The socket's.
+    pub fn end(&self) -> Result<(), Errno> {
+        socket::shutdown(self.fd.as_raw_fd(), socket::Shutdown::Write)
+    }
+
+    /// Whether the peer, which has been told that, has closed its side, too.
+    pub fn is_ended(&self) -> bool {
+        poll(&mut [PollFd::new(self.fd.as_fd(), PollFlags::empty())], PollTimeout::ZERO) == Ok(1)
     }
 
     /// Receives at most one message.

@@ -465,24 +465,23 @@ fn the_next_daemon_learns_of_a_reset_and_a_pause_and_a_stop_waits_for_none() {
 
 #[test]
 fn the_next_guest_is_not_loaded_while_a_back_end_may_touch_memory() {
-    for dies in [false, true] {
-        let (mut rig, mut pci) = started(Program::default().count(0).halt());
-        rig.wait_result(0, |n| n == 1);
+    let (mut rig, mut pci) = started(Program::default().count(0).halt());
+    for (round, (done, dies)) in [(true, false), (true, true), (false, true)].into_iter().enumerate() {
+        let count = u32::try_from(round).unwrap() + 1;
+        rig.wait_result(0, |n| n == count);
         let reset = thread::spawn(move || (rig.ask(Op::Reset).1, rig));
         pci.obey(Command::Pause);
         let (id, what) = pci.command();
         assert_eq!(what, Command::Reset);
         pci.main.send(&ToCore::NotReady).unwrap();
-        let kept = if dies {
-            drop(pci);
-            None
-        } else {
+        if done {
             pci.done(id, what);
-            Some(pci)
-        };
-        let (events, mut rig) = reset.join().unwrap();
+        }
+        let kept = (!dies).then_some(pci);
+        let (events, back) = reset.join().unwrap();
+        rig = back;
         assert_eq!(events, [(Event::Reset(Cause::HostQmpSystemReset), RunState::Running)]);
-        let mut pci = kept.unwrap_or_else(|| {
+        pci = kept.unwrap_or_else(|| {
             let mut next = Pci::connect(&rig);
             next.obey(Command::Reset);
             next.obey(Command::Pause);
@@ -493,12 +492,17 @@ fn the_next_guest_is_not_loaded_while_a_back_end_may_touch_memory() {
             assert_eq!(rig.status(), RunState::Running);
             thread::sleep(Duration::from_millis(300));
         }
-        assert_eq!((rig.loads.load(Ordering::SeqCst), rig.result(0)), (1, 1));
+        assert_eq!((rig.loads.load(Ordering::SeqCst), rig.result(0)), (round + 1, count));
         pci.ready();
         pci.obey(Command::Resume);
-        rig.wait_result(0, |n| n == 2);
-        rig.quit();
     }
+    rig.wait_result(0, |n| n == 4);
+    // What is over is not done again.
+    drop(pci);
+    let mut pci = Pci::connect(&rig);
+    pci.obey(Command::Resume);
+    pci.ready();
+    rig.quit();
 }
 
 #[test]
