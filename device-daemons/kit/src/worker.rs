@@ -11,7 +11,7 @@
 use std::io;
 use std::os::fd::{AsFd as _, OwnedFd};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::mpsc::{Receiver, Sender, channel};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::sync::{Arc, Barrier};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -34,6 +34,9 @@ const STACK: usize = 256 * 1024;
 const EVENTS: usize = 64;
 /// Name of the thread without an I/O thread's.
 const NAME: &str = "queues";
+/// The queue thread has so long for what the control thread wants of it: the requests that it is at are storage's, and may
+/// never end. Pci waits a second longer.
+const PATIENCE: Duration = Duration::from_secs(3);
 /// At most one line on guests' mistakes in this time.
 const QUIET: Duration = Duration::from_secs(1);
 
@@ -88,18 +91,26 @@ pub(crate) struct Handle {
 }
 
 impl Handle {
-    /// Has the queue thread do something, after the requests that it is at (it begins no others); waits for it.
+    /// Has the queue thread do something, after the requests that it is at (it begins no others); waits for it. If it is
+    /// held in one the process ends: what it has begun is given up, or finished, by the kernel before the front end sees the
+    /// connection's end, so it is no danger to the memory of a guest after a reset; the next process does it again.
     pub(crate) fn ask(&self, command: Command) -> Answer {
-        if self.commands.send(command).is_ok() {
-            self.pending.store(true, Ordering::Release);
-            let _ = self.wake.write(1);
-            if let Ok(answer) = self.answers.recv() {
-                return answer;
+        match self.answer(command, PATIENCE) {
+            Ok(answer) => return answer,
+            Err(RecvTimeoutError::Timeout) => {
+                error!("a request takes longer than {} s: the host's storage hangs", PATIENCE.as_secs());
             }
+            // It ends only when the host fails it, and has said why.
+            Err(RecvTimeoutError::Disconnected) => error!("the queue thread is gone"),
         }
-        // It ends only when the host fails it, and has said why.
-        error!("the queue thread is gone");
         std::process::exit(1);
+    }
+
+    fn answer(&self, command: Command, patience: Duration) -> Result<Answer, RecvTimeoutError> {
+        self.commands.send(command).map_err(|_| RecvTimeoutError::Disconnected)?;
+        self.pending.store(true, Ordering::Release);
+        let _ = self.wake.write(1);
+        self.answers.recv_timeout(patience)
     }
 }
 

@@ -234,6 +234,15 @@ impl Bus {
         self.get(port).is_some_and(|f| matches!(&f.kind, Kind::Port(slot) if slot.saved.leaving))
     }
 
+    /// Has all devices come to rest, as they must be before a reset.
+    pub fn rest(&mut self) {
+        for function in self.functions.iter_mut().flatten() {
+            if let Some(device) = function.as_device() {
+                device.set_master(false);
+            }
+        }
+    }
+
     /// Puts everything into the state after power-on. What the guest was asked to give up is gone.
     pub fn reset(&mut self) {
         let indices: Vec<u16> = self.functions().map(|(index, _)| index).collect();

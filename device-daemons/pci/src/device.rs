@@ -77,6 +77,8 @@ pub trait Backed {
     fn missing(&self) -> Vec<String>;
     /// A connection that it lacked; one that it does not lack is closed.
     fn connected(&mut self, name: &str, fd: OwnedFd);
+    /// Nobody listens at a connection that it lacks.
+    fn refused(&mut self, _name: &str) {}
     /// Adds the descriptors to watch and what for. Asked anew in every turn of the loop.
     fn watch<'a>(&'a self, list: &mut Vec<PollFd<'a>>);
     /// At least one of the descriptors that it watches is ready.
@@ -95,7 +97,7 @@ pub trait Backed {
     fn resume(&mut self);
     /// Whether the back end touches no guest memory and raises no interrupt.
     fn is_quiet(&self) -> bool;
-    /// It was not quiet in time: end the connection. What the guest sees of that is as if the back end had died.
+    /// It was not quiet in time: end the connection. It is quiet when the back end has noticed that.
     fn abandon(&mut self);
     /// What a successor of this process is to have of it ([`Backed::inherit`]): the memory in which its back end notes
     /// requests in flight. Asked after every call that may change it.

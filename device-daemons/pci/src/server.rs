@@ -13,6 +13,7 @@ use std::os::fd::{AsFd as _, OwnedFd};
 use std::os::unix::net::UnixListener;
 use std::time::{Duration, Instant};
 
+use bulkhead_bus_api::main_link::Command;
 use bulkhead_bus_api::pci::FromCore;
 use bulkhead_control_api::config::{CpuTopology, PciDevice};
 use bulkhead_control_api::opener::FromOpener;
@@ -116,8 +117,7 @@ enum Stage {
 #[derive(Clone, Copy, Debug)]
 struct Running {
     id: u32,
-    /// It is done when all devices are at rest.
-    rest: bool,
+    what: Command,
     deadline: Instant,
 }
 
@@ -148,6 +148,8 @@ pub struct Server {
     keeper: Keeper,
     running: Option<Running>,
     ready: bool,
+    /// A reset waits for devices to come to rest, and core for the word that the machine is ready.
+    held: bool,
     /// When the machine began to wait for back ends, until that is said.
     begun: Option<Instant>,
     /// When the starter is to hear that this process is alive.
@@ -187,6 +189,7 @@ impl Server {
             keeper: Keeper::default(),
             running: None,
             ready: false,
+            held: false,
             begun: None,
             alive: None,
         })
@@ -393,8 +396,15 @@ impl Server {
                 }
             }
             Ok((FromOpener::NotGiven { name, errno }, _)) => {
-                if self.connector.answered(&name, Instant::now()).is_some() && errno == Errno::EPERM as i32 {
-                    warn!("opener: {name} is not this process's to ask for");
+                let device = self.connector.answered(&name, Instant::now());
+                match Errno::from_raw(errno) {
+                    Errno::EPERM if device.is_some() => {
+                        warn!("opener: {name} is not this process's to ask for");
+                    }
+                    Errno::ECONNREFUSED | Errno::ENOENT => {
+                        device.into_iter().for_each(|device| self.refuse(device, &name));
+                    }
+                    _ => {}
                 }
             }
             Ok(_) => warn!("opener: a message that is not for this process"),
@@ -412,6 +422,15 @@ impl Server {
             device.connected(name, fd);
             machine.bus.touch(index);
             machine.changed.insert(index);
+        }
+    }
+
+    /// Tells a device that nobody listens where its connection would come from.
+    fn refuse(&mut self, index: u16, name: &str) {
+        let Stage::Serving(machine) = &mut self.stage else { return };
+        if let Some(device) = machine.bus.get_mut(index).and_then(Function::as_device) {
+            device.refused(name);
+            machine.bus.touch(index);
         }
     }
 

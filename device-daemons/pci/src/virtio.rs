@@ -5,7 +5,7 @@
 //!   Stopped ------------------------------------------------> Running
 //!     ^  ^                                                      |
 //!     |  +-- lost, or it says so ------ Stopping <--------------+  anything of that is no more
-//!     +----- back end answers, or is silent for 5 s -- Stale <---  a predecessor of this process had it running,
+//!     +-- back end ends its side, or answers anew --- Stale <---  a predecessor of this process had it running,
 //!                                                                  or it was given up and may not know
 //! ```
 //! The guest's registers say what is to be, [`life`] makes it so. A reset by the guest is over when the back end has
@@ -59,7 +59,7 @@ enum Stage {
     /// It is to stop.
     Stopping,
     /// What was started on a connection that this process or a predecessor of it has ended runs until the back end notices
-    /// that: not beyond its next answer, nor this moment.
+    /// that: not beyond its end of that connection, nor its next answer. Since then; it may take for ever.
     Stale(Instant),
 }
 

@@ -30,6 +30,12 @@ fn restless(seen: &mut Seen) {
     seen.quiet = false;
 }
 
+fn stubborn(seen: &mut Seen) {
+    restless(seen);
+    seen.stubborn = true;
+    seen.missing = vec!["vhost.d".to_owned()];
+}
+
 fn ask(rig: &mut Rig, id: u32, op: Op) -> (Vec<Event>, Result<Answer, Refusal>) {
     rig.broker.send(&Request { id, op }).unwrap();
     let mut events = Vec::new();
@@ -100,6 +106,35 @@ fn a_back_end_that_does_not_stop_holds_a_pause_up_for_four_seconds() {
     // Core gives up after 5 s.
     assert!((Duration::from_millis(3900)..Duration::from_secs(5)).contains(&waited), "{waited:?}");
     assert_eq!(rig.next(), ToCore::Done { id: 2 });
+}
+
+#[test]
+fn a_reset_waits_for_a_back_end_and_the_machine_is_not_ready_meanwhile() {
+    let mut rig = Rig::new(vec![device("d", "pcie.0", None)], stubborn);
+    assert_eq!(rig.next(), ToCore::Ready);
+    rig.vcpu.write(config(0, 1, 0, 4), 2, 6);
+    rig.command(1, Command::Reset);
+    assert_eq!(rig.next(), ToCore::NotReady);
+    assert_eq!(rig.next(), ToCore::Done { id: 1 });
+    rig.silence();
+    assert_eq!(rig.vcpu.read(config(0, 1, 0, 4), 2), 6, "the reset is not over");
+    // The next one waits no longer.
+    let start = Instant::now();
+    rig.command(2, Command::Reset);
+    assert_eq!(rig.next(), ToCore::NotReady);
+    assert_eq!(rig.next(), ToCore::Done { id: 2 });
+    assert!(start.elapsed() < Duration::from_secs(3), "{:?}", start.elapsed());
+    // A command that comes meanwhile is answered.
+    rig.command(3, Command::PressPowerButton);
+    assert_eq!(rig.next(), ToCore::Done { id: 3 });
+    let (ours, _theirs) = pair();
+    let given = FromOpener::Given { name: "vhost.d".into() };
+    rig.opener.send_with(&given, &[ours.as_fd()], MsgFlags::empty()).unwrap();
+    assert_eq!(rig.next(), ToCore::Ready);
+    assert_eq!(rig.vcpu.read(config(0, 1, 0, 4), 2), 0);
+    rig.command(4, Command::Reset);
+    assert_eq!(rig.next(), ToCore::Done { id: 4 });
+    rig.silence();
 }
 
 #[test]

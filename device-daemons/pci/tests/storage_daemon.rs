@@ -21,7 +21,11 @@ fn ready(daemon: &Daemon) -> Frontend {
 
 fn attach(daemon: &Daemon, front: &mut Frontend) {
     front.connect(daemon.socket());
-    let events = next(front);
+    let mut events = next(front);
+    // Of the connection before.
+    if events == [Event::Ended] {
+        events = next(front);
+    }
     let [Event::Ready { features, queues, config }] = &events[..] else { panic!("{events:?}") };
     assert_ne!(features & VERSION_1, 0);
     assert_eq!(*queues, 2);

@@ -156,7 +156,12 @@ impl FrontEnd {
 
     /// Stops a queue; returns its available index.
     pub fn stop(&mut self, queue: u16) -> u16 {
-        u16::try_from(self.raw.get_vring_base(queue.into()).unwrap()).unwrap()
+        self.try_stop(queue).unwrap()
+    }
+
+    /// The same; `None` if the daemon ends the connection instead.
+    pub fn try_stop(&mut self, queue: u16) -> Option<u16> {
+        self.raw.get_vring_base(queue.into()).ok().map(|base| u16::try_from(base).unwrap())
     }
 }
 

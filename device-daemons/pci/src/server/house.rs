@@ -102,16 +102,24 @@ impl Server {
         let Stage::Serving(machine) = &mut self.stage else { return Ok(()) };
         loop {
             if let Some(running) = self.running {
-                if !rests(machine, &running, now) {
-                    return Ok(());
+                let Some(rested) = rests(machine, &running, now) else { return Ok(()) };
+                if running.what == Command::Reset {
+                    self.held = !rested;
+                    if rested {
+                        machine.bus.reset();
+                    } else {
+                        machine.core.send(&ToCore::NotReady)?;
+                        self.ready = false;
+                    }
                 }
                 machine.settle()?;
+                self.broker.tell_events(machine);
                 machine.core.send(&ToCore::Done { id: running.id })?;
                 self.running = None;
             }
             let Some((id, what)) = machine.core.take_command() else { return Ok(()) };
             match what {
-                Command::Reset => machine.bus.reset(),
+                Command::Reset => machine.bus.rest(),
                 Command::Pause | Command::Resume => {
                     machine.paused = what == Command::Pause;
                     let pause = machine.paused;
@@ -126,9 +134,8 @@ impl Server {
                 Command::PressPowerButton => {}
             }
             machine.settle()?;
-            self.broker.tell_events(machine);
-            let rest = matches!(what, Command::Reset | Command::Pause);
-            self.running = Some(Running { id, rest, deadline: now + REST });
+            let rest = if self.held { Duration::ZERO } else { REST };
+            self.running = Some(Running { id, what, deadline: now + rest });
         }
     }
 
@@ -138,6 +145,16 @@ impl Server {
             return Ok(());
         }
         let Stage::Serving(machine) = &mut self.stage else { return Ok(()) };
+        if self.held {
+            if !machine.devices().all(|(_, device)| device.is_quiet()) {
+                return Ok(());
+            }
+            notice!("all back ends are at rest; the reset goes on");
+            self.held = false;
+            machine.bus.reset();
+            machine.settle()?;
+            self.broker.tell_events(machine);
+        }
         let unknown =
             |(_, f): &(u16, &Function)| f.plugged && f.device_ref().is_some_and(|device| !device.is_known());
         let awaited: Vec<String> =
@@ -239,26 +256,31 @@ fn until(at: Instant, now: Instant) -> PollTimeout {
     PollTimeout::from(u16::try_from(wait).map_or(LONGEST, |wait| wait.min(LONGEST)))
 }
 
-/// Whether a command is done: all devices are at rest, or have been brought to it.
-fn rests(machine: &mut Machine, running: &Running, now: Instant) -> bool {
-    if !running.rest {
-        return true;
+/// Whether all devices that must be for a command are at rest; `None` while it is to be waited for.
+fn rests(machine: &mut Machine, running: &Running, now: Instant) -> Option<bool> {
+    if !matches!(running.what, Command::Reset | Command::Pause) {
+        return Some(true);
     }
     let restless: Vec<u16> =
         machine.devices().filter(|(_, device)| !device.is_quiet()).map(|(index, _)| index).collect();
     if restless.is_empty() {
-        return true;
+        return Some(true);
     }
     if now < running.deadline {
-        return false;
+        return None;
     }
+    let mut rested = true;
     for index in restless {
         let Some(function) = machine.bus.get_mut(index) else { continue };
         let id = function.config.id.clone();
         let Some(device) = function.as_device() else { continue };
-        warn!("device {id:?}: its back end does not stop; the connection is ended");
         device.abandon();
+        let quiet = device.is_quiet();
+        let waits =
+            if running.what == Command::Reset && !quiet { ", and the reset waits for it" } else { "" };
+        warn!("device {id:?}: its back end does not stop; the connection is ended{waits}");
+        rested &= quiet;
         machine.bus.touch(index);
     }
-    true
+    Some(rested)
 }

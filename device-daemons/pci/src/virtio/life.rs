@@ -13,8 +13,8 @@ use super::{Stage, VirtioPci, kind, ring};
 use crate::device::Backed;
 use crate::frontend::{Event, Ring, StartError};
 
-/// A back end whose connection has been closed has stopped after this.
-pub const STALE: Duration = Duration::from_secs(5);
+/// A back end that nobody is connected to and that does not listen after this has stopped.
+const STALE: Duration = Duration::from_secs(5);
 
 impl VirtioPci {
     /// Whether queues are to run.
@@ -239,11 +239,13 @@ impl VirtioPci {
                 self.sync_config();
             }
             Event::Lost(why) => self.on_lost(&why),
+            Event::Ended => self.end_stale(),
         }
         self.settle();
     }
 
     fn on_ready(&mut self, features: u64, queues: u16, config: &[u8]) {
+        self.end_stale();
         if features & kind::VERSION_1 == 0 {
             self.front.disconnect();
             return self.on_lost("offers no virtio 1.0");
@@ -251,9 +253,6 @@ impl VirtioPci {
         let queues = kind::queues(&self.config, queues);
         let offer = Offer { features: kind::features(&self.config, features, queues), queues };
         self.offer = Some(offer);
-        if matches!(self.stage, Stage::Stale(_)) {
-            self.end_stale();
-        }
         if self.shown.is_none() || self.common.status == 0 {
             self.show(offer);
         }
@@ -292,7 +291,7 @@ impl VirtioPci {
         }
         if self.front.may_run() {
             // It was given up, but goes on until it notices: neither is a reset over, nor do its rings stand still.
-            self.stage = Stage::Stale(Instant::now() + STALE);
+            self.stage = Stage::Stale(Instant::now());
             self.orphaned = true;
             return;
         }
@@ -300,8 +299,11 @@ impl VirtioPci {
         self.mourn();
     }
 
-    /// A back end that nobody is connected to any more has stopped.
+    /// What ran on a connection that is over has stopped.
     fn end_stale(&mut self) {
+        if !matches!(self.stage, Stage::Stale(_)) {
+            return;
+        }
         self.halted();
         if std::mem::take(&mut self.orphaned) {
             self.mourn();
@@ -386,6 +388,14 @@ impl Backed for VirtioPci {
         }
     }
 
+    fn refused(&mut self, name: &str) {
+        let stale = matches!(self.stage, Stage::Stale(since) if since.elapsed() >= STALE);
+        if stale && name == self.config.socket && !self.front.lingers() {
+            self.end_stale();
+            self.settle();
+        }
+    }
+
     fn watch<'a>(&'a self, list: &mut Vec<PollFd<'a>>) {
         self.front.watch(list);
         list.extend(self.side.as_ref().map(Side::watch));
@@ -398,17 +408,12 @@ impl Backed for VirtioPci {
     }
 
     fn deadline(&self) -> Option<Instant> {
-        let stale = if let Stage::Stale(until) = self.stage { Some(until) } else { None };
-        self.front.deadline().into_iter().chain(stale).min()
+        self.front.deadline()
     }
 
     fn expire(&mut self) {
         let events = self.front.expire();
         self.on_events(events);
-        if matches!(self.stage, Stage::Stale(until) if until <= Instant::now()) {
-            self.end_stale();
-            self.settle();
-        }
     }
 
     fn is_known(&self) -> bool {
@@ -436,9 +441,6 @@ impl Backed for VirtioPci {
     fn abandon(&mut self) {
         self.front.disconnect();
         self.on_lost("does not stop");
-        if matches!(self.stage, Stage::Stale(_)) {
-            self.end_stale();
-        }
         self.settle();
     }
 

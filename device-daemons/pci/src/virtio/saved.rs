@@ -7,7 +7,6 @@ use bulkhead_control_api::{decode, encode};
 use serde::{Deserialize, Serialize};
 
 use super::common::{Common, Offer};
-use super::life::STALE;
 use super::sync::Span;
 use super::{Stage, VirtioPci};
 use crate::frontend::Inflight;
@@ -24,6 +23,8 @@ struct Saved {
     dirty: Vec<Span>,
     isr: u8,
     used: bool,
+    /// Nothing runs at the back end. The state is committed before one is told to run something.
+    halted: bool,
     orphaned: bool,
     noted: bool,
     inflight: Option<Room>,
@@ -41,6 +42,7 @@ impl VirtioPci {
             dirty: self.sync.unknown(),
             isr: self.isr,
             used: self.used,
+            halted: self.stage == Stage::Stopped,
             orphaned: self.orphaned,
             noted: self.noted,
             inflight: self.front.inflight().map(room),
@@ -63,8 +65,8 @@ impl VirtioPci {
         self.isr = saved.isr;
         self.used = saved.used;
         (self.orphaned, self.noted) = (saved.orphaned, saved.noted);
-        if self.used {
-            self.stage = Stage::Stale(Instant::now() + STALE);
+        if self.used && !saved.halted {
+            self.stage = Stage::Stale(Instant::now());
         }
         if let (Some(fd), Some((size, offset, queues, queue_size))) = (inherited, saved.inflight) {
             let inflight = Inflight { fd: Rc::new(fd), size, offset, queues, queue_size };

@@ -35,6 +35,8 @@ pub struct Seen {
     pub paused: bool,
     pub quiet: bool,
     pub abandoned: usize,
+    /// It comes to rest with a new connection only.
+    pub stubborn: bool,
     pub kept: Option<Rc<OwnedFd>>,
     /// Known once it has inherited something.
     pub inherits: bool,
@@ -66,6 +68,7 @@ impl Backed for Mock {
         seen.missing.retain(|missing| missing != name);
         seen.connected.push(name.to_owned());
         seen.known |= seen.missing.is_empty();
+        seen.quiet |= seen.stubborn;
     }
     fn watch<'a>(&'a self, _: &mut Vec<PollFd<'a>>) {}
     fn advance(&mut self) {}
@@ -91,7 +94,7 @@ impl Backed for Mock {
     fn abandon(&mut self) {
         let mut seen = self.seen.borrow_mut();
         seen.abandoned += 1;
-        seen.quiet = true;
+        seen.quiet = !seen.stubborn;
     }
     fn kept(&self) -> Option<Rc<OwnedFd>> {
         self.seen.borrow().kept.clone()
