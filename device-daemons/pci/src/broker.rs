@@ -239,7 +239,10 @@ impl Broker {
         for adding in std::mem::take(&mut self.adding) {
             let function = machine.bus.get(adding.index);
             let known = function.and_then(|f| f.device_ref()).is_some_and(|device| device.is_known());
-            if !known && now < adding.deadline {
+            // A successor of the broker that asked knows nothing of it, and has its daemon ended.
+            let asked = adding.broker == self.number;
+            let known = known && asked;
+            if !known && asked && now < adding.deadline {
                 self.adding.push(adding);
                 continue;
             }
@@ -252,7 +255,7 @@ impl Broker {
             };
             machine.settle()?;
             self.tell_events(machine);
-            if adding.broker == self.number {
+            if asked {
                 self.reply(adding.request, result);
             }
         }

@@ -4,13 +4,14 @@
 
 mod pci;
 
-pub use pci::Bus;
 #[cfg(test)]
-pub use pci::{Daemon, DaemonConfig};
+pub use pci::Daemon;
+pub use pci::{Bus, DaemonConfig};
 
 use std::hash::{BuildHasher as _, RandomState};
 
 use bulkhead_control_api::config;
+use bulkhead_control_api::plug::What as Declared;
 
 use crate::cli::{Error, Problem, table};
 use crate::opener;
@@ -156,6 +157,13 @@ pub fn plan(options: &Options) -> Result<Plan, Error> {
 }
 
 impl Plan {
+    /// Without a balloon that may be plugged in: its daemon would have to be started while the machine runs.
+    pub fn without_spare_balloon(mut self) -> Self {
+        self.bus.daemons.retain(|daemon| daemon.used || daemon.what != Declared::Balloon);
+        self.broker.declared = self.bus.declared();
+        self
+    }
+
     /// The same machine in another life of core.
     pub fn renew(&mut self) {
         self.broker.life = new_life();
@@ -196,7 +204,8 @@ fn broker(
         preconfig: options.preconfig,
         options: table::groups(),
         back_ends: devices.all.iter().filter(|d| d.owner == Owner::Pci).map(Device::config).collect(),
-        iothreads: options.iothreads.iter().map(|thread| bus.io_thread(&thread.value)).collect(),
+        iothreads: options.iothreads.iter().map(|thread| pci::io_thread(&thread.value)).collect(),
+        declared: bus.declared(),
     }
 }
 

@@ -6,6 +6,7 @@
 mod doors;
 mod kept;
 pub mod parts;
+mod plug;
 
 pub use doors::Asker;
 pub use parts::{LOADER, Part};
@@ -82,6 +83,8 @@ struct Running {
     /// The opener's end of its link to it.
     opener: Option<Asker>,
     ready: bool,
+    /// Nothing uses it any more, and it is ended: that it is gone is no news.
+    leaving: bool,
 }
 
 /// A compartment that is started again when it dies.
@@ -114,6 +117,8 @@ struct End {
     failed: Option<String>,
     /// It was ready.
     ready: bool,
+    /// It was ended.
+    leaving: bool,
 }
 
 struct Supervisor {
@@ -200,8 +205,9 @@ fn names_of(kind: &ChardevKind) -> Vec<String> {
 impl Supervisor {
     fn new(vm: Vm, guard: Guard) -> Result<Self, String> {
         let residents = parts::residents(&vm.bus);
+        let all = parts::all(&vm.bus);
         let mut meetings = BTreeMap::new();
-        for link in parts::links(&residents) {
+        for link in parts::links(&all) {
             meetings.insert(link.name, Rendezvous::new(|path| guard.directory(path))?);
         }
         let doors = Doors::new(&vm.bus, |path| guard.directory(path))?;
@@ -215,7 +221,7 @@ impl Supervisor {
             configs.insert((daemon.process().name, Some(device)), daemon.seal()?);
         }
         Ok(Self {
-            host: Host::look(&residents)?,
+            host: Host::look(&all)?,
             residents,
             doors,
             guard,
@@ -251,7 +257,7 @@ impl Supervisor {
 
     /// What the launcher calls a compartment.
     fn label(&self, part: Part) -> String {
-        match part.device.and_then(|device| self.vm.bus.daemons.get(device)) {
+        match self.vm.bus.daemon(part) {
             Some(daemon) => format!("{} {}", part.process.binary, daemon.key),
             None => part.process.binary.to_owned(),
         }
@@ -268,7 +274,7 @@ impl Supervisor {
         }
         let (notify, theirs) = packets()?;
         let opener = if parts::keeps_opener(process) { Some(Asker::pair()?) } else { None };
-        let daemon = part.device.and_then(|device| self.vm.bus.daemons.get(device));
+        let daemon = self.vm.bus.daemon(part);
         let mut fds: Vec<(String, BorrowedFd<'_>)> = Vec::new();
         fds.extend(self.configs.get(&part.key()).map(|fd| ("config".to_owned(), fd.as_fd())));
         for (name, meeting) in &self.meetings {
@@ -300,7 +306,8 @@ impl Supervisor {
         let label = self.label(part);
         let (opener, relay) = (opener.map(|(link, _)| link), Relay::new(process.binary, label.clone()));
         let notify = Some(notify);
-        let running = Running { part, label, started, relay, log_open: true, notify, opener, ready: false };
+        let (log_open, ready, leaving) = (true, false, false);
+        let running = Running { part, label, started, relay, log_open, notify, opener, ready, leaving };
         self.running.push(running);
         Ok(())
     }
@@ -311,8 +318,14 @@ impl Supervisor {
         let is_due = |again: &Again| again.when(now) == Some(now);
         let due: Vec<Key> =
             self.again.iter().filter(|(_, again)| is_due(again)).map(|(key, _)| *key).collect();
-        let parts: Vec<Part> =
-            self.residents.iter().copied().filter(|part| due.contains(&part.key())).collect();
+        // Of a daemon that is ended for another device the next one waits until it is gone.
+        let is_gone = |part: &Part| !self.running.iter().any(|running| running.part.key() == part.key());
+        let parts: Vec<Part> = self
+            .residents
+            .iter()
+            .copied()
+            .filter(|part| due.contains(&part.key()) && is_gone(part))
+            .collect();
         for part in parts {
             let label = self.label(part);
             if let Some(again) = self.again.get_mut(&part.key()) {
@@ -354,17 +367,18 @@ impl Supervisor {
         let chardevs = console.chain(self.vm.broker.monitors.iter().map(|monitor| &monitor.chardev));
         let lasts = |kind: &ChardevKind| !matches!(kind, ChardevKind::Socket { server: false, .. });
         let devices =
-            self.residents.iter().filter(|part| part.device.is_some() || part.process.name == "pci");
-        let devices = devices.flat_map(|part| self.opened_for(*part)).map(|(opened, _)| opened);
-        chardevs.filter(|c| lasts(&c.kind)).flat_map(|c| names_of(&c.kind)).chain(devices).collect()
+            self.vm.bus.daemons.iter().flat_map(|daemon| &daemon.fds).map(|(opened, _)| opened.clone());
+        let listeners = self.vm.bus.listeners().map(str::to_owned);
+        let chardevs = chardevs.filter(|c| lasts(&c.kind)).flat_map(|c| names_of(&c.kind));
+        chardevs.chain(devices).chain(listeners).collect()
     }
 
     /// Names of the opened descriptors that a process gets, each with its own name for it: those of the topology that are
     /// not per object, and those that its character devices or its device name.
     fn opened_for(&self, part: Part) -> Vec<(String, String)> {
         let same = |name: String| (name.clone(), name);
-        if let Some(daemon) = part.device.and_then(|device| self.vm.bus.daemons.get(device)) {
-            return daemon.fds.clone();
+        if let Some(daemon) = self.vm.bus.daemon(part) {
+            return daemon.given();
         }
         match part.process.name {
             "console" => self.vm.console.chardevs.iter().flat_map(|c| names_of(&c.kind)).map(same).collect(),
@@ -475,19 +489,27 @@ impl Supervisor {
     /// Answers pci, which may ask for connections, and the broker, which may say where back ends listen.
     fn connect_back_ends(&mut self) {
         let Self { running, doors, vm, .. } = self;
+        let mut plugs = Vec::new();
         for running in running {
             let process = running.part.process.name;
-            let act = |request: &ToOpener| match (process, request) {
+            let mut act = |request: &ToOpener| match (process, request) {
                 ("pci", ToOpener::Connect { name }) => doors.connect(name, &vm.fds).map(Some),
                 ("broker", ToOpener::Define { name, path, must_exist }) => {
                     doors.define((name, path, *must_exist), &vm.fds).map(|()| None)
                 }
                 ("broker", ToOpener::Forget { name }) => doors.forget(name).map(|()| None),
+                ("broker", ToOpener::Begin { .. } | ToOpener::End { .. }) => {
+                    plugs.push(plug::Plug::of(&vm.bus, request)?);
+                    Ok(None)
+                }
                 _ => Err(nix::errno::Errno::EPERM),
             };
-            if running.opener.as_mut().is_some_and(|opener| !opener.serve(act)) {
+            if running.opener.as_mut().is_some_and(|opener| !opener.serve(&mut act)) {
                 running.opener = None;
             }
+        }
+        for plug in plugs {
+            self.plug(plug);
         }
     }
 
@@ -543,7 +565,8 @@ impl Supervisor {
             let failed = running.started.failed_step().ok().flatten();
             let after = running.started.since.elapsed();
             let (part, label) = (running.part, running.label.clone());
-            ended.push(End { part, label, status, after, failed, ready: running.ready });
+            let (ready, leaving) = (running.ready, running.leaving);
+            ended.push(End { part, label, status, after, failed, ready, leaving });
             false
         });
         // Core first: its end explains the others'.
@@ -563,7 +586,7 @@ impl Supervisor {
         };
         let code = if let WaitStatus::Exited(_, code) = end.status { Some(code) } else { None };
         say("<6>", NAME, &format!("{label} {how} after {:.1} ms", end.after.as_secs_f64() * 1e3));
-        if self.killed {
+        if self.killed || end.leaving {
             return;
         }
         // Core hears of a loader's failure through its link and decides.

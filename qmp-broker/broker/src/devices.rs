@@ -1,5 +1,6 @@
 //! Commands about devices: the bus, the balloon, and what the broker itself keeps of them.
 
+use std::rc::Rc;
 use std::time::Duration;
 
 use bulkhead_qapi::Error;
@@ -64,7 +65,7 @@ impl Op {
 }
 
 impl Hub {
-    pub(crate) async fn device_command(&self, op: Op) -> Reply {
+    pub(crate) async fn device_command(self: &Rc<Self>, op: Op) -> Reply {
         // What is found out of devices and ids holds until the command is done.
         let _turn = match op.adds() {
             true => Some(timeout(TURN, self.device_turn.lock()).await.map_err(|_| late())?),

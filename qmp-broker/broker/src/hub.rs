@@ -65,6 +65,8 @@ pub struct Hub {
     pub(crate) balloon_change: Throttle,
     /// Held while a command adds or removes something by what is there.
     pub(crate) device_turn: Mutex<()>,
+    /// A daemon may have lost its device.
+    pub(crate) to_sweep: Notify,
     /// Link to the opener.
     pub opener: Opener,
     /// Bytes held by all clients' requests.
@@ -111,6 +113,7 @@ impl Hub {
             balloon: Peer::new(BALLOON),
             balloon_change: Throttle::default(),
             device_turn: Mutex::default(),
+            to_sweep: Notify::new(),
             opener: Opener::default(),
             held: Rc::default(),
             descriptors: RefCell::new(descriptors),

@@ -28,6 +28,7 @@ mod objects;
 pub mod opener;
 mod options;
 pub mod output;
+pub mod own;
 pub mod passed;
 mod pci;
 pub mod peer;

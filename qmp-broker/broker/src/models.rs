@@ -1,5 +1,5 @@
 //! Device models that can be plugged in while the machine runs: those with a vhost-user back end behind a character
-//! device. Our own daemons are started with the machine.
+//! device. Those of our own daemons are in [`crate::own`].
 
 use bulkhead_control_api::config::Virtio;
 use bulkhead_qapi::Error;
@@ -137,7 +137,7 @@ impl<'a> Properties<'a> {
     }
 
     /// A number of 16 bits, in decimal, hexadecimal (`0x`) or octal (`0`).
-    fn number(&self, name: &str, default: u16) -> Result<u16, Error> {
+    pub(crate) fn number(&self, name: &str, default: u16) -> Result<u16, Error> {
         let Some(text) = self.text(name) else { return Ok(default) };
         let (negative, digits) = match text.strip_prefix('-') {
             Some(digits) => (true, digits),

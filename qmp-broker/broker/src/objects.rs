@@ -1,5 +1,6 @@
 //! Objects: memory back ends that come and go while the machine runs, and I/O threads.
 
+use bulkhead_control_api::config::IoThread;
 use bulkhead_qapi::Error;
 use bulkhead_qapi::types::qom::{ObjectAddArg, ObjectDelArg};
 use serde_json::{Map, Value, json};
@@ -12,6 +13,8 @@ use crate::registry::{MAX_ENTRIES, MAX_ID, Memory, is_identifier};
 pub const MEMORY: &str = "memory-backend-memfd";
 /// The type of an I/O thread.
 pub const THREAD: &str = "iothread";
+/// QEMU's default of `poll-max-ns`.
+const POLL_MAX: u64 = 32768;
 /// A page.
 const PAGE: u64 = 4096;
 
@@ -81,10 +84,33 @@ fn memory(id: String, properties: Map<String, Value>) -> Result<Memory, Error> {
     }
 }
 
+/// An I/O thread of these properties. Where no device uses it there is no thread: it is one of a daemon.
+fn thread(id: String, properties: Map<String, Value>) -> Result<IoThread, Error> {
+    let mut thread = IoThread { id, poll_max_ns: POLL_MAX, poll_grow: 0, poll_shrink: 0 };
+    for (name, value) in properties {
+        let place = match name.as_str() {
+            "poll-max-ns" => &mut thread.poll_max_ns,
+            "poll-grow" => &mut thread.poll_grow,
+            "poll-shrink" => &mut thread.poll_shrink,
+            _ => return Err(Error::generic(format!("Property '.{name}' not found"))),
+        };
+        let number = value.as_i64().ok_or_else(|| wrong_type(&name, "integer"))?;
+        *place = u64::try_from(number)
+            .map_err(|_| Error::generic(format!("{name} value must be in range [0, {}]", i64::MAX)))?;
+    }
+    Ok(thread)
+}
+
+/// What can be added.
+enum Object {
+    Memory(Memory),
+    Thread(IoThread),
+}
+
 impl Hub {
     fn has_object(&self, id: &str) -> bool {
         self.store.registry.borrow().memory.iter().any(|memory| memory.id == id)
-            || self.config.iothreads.iter().any(|own| own.thread.id == id)
+            || self.threads().iter().any(|thread| thread.id == id)
     }
 
     pub(crate) async fn object_add(&self, args: Map<String, Value>) -> Reply {
@@ -92,17 +118,12 @@ impl Hub {
         let qom_type = text(&mut args, "qom-type")?;
         let id = text(&mut args, "id")?;
         let ObjectAddArg { qom_type, id, .. } = ObjectAddArg { qom_type, id, props: None };
-        match qom_type.as_str() {
-            MEMORY => {}
-            THREAD => {
-                let desc =
-                    "an I/O thread is one of a device's daemon: it can be given on the command line only";
-                return Err(Error::generic(desc));
-            }
+        let object = match qom_type.as_str() {
+            MEMORY => Object::Memory(memory(id.clone(), args)?),
+            THREAD => Object::Thread(thread(id.clone(), args)?),
             _ => return Err(Error::generic(format!("invalid object type: {qom_type}"))),
-        }
-        let memory = memory(id, args)?;
-        let id = &memory.id;
+        };
+        let id = &id;
         if !is_identifier(id) || id.len() > MAX_ID {
             return Err(Error::generic("Parameter 'id' expects an identifier"));
         }
@@ -110,10 +131,15 @@ impl Hub {
             let desc = format!("attempt to add duplicate property '{id}' to object (type 'container')");
             return Err(Error::generic(desc));
         }
-        if self.store.registry.borrow().memory.len() >= MAX_ENTRIES {
-            return Err(Error::generic(format!("at most {MAX_ENTRIES} objects")));
+        {
+            let mut registry = self.store.registry.borrow_mut();
+            let (memory, threads) = (registry.memory.len(), registry.threads.len());
+            match object {
+                Object::Memory(new) if memory < MAX_ENTRIES => registry.memory.push(new),
+                Object::Thread(new) if threads < MAX_ENTRIES => registry.threads.push(new),
+                _ => return Err(Error::generic(format!("at most {MAX_ENTRIES} objects of a type"))),
+            }
         }
-        self.store.registry.borrow_mut().memory.push(memory);
         self.commit().await;
         Ok(json!({}))
     }
@@ -123,10 +149,22 @@ impl Hub {
         if !self.has_object(&id) {
             return Err(Error::generic(format!("object '{id}' not found")));
         }
-        if self.config.iothreads.iter().any(|own| own.thread.id == id) {
-            return Err(Error::generic(format!("object '{id}' is in use, can not be deleted")));
+        if self.threads().iter().any(|thread| thread.id == id) {
+            let functions = self.functions().await?;
+            if self.daemon_on(&id, &functions).is_some() {
+                return Err(Error::generic(format!("object '{id}' is in use, can not be deleted")));
+            }
         }
-        self.store.registry.borrow_mut().memory.retain(|memory| memory.id != id);
+        {
+            let mut registry = self.store.registry.borrow_mut();
+            registry.memory.retain(|memory| memory.id != id);
+            let former = registry.threads.len();
+            registry.threads.retain(|thread| thread.id != id);
+            let given = self.config.iothreads.iter().any(|thread| thread.id == id);
+            if given && registry.threads.len() == former && !registry.removed_objects.contains(&id) {
+                registry.removed_objects.push(id);
+            }
+        }
         self.commit().await;
         Ok(json!({}))
     }

@@ -1,4 +1,4 @@
-//! Requests to the opener: which name stands for which path.
+//! Requests to the opener: which name stands for which path, which daemon is to run.
 
 use std::cell::RefCell;
 use std::os::fd::{AsFd as _, OwnedFd};
@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use bulkhead_control_api::encode;
 use bulkhead_control_api::opener::ToOpener;
+use bulkhead_control_api::plug::Settings;
 use bulkhead_jail::link::send_packet;
 use nix::errno::Errno;
 use nix::sys::socket::MsgFlags;
@@ -81,6 +82,22 @@ impl Opener {
     /// See [`Failed`].
     pub async fn forget(&self, name: &str) -> Result<(), Failed> {
         self.ask(name, &ToOpener::Forget { name: name.to_owned() }).await
+    }
+
+    /// Starts the daemon of something declared, for a device of these settings.
+    ///
+    /// # Errors
+    /// See [`Failed`].
+    pub async fn begin_daemon(&self, key: &str, settings: &Settings) -> Result<(), Failed> {
+        self.ask(key, &ToOpener::Begin { name: key.to_owned(), settings: settings.clone() }).await
+    }
+
+    /// Ends it, if it runs.
+    ///
+    /// # Errors
+    /// See [`Failed`].
+    pub async fn end_daemon(&self, key: &str) -> Result<(), Failed> {
+        self.ask(key, &ToOpener::End { name: key.to_owned() }).await
     }
 
     async fn ask(&self, name: &str, request: &ToOpener) -> Result<(), Failed> {

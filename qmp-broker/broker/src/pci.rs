@@ -3,7 +3,6 @@
 use std::os::fd::{AsFd as _, OwnedFd};
 use std::time::Duration;
 
-use bulkhead_control_api::config::BrokerIoThread;
 use bulkhead_control_api::pci::{Answer, Bridge, Function, MAX_FUNCTIONS, Op, Refusal, Region, Request};
 use bulkhead_jail::owner::thread_named_by;
 use bulkhead_qapi::Error;
@@ -171,9 +170,11 @@ impl Hub {
     /// `query-iothreads`: the threads that there are, one for each id.
     pub(crate) async fn query_iothreads(&self) -> Reply {
         let mut all = Vec::new();
-        for BrokerIoThread { thread, socket } in &self.config.iothreads {
-            let Some(socket) = socket.clone() else { continue };
-            let Some(host) = self.host_thread(socket).await? else { continue };
+        let threads = self.threads();
+        let functions = if threads.is_empty() { Vec::new() } else { self.functions().await? };
+        for thread in threads {
+            let Some(daemon) = self.daemon_on(&thread.id, &functions) else { continue };
+            let Some(host) = self.host_thread(format!("vhost.{}", daemon.key)).await? else { continue };
             all.push(IOThreadInfo {
                 id: thread.id.clone(),
                 thread_id: host.into(),

@@ -2,8 +2,9 @@
 
 use std::os::fd::OwnedFd;
 use std::rc::Rc;
+use std::time::Duration;
 
-use bulkhead_control_api::config::{PciDevice, PciKind, PciPlace};
+use bulkhead_control_api::config::{PciDevice, PciKind, PciPlace, Virtio};
 use bulkhead_control_api::pci::{Event, FromPci, Function, Op, Refusal};
 use bulkhead_jail::link::LinkError;
 use bulkhead_qapi::types::qdev::{
@@ -11,20 +12,24 @@ use bulkhead_qapi::types::qdev::{
 };
 use bulkhead_qapi::{Error, table};
 use serde_json::{Map, Value, json};
+use tokio::task::spawn_local;
+use tokio::time::sleep;
 
 use crate::commands::Reply;
 use crate::hub::Hub;
 use crate::models::{Model, Properties};
+use crate::own::{self, Given, Wanted};
 use crate::qom::{PERIPHERAL, Tree};
 use crate::registry::{MAX_ID, is_identifier, socket_name};
 
 /// The root bus.
 pub const ROOT_BUS: &str = "pcie.0";
-/// Models that a machine may have from its start only.
-const FROM_THE_START: [&str; 4] =
-    ["virtio-blk-pci", "virtio-net-pci", "virtio-balloon-pci", "pcie-root-port"];
+/// A model that a machine may have from its start only.
+const FROM_THE_START: &str = "pcie-root-port";
 /// Properties that all devices have.
-const COMMON: [&str; 6] = ["driver", "id", "bus", "addr", "multifunction", "chardev"];
+const COMMON: [&str; 5] = ["driver", "id", "bus", "addr", "multifunction"];
+/// How long a device that pci was asked for, and that it said nothing of, may still come.
+const UNSURE: Duration = Duration::from_secs(10);
 
 /// What a client gave, as QEMU's option parser has it: numbers as text, flags as `on` and `off`. It leaves everything
 /// else out.
@@ -57,9 +62,10 @@ fn address(driver: &str, text: &str) -> Result<(u8, u8), Error> {
 }
 
 /// A flag.
-fn flag(properties: &Properties<'_>, name: &str) -> Result<bool, Error> {
+pub(crate) fn flag(properties: &Properties<'_>, name: &str, default: bool) -> Result<bool, Error> {
     match properties.text(name) {
-        None | Some("off" | "no" | "false") => Ok(false),
+        None => Ok(default),
+        Some("off" | "no" | "false") => Ok(false),
         Some("on" | "yes" | "true") => Ok(true),
         Some(_) => Err(Error::generic(format!("Parameter '{name}' expects 'on' or 'off'"))),
     }
@@ -82,13 +88,32 @@ fn check_bus(bus: Option<&str>, functions: &[Function]) -> Result<(), Error> {
     }
 }
 
+/// A device that a client wants to plug in, and its daemon, if it is one of ours.
+type Wish = (PciDevice, Option<Wanted>);
+
+/// A model of either kind.
+#[derive(Clone, Copy)]
+enum Known {
+    Others(&'static Model),
+    Ours(&'static own::Model),
+}
+
+impl Known {
+    fn find(driver: &str) -> Option<Self> {
+        Model::find(driver).map(Self::Others).or_else(|| own::Model::find(driver).map(Self::Ours))
+    }
+
+    fn has(self, property: &str) -> bool {
+        match self {
+            Self::Others(model) => property == "chardev" || model.properties.contains(&property),
+            Self::Ours(model) => model.properties.contains(&property),
+        }
+    }
+}
+
 /// What a client wants to plug in, as far as it can be said before pci is asked. The order of the checks is QEMU's.
-fn wanted(
-    options: &[(String, String)],
-    functions: &[Function],
-    is_socket: impl Fn(&str) -> bool,
-) -> Result<PciDevice, Error> {
-    let properties = Properties(options);
+fn wanted(given: &Given<'_>, is_socket: impl Fn(&str) -> bool) -> Result<Wish, Error> {
+    let Given { properties, functions, .. } = given;
     let id = properties.text("id");
     if id.is_some_and(|id| !is_identifier(id) || id.len() > MAX_ID) {
         return Err(Error::generic("Parameter 'id' expects an identifier"));
@@ -97,8 +122,8 @@ fn wanted(
         return Err(Error::generic(format!("Duplicate ID '{id}' for device")));
     }
     let driver = properties.text("driver").ok_or_else(|| Error::generic("Parameter 'driver' is missing"))?;
-    let model = Model::find(driver);
-    if model.is_none() && !FROM_THE_START.contains(&driver) {
+    let model = Known::find(driver);
+    if model.is_none() && driver != FROM_THE_START {
         return Err(Error::generic(format!("'{driver}' is not a valid device model name")));
     }
     let bus = properties.text("bus");
@@ -108,12 +133,34 @@ fn wanted(
             "Device '{driver}' can be given on the command line only: it is started with the machine"
         ))
     })?;
-    let known = |name: &str| COMMON.contains(&name) || model.properties.contains(&name);
-    if let Some((name, _)) = options.iter().find(|(name, _)| !known(name)) {
+    let known = |name: &str| COMMON.contains(&name) || model.has(name);
+    if let Some((name, _)) = properties.0.iter().find(|(name, _)| !known(name)) {
         return Err(Error::generic(format!("Property '.{name}' not found")));
     }
     let addr = properties.text("addr").map(|text| address(driver, text)).transpose()?;
-    let multifunction = flag(&properties, "multifunction")?;
+    let multifunction = flag(properties, "multifunction", false)?;
+    let (virtio, daemon) = match model {
+        Known::Others(model) => (foreign(model, given, is_socket)?, None),
+        Known::Ours(model) => {
+            let wanted = model.wanted(given)?;
+            (wanted.settings.virtio(&wanted.key), Some(wanted))
+        }
+    };
+    let device = PciDevice {
+        id: id.unwrap_or_default().to_owned(),
+        driver: driver.to_owned(),
+        place: PciPlace { bus: bus.unwrap_or_default().to_owned(), addr, multifunction },
+        kind: PciKind::Virtio(virtio),
+    };
+    Ok((device, daemon))
+}
+
+/// A device behind somebody else's back end.
+fn foreign(
+    model: &Model,
+    Given { properties, functions, .. }: &Given<'_>,
+    is_socket: impl Fn(&str) -> bool,
+) -> Result<Virtio, Error> {
     let Some(chardev) = properties.text("chardev") else { return Err(no_chardev(model)) };
     let about = format!("Property '{}.chardev' can't", model.inner);
     if !is_socket(chardev) {
@@ -124,13 +171,7 @@ fn wanted(
     if functions.iter().any(uses) {
         return Err(Error::generic(format!("{about} take value '{chardev}', it's in use")));
     }
-    let virtio = model.device(&properties, socket)?;
-    Ok(PciDevice {
-        id: id.unwrap_or_default().to_owned(),
-        driver: driver.to_owned(),
-        place: PciPlace { bus: bus.unwrap_or_default().to_owned(), addr, multifunction },
-        kind: PciKind::Virtio(virtio),
-    })
+    model.device(properties, socket)
 }
 
 fn no_chardev(model: &Model) -> Error {
@@ -177,14 +218,38 @@ fn names(id: String) -> (Option<String>, String) {
 }
 
 impl Hub {
-    pub(crate) async fn device_add(&self, args: Map<String, Value>) -> Reply {
+    pub(crate) async fn device_add(self: &Rc<Self>, args: Map<String, Value>) -> Reply {
         let functions = self.functions().await?;
         let sockets = self.sockets();
         let is_socket = |id: &str| sockets.iter().any(|socket| socket.id == id && !socket.server);
-        let device = wanted(&options(args), &functions, is_socket)?;
-        match self.ask_pci(Op::Add(Box::new(device.clone()))).await? {
-            Ok(_) => Ok(json!({})),
-            Err(refusal) => Err(refused(refusal, &device, &functions)),
+        let (options, threads) = (options(args), self.threads());
+        let given = Given {
+            properties: Properties(&options),
+            declared: &self.config.declared,
+            functions: &functions,
+            threads: &threads,
+        };
+        let (device, daemon) = wanted(&given, is_socket)?;
+        if let Some(wanted) = &daemon {
+            self.begin_daemon(&device.driver, wanted).await?;
+        }
+        match self.ask_pci(Op::Add(Box::new(device.clone()))).await {
+            Ok(Ok(_)) => Ok(json!({})),
+            Ok(Err(refusal)) => {
+                if let Some(wanted) = &daemon {
+                    self.end_daemon(&wanted.key).await;
+                }
+                Err(refused(refusal, &device, &functions))
+            }
+            // It may be there now, or come yet.
+            Err(error) => {
+                let hub = Rc::clone(self);
+                spawn_local(async move {
+                    sleep(UNSURE).await;
+                    hub.to_sweep.notify_one();
+                });
+                Err(error)
+            }
         }
     }
 
@@ -228,6 +293,7 @@ impl Hub {
         };
         let (event, data) = match event {
             Event::Deleted { id } => {
+                self.to_sweep.notify_one();
                 let (device, path) = names(id);
                 (&table::DEVICE_DELETED, serde_json::to_value(DeviceDeletedData { device, path }))
             }

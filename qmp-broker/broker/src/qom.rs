@@ -7,7 +7,6 @@
 //! ```
 
 use bulkhead_control_api::balloon::{Answer, Op, Stats};
-use bulkhead_control_api::config::BrokerIoThread;
 use bulkhead_control_api::pci::Function;
 use bulkhead_qapi::Error;
 use bulkhead_qapi::types::char::ChardevInfo;
@@ -233,7 +232,7 @@ impl Hub {
         }
         let mut anonymous = 0;
         (0..functions.len()).for_each(|index| tree.push_device(index, functions, &mut anonymous));
-        for BrokerIoThread { thread, .. } in &self.config.iothreads {
+        for thread in self.threads() {
             tree.0.push(
                 Node::new(&["objects", &thread.id], THREAD)
                     .with("poll-max-ns", "int", thread.poll_max_ns)

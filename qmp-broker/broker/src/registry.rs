@@ -1,5 +1,6 @@
-//! Character devices and objects that came while the machine ran. They outlive the broker with its state.
+//! Character devices, objects and daemons that came while the machine ran. They outlive the broker with its state.
 
+use bulkhead_control_api::config::IoThread;
 use serde::{Deserialize, Serialize};
 
 /// The most character devices, and objects.
@@ -38,6 +39,15 @@ pub struct Memory {
     pub share: bool,
 }
 
+/// A daemon of ours that was started for a device while the machine ran.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Begun {
+    /// Its name.
+    pub key: String,
+    /// Id of the I/O thread of its queues; empty without.
+    pub thread: String,
+}
+
 /// All that came, and what went of the command line.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Registry {
@@ -47,6 +57,12 @@ pub struct Registry {
     pub removed: Vec<String>,
     /// Memory back ends, the oldest first.
     pub memory: Vec<Memory>,
+    /// I/O threads, the oldest first. Each is one of a daemon as soon as a device takes it.
+    pub threads: Vec<IoThread>,
+    /// Ids of the command line's I/O threads that were removed.
+    pub removed_objects: Vec<String>,
+    /// The last start of each daemon that was started while the machine ran.
+    pub begun: Vec<Begun>,
 }
 
 impl Registry {
@@ -55,9 +71,16 @@ impl Registry {
     pub fn is_plausible(&self) -> bool {
         let short = |id: &String| id.len() <= MAX_ID;
         let path = |kind: &Kind| !matches!(kind, Kind::Socket(path) if path.len() > MAX_PATH);
-        [self.chardevs.len(), self.memory.len()].iter().all(|count| *count <= MAX_ENTRIES)
+        [self.chardevs.len(), self.memory.len(), self.threads.len()].iter().all(|count| *count <= MAX_ENTRIES)
             && self.chardevs.iter().all(|chardev| short(&chardev.id) && path(&chardev.kind))
             && self.memory.iter().all(|memory| short(&memory.id))
+            && self.threads.iter().all(|thread| short(&thread.id))
+    }
+
+    /// A daemon is started, with the queues of its device on this thread.
+    pub fn begin(&mut self, key: &str, thread: &str) {
+        self.begun.retain(|begun| begun.key != key);
+        self.begun.push(Begun { key: key.to_owned(), thread: thread.to_owned() });
     }
 }
 

@@ -80,6 +80,7 @@ pub async fn run(hub: Rc<Hub>, sources: Sources) -> Result<(), LinkError> {
         },
         () = hub.store.watchdog() => Ok(()),
         () = hub.catch_up() => Ok(()),
+        () = hub.sweep() => Ok(()),
     };
     let flush = async {
         while !hub.is_flushed() {
@@ -149,13 +150,15 @@ struct Caller<M, A> {
     name: &'static str,
     /// The peer.
     peer: fn(&Hub) -> &Peer<A>,
+    /// It is there.
+    attached: fn(&Hub),
     /// Takes a message and the descriptor that came with it; an error ends the link.
     take: Take<M>,
 }
 
 /// Accepts a peer, again after each time it is gone.
 async fn accept_loop<M: DeserializeOwned, A>(hub: Rc<Hub>, listener: AsyncFd<OwnedFd>, caller: Caller<M, A>) {
-    let Caller { name, peer, take } = caller;
+    let Caller { name, peer, attached, take } = caller;
     loop {
         let link = match accept(&listener).await {
             Ok(fd) => timeout(HELLO, Link::begin(fd)).await.unwrap_or(Err(LinkError::Io(Errno::ETIMEDOUT))),
@@ -165,6 +168,7 @@ async fn accept_loop<M: DeserializeOwned, A>(hub: Rc<Hub>, listener: AsyncFd<Own
             Ok(link) => {
                 let link = Rc::new(link);
                 peer(&hub).attach(Rc::clone(&link));
+                attached(&hub);
                 let error = loop {
                     let taken = match link.receive_with().await {
                         Ok((message, fd)) => take(&hub, message, fd),
@@ -197,15 +201,23 @@ fn accept_peers(hub: &Rc<Hub>, callers: Callers) {
     let console = Caller {
         name: "the console",
         peer: |hub| &hub.console,
+        attached: |_| {},
         take: |hub, console::Reply { id, answer }, fd| {
             hub.console.answer(id, answer);
             without(fd.as_ref())
         },
     };
-    let pci = Caller { name: "pci", peer: |hub| &hub.pci, take: Hub::pci_message };
+    let pci = Caller {
+        name: "pci",
+        peer: |hub| &hub.pci,
+        // It may have died while a device was being added.
+        attached: |hub| hub.to_sweep.notify_one(),
+        take: Hub::pci_message,
+    };
     let balloon = Caller {
         name: "the balloon",
         peer: |hub| &hub.balloon,
+        attached: |_| {},
         take: |hub, message, fd| {
             hub.balloon_message(message);
             without(fd.as_ref())

@@ -32,7 +32,7 @@ use crate::registry::Registry;
 /// First bytes of each slot.
 const MAGIC: [u8; 8] = *b"BLKHBRKR";
 /// Version of the content.
-const VERSION: u32 = 2;
+const VERSION: u32 = 3;
 /// Bytes of a slot. More than 1,024 names of 1,024 bytes and 64 KiB of `opaque` take.
 const SLOT: usize = 4 << 20;
 /// Bytes of a header.

@@ -14,6 +14,7 @@ mod console;
 mod dma;
 mod hostile_pci;
 mod hostile_virtio;
+mod hotplug;
 mod io;
 mod irq;
 mod memory;

@@ -2,7 +2,7 @@
 
 use crate::pvh::StartInfo;
 use crate::{
-    balloon, bench, blk, chipset, console, hostile_pci, hostile_virtio, io, irq, memory, pci, println, reset,
+    balloon, bench, blk, chipset, console, hostile_pci, hostile_virtio, hotplug, io, irq, memory, pci, println, reset,
     smp, virtio,
 };
 
@@ -44,6 +44,7 @@ pub const ALL: &[(&str, Test)] = &[
     ("balloon-hold", balloon::hold),
     ("balloon-cheat", balloon::cheat),
     ("rng", virtio::rng),
+    ("hotplug", hotplug::run),
     ("hostile-pci", hostile_pci::run),
     ("hostile-virtio", hostile_virtio::run),
     ("internal-error", reset::internal_error),

@@ -17,6 +17,7 @@ use bulkhead_broker::policy::Policy;
 use bulkhead_broker::run::{Callers, Sources, run};
 use bulkhead_broker::store::{Store, restore};
 use bulkhead_control_api::config;
+use bulkhead_control_api::plug::{Declared, What};
 use bulkhead_framework::{Result, Scratch};
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::sys::socket::{
@@ -181,7 +182,8 @@ impl Broker {
             ram: 16 << 20,
             options: vec![memory_options()],
             back_ends: if devices == Some(true) { vec![back_end()] } else { Vec::new() },
-            iothreads: vec![io_thread(devices == Some(true))],
+            iothreads: vec![io_thread()],
+            declared: if devices == Some(true) { declared() } else { Vec::new() },
             ..config::Broker::default()
         };
         let (ours, theirs) = seqpacket_pair()?;
@@ -238,10 +240,24 @@ impl Broker {
     }
 }
 
-/// `-object iothread,id=io0`, used by the disk.
-fn io_thread(used: bool) -> config::BrokerIoThread {
-    let thread = config::IoThread { id: "io0".to_owned(), poll_max_ns: 32768, ..config::IoThread::default() };
-    config::BrokerIoThread { thread, socket: used.then(|| "vhost.disk".to_owned()) }
+/// `-object iothread,id=io0`, used by the disk of a machine with devices.
+fn io_thread() -> config::IoThread {
+    config::IoThread { id: "io0".to_owned(), poll_max_ns: 32768, ..config::IoThread::default() }
+}
+
+/// What [`crate::qemu`]'s machine has for devices of ours: the balloon and the disk that there are, and what no device uses.
+fn declared() -> Vec<Declared> {
+    let own =
+        |what, key: &str, thread: &str| Declared { what, key: key.to_owned(), thread: thread.to_owned() };
+    let drive = |id: &str, is_node| What::Drive { id: id.to_owned(), is_node };
+    let net = What::Net { id: "hn".to_owned(), mac: [0x52, 0x54, 0, 0x12, 0x34, 0x56], pairs: 2 };
+    vec![
+        own(What::Balloon, "b0", ""),
+        own(drive("d0", false), "disk", "io0"),
+        own(drive("hd", false), "hd", ""),
+        own(drive("hnode", true), "hnode", ""),
+        own(net, "hn", ""),
+    ]
 }
 
 /// `-chardev socket,id=sk,path=/sk`.

@@ -55,12 +55,15 @@ pub fn some() -> Vec<Case> {
         balloon(),
         human(),
         adding(),
+        ours(),
         removing(),
         tree(),
         values(),
         setting(),
         chardevs(),
         objects(),
+        // The last ones: what follows would find more.
+        plugging(),
     ]
     .concat()
 }
@@ -226,6 +229,44 @@ fn adding() -> Vec<Case> {
             "chardev is mandatory",
         ),
         plain(fs("tag", "x".into()), "missing chardev"),
+    ]
+}
+
+/// A disk that no device had. It stays: no guest is there to give it up.
+fn plugging() -> Vec<Case> {
+    let add = |id: &str, bus: &str| {
+        let disk = json!({ "driver": "virtio-blk-pci", "drive": "hd", "id": id, "bus": bus });
+        execute("device_add", disk)
+    };
+    vec![Case::new(
+        add("h", "rp0") + &add("i", "rp1"),
+        [ok(json!({})), error("Drive 'hd' is already in use by another device")],
+    )]
+}
+
+/// Devices that daemons of ours serve.
+fn ours() -> Vec<Case> {
+    let add = |arguments: Value| execute("device_add", arguments);
+    let plain = |arguments: Value, desc: &str| Case::new(add(arguments), [error(desc)]);
+    let blk =
+        |name: &str, value: Value| with(json!({ "driver": "virtio-blk-pci", "bus": "rp0" }), name, value);
+    let hd = |name: &str, value: Value| with(blk("drive", "hd".into()), name, value);
+    let net =
+        |name: &str, value: Value| with(json!({ "driver": "virtio-net-pci", "bus": "rp0" }), name, value);
+    let balloon =
+        |name: &str, value: Value| with(json!({ "driver": "virtio-balloon-pci", "bus": "rp0" }), name, value);
+    vec![
+        plain(blk("id", "x".into()), "drive property not set"),
+        plain(blk("drive", "no".into()), "Property 'virtio-blk-device.drive' can't find value 'no'"),
+        plain(blk("drive", "d0".into()), "Drive 'd0' is already in use by another device"),
+        plain(hd("bus", "pcie.0".into()), "Bus 'pcie.0' does not support hotplugging"),
+        plain(hd("num-queues", 0.into()), "num-queues property must be larger than 0"),
+        plain(hd("num-queues", "x".into()), "Parameter 'num-queues' expects integer"),
+        plain(hd("discard", "maybe".into()), "Parameter 'discard' expects 'on' or 'off'"),
+        Case::new(add(hd("iothread", "no".into())), [not_found("no")]),
+        plain(net("netdev", "no".into()), "Property 'virtio-net-device.netdev' can't find value 'no'"),
+        plain(balloon("id", "b1".into()), "Only one balloon device is supported"),
+        plain(balloon("deflate-on-oom", "maybe".into()), "Parameter 'deflate-on-oom' expects 'on' or 'off'"),
     ]
 }
 
@@ -434,12 +475,37 @@ fn objects() -> Vec<Case> {
     let delete = |id: &str| execute("object-del", json!({ "id": id }));
     let done = || ok(json!({}));
     let size = execute("qom-get", json!({ "path": "/objects/m", "property": "size" }));
+    let polling = execute("qom-get", json!({ "path": "/objects/t", "property": "poll-max-ns" }));
     let odd = with(memory("m", 4096.into()), "foo", 1.into());
     let unshared = with(memory("m", 4096.into()), "share", "x".into());
     let absent = |id: &str| error(format!("object '{id}' not found"));
     vec![
         Case::new(add(json!({})), [error("Parameter 'qom-type' is missing")]),
         Case::new(add(json!({ "qom-type": "iothread" })), [error("Parameter 'id' is missing")]),
+        Case::new(
+            add(json!({ "qom-type": "iothread", "id": "t", "poll-max-ns": 5 }))
+                + &polling
+                + &delete("t")
+                + &delete("t"),
+            [done(), ok(5.into()), done(), absent("t")],
+        ),
+        Case::new(
+            add(json!({ "qom-type": "iothread", "id": "t", "poll-grow": -1 })),
+            [error("poll-grow value must be in range [0, 9223372036854775807]")],
+        ),
+        Case::new(
+            add(json!({ "qom-type": "iothread", "id": "t", "poll-shrink": "1" })),
+            [error("Invalid parameter type for 'poll-shrink', expected: integer")],
+        ),
+        Case::new(
+            add(json!({ "qom-type": "iothread", "id": "io0" })),
+            [error("attempt to add duplicate property 'io0' to object (type 'container')")],
+        ),
+        Case::new(
+            add(json!({ "qom-type": "iothread", "id": "t", "foo": 1 })),
+            [error("Property '.foo' not found")],
+        )
+        .qemu72("6.0 has a schema", [error("Parameter 'foo' is unexpected")]),
         Case::new(add(json!({ "qom-type": "nope", "id": "m" })), [error("invalid object type: nope")])
             .qemu72("6.0 has a schema", [error("Parameter 'qom-type' does not accept value 'nope'")]),
         Case::new(

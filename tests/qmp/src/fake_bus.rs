@@ -9,6 +9,7 @@ use bulkhead_control_api::opener::{FromOpener, ToOpener};
 use bulkhead_control_api::pci::{
     Answer, BackEnd, Bridge, Event, FromPci, Function, MAX_FUNCTIONS, Op, Refusal, Region, Request,
 };
+use bulkhead_control_api::plug::Settings;
 use bulkhead_control_api::{MAX_MESSAGE, VERSION, balloon, config, decode, encode};
 use bulkhead_jail::link::{Link, recv_packet, send_packet};
 use bulkhead_jail::owner::name_this_thread;
@@ -34,6 +35,8 @@ struct State {
     stats: balloon::Stats,
     /// What the opener was told of names.
     defined: BTreeMap<String, String>,
+    /// The daemons that it was to start, and not yet to end.
+    begun: BTreeMap<String, Settings>,
     pci: Option<OwnedFd>,
     balloon: Option<OwnedFd>,
 }
@@ -88,7 +91,9 @@ impl Bus {
         if with_devices {
             functions.extend([port(1, "rp0"), port(2, "rp1")]);
             functions.push(virtio(3, "b0", "virtio-balloon-pci", 0x00ff));
-            functions.push(virtio(4, "", "virtio-blk-pci", 0x0100));
+            let mut disk = virtio(4, "", "virtio-blk-pci", 0x0100);
+            disk.back_end = Some(BackEnd { socket: "vhost.disk".to_owned(), connected: true });
+            functions.push(disk);
         }
         {
             let mut state = bus.state();
@@ -140,6 +145,14 @@ impl Bus {
                         bus.state().defined.remove(&name);
                         FromOpener::Defined { name }
                     }
+                    Ok(ToOpener::Begin { name, settings }) => {
+                        bus.state().begun.insert(name.clone(), settings);
+                        FromOpener::Defined { name }
+                    }
+                    Ok(ToOpener::End { name }) => {
+                        bus.state().begun.remove(&name);
+                        FromOpener::Defined { name }
+                    }
                     Ok(ToOpener::Connect { .. }) | Err(_) => return,
                 };
                 send(Some(&fd), &answer);
@@ -151,6 +164,12 @@ impl Bus {
     #[must_use]
     pub fn defined(&self, name: &str) -> Option<String> {
         self.state().defined.get(name).cloned()
+    }
+
+    /// What the device of a daemon that was started says of it.
+    #[must_use]
+    pub fn begun(&self, key: &str) -> Option<Settings> {
+        self.state().begun.get(key).cloned()
     }
 
     fn serve_balloon(&self, fd: OwnedFd) {

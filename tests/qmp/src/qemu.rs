@@ -33,6 +33,8 @@ impl Qemu {
         ];
         let mut args = vec!["-M", "q35", "-m", "64", "-drive", "if=none,id=d0,driver=null-co"];
         args.extend(["-object", "iothread,id=io0"]);
+        // What no device uses yet.
+        args.extend(["-drive", "if=none,id=hd,driver=null-co"]);
         args.extend(devices.iter().flat_map(|device| ["-device", device]));
         Self::with(&args)
     }

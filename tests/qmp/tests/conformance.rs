@@ -58,13 +58,26 @@ fn a_vm_answers_as_the_table_says_of_devices() -> Result<()> {
     let image = disk.path().join("disk");
     std::fs::File::create(&image)?.set_len(1 << 20)?;
     let drive = format!("if=none,id=d0,format=raw,file={}", image.display());
+    let unused = disk.path().join("unused");
+    std::fs::File::create(&unused)?.set_len(1 << 20)?;
+    let unused = format!("if=none,id=hd,format=raw,file={}", unused.display());
     let devices = [
         "pcie-root-port,id=rp0,chassis=1,addr=1",
         "pcie-root-port,id=rp1,chassis=2,addr=2",
         "virtio-balloon-pci,id=b0,addr=3",
         "virtio-blk-pci,drive=d0,addr=4,iothread=io0",
     ];
-    let vm = Vm::builder().args(["-S", "-m", "64M", "-object", "iothread,id=io0", "-drive", &drive]);
+    let vm = Vm::builder().args([
+        "-S",
+        "-m",
+        "64M",
+        "-object",
+        "iothread,id=io0",
+        "-drive",
+        &drive,
+        "-drive",
+        &unused,
+    ]);
     let vm = devices.iter().fold(vm, |vm, device| vm.args(["-device", device])).start()?;
     let path = vm.dir().join("q.sock");
     run_these(&devices::some(), &path, false)

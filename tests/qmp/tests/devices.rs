@@ -2,8 +2,9 @@
 
 use std::time::{Duration, Instant};
 
-use bulkhead_control_api::config::PciKind;
+use bulkhead_control_api::config::{IoThread, PciKind};
 use bulkhead_control_api::pci::Event;
+use bulkhead_control_api::plug::Settings;
 use bulkhead_framework::{Result, Vm};
 use bulkhead_qmp_tests::broker::{Broker, Kind};
 use bulkhead_qmp_tests::vms_run_here;
@@ -145,8 +146,6 @@ fn a_device_comes_with_its_character_device_and_goes() -> Result<()> {
     let third = json!({ "driver": "vhost-user-vsock-pci", "bus": "rp0", "chardev": "sk" });
     let taken = "PCI: slot 0 function 0 not available for vhost-user-vsock-pci, in use by vhost-user-fs-pci";
     assert_eq!(desc(&execute(&mut wire, "device_add", third)?), taken);
-    let ours = json!({ "driver": "virtio-blk-pci", "bus": "rp1" });
-    assert!(desc(&execute(&mut wire, "device_add", ours)?).contains("on the command line only"));
     assert_eq!(desc(&execute(&mut wire, "chardev-remove", json!({ "id": "fs" }))?), "Chardev 'fs' is busy");
 
     assert_eq!(execute(&mut wire, "device_del", json!({ "id": "fs0" }))?, done);
@@ -158,6 +157,80 @@ fn a_device_comes_with_its_character_device_and_goes() -> Result<()> {
     assert_eq!(event["data"], json!({ "device": "fs0", "path": "/machine/peripheral/fs0" }));
     assert_eq!(execute(&mut wire, "chardev-remove", json!({ "id": "fs" }))?, done);
     assert_eq!((bus.defined("chardev.fs"), filename(&mut wire, "fs")?), (None, Value::Null));
+    Ok(())
+}
+
+/// A daemon of ours is started for its device, with what that says of it, and ended when it is gone, or does not come.
+#[test]
+fn a_device_comes_with_its_daemon_and_goes() -> Result<()> {
+    let broker = Broker::with_devices()?;
+    let bus = broker.bus.clone().ok_or("no bus")?;
+    let mut wire = negotiated(&broker)?;
+    let done = json!({ "return": {} });
+    let ended = |key: &str| {
+        let end = Instant::now() + Duration::from_secs(10);
+        while bus.begun(key).is_some() && Instant::now() < end {
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        bus.begun(key).is_none()
+    };
+    let thread = json!({ "qom-type": "iothread", "id": "t", "poll-max-ns": 9 });
+    assert_eq!(execute(&mut wire, "object-add", thread)?, done);
+    let disk = json!({
+        "driver": "virtio-blk-pci", "id": "h", "bus": "rp0", "drive": "hd", "serial": "s", "num-queues": 3,
+        "discard": false, "iothread": "t",
+    });
+    assert_eq!(execute(&mut wire, "device_add", disk.clone())?, done);
+    let iothread = IoThread { id: "t".to_owned(), poll_max_ns: 9, ..IoThread::default() };
+    let settings = Settings::Block { serial: "s".to_owned(), queues: 3, discard: false, iothread };
+    assert_eq!(bus.begun("hd"), Some(settings.clone()));
+    let added = bus.added();
+    assert_eq!(added[0].kind, PciKind::Virtio(settings.virtio("hd")));
+    let in_use = execute(&mut wire, "object-del", json!({ "id": "t" }))?;
+    assert_eq!(desc(&in_use), "object 't' is in use, can not be deleted");
+
+    // Pci refuses it: its daemon is not left.
+    let net = json!({ "driver": "virtio-net-pci", "id": "n", "bus": "rp0", "netdev": "hn", "mq": "on" });
+    let taken = "PCI: slot 0 function 0 not available for virtio-net-pci, in use by virtio-blk-pci";
+    assert_eq!(desc(&execute(&mut wire, "device_add", net.clone())?), taken);
+    assert_eq!(bus.begun("hn"), None);
+    let mut wrong = net.clone();
+    wrong["mac"] = "xx".into();
+    let no_mac = "Property 'virtio-net-device.mac' doesn't take value 'xx'";
+    assert_eq!(desc(&execute(&mut wire, "device_add", wrong)?), no_mac);
+    let mut elsewhere = net;
+    elsewhere["bus"] = "rp1".into();
+    assert_eq!(execute(&mut wire, "device_add", elsewhere)?, done);
+    let mac = [0x52, 0x54, 0, 0x12, 0x34, 0x56];
+    assert_eq!(bus.begun("hn"), Some(Settings::Net { mac, pairs: 2, iothread: IoThread::default() }));
+
+    assert_eq!(execute(&mut wire, "device_del", json!({ "id": "h" }))?, done);
+    bus.event(Event::Deleted { id: "h".to_owned() });
+    assert_eq!(wire.line()?["event"], "DEVICE_DELETED");
+    assert!(ended("hd"), "the daemon runs on");
+    assert!(bus.begun("hn").is_some(), "another one was ended");
+    assert_eq!(execute(&mut wire, "object-del", json!({ "id": "t" }))?, done);
+    let mut again = disk;
+    again["iothread"] = "io0".into();
+    assert_eq!(execute(&mut wire, "device_add", again)?, done);
+
+    // The balloon of the command line cannot go here; a second one is refused before anything is started.
+    let balloon = json!({ "driver": "virtio-balloon-pci", "bus": "rp1" });
+    assert_eq!(desc(&execute(&mut wire, "device_add", balloon)?), "Only one balloon device is supported");
+    assert_eq!(bus.begun("b0"), None);
+    Ok(())
+}
+
+/// A node has one writer, and says so in other words than a drive.
+#[test]
+fn a_node_has_one_writer() -> Result<()> {
+    let broker = Broker::with_devices()?;
+    let mut wire = negotiated(&broker)?;
+    let disk =
+        |id: &str, bus: &str| json!({ "driver": "virtio-blk-pci", "id": id, "bus": bus, "drive": "hnode" });
+    assert_eq!(execute(&mut wire, "device_add", disk("h", "rp0"))?, json!({ "return": {} }));
+    let taken = "Conflicts with use by /machine/peripheral/h/virtio-backend as 'root', which does not allow 'write' on hnode";
+    assert_eq!(desc(&execute(&mut wire, "device_add", disk("i", "rp1"))?), taken);
     Ok(())
 }
 

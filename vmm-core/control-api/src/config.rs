@@ -5,6 +5,8 @@
 
 use serde::{Deserialize, Serialize};
 
+use crate::plug::Declared;
+
 /// vCPU topology: `sockets * cores * threads` places, the first `cpus` of which have a vCPU.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct CpuTopology {
@@ -235,16 +237,9 @@ pub struct Broker {
     /// Character devices of pci, behind which there are back ends of devices.
     pub back_ends: Vec<Chardev>,
     /// `-object iothread` in the order of the command line.
-    pub iothreads: Vec<BrokerIoThread>,
-}
-
-/// An I/O thread as the broker knows it.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct BrokerIoThread {
-    /// Its parameters.
-    pub thread: IoThread,
-    /// What the opener knows the first daemon by whose queues run on it ([`Virtio::socket`]); none while no device uses it.
-    pub socket: Option<String>,
+    pub iothreads: Vec<IoThread>,
+    /// What daemons of ours can be started for while the machine runs, or were started for at its start.
+    pub declared: Vec<Declared>,
 }
 
 /// Configuration of the pci daemon.

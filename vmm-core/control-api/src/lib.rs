@@ -10,6 +10,7 @@ pub mod core;
 pub mod loader;
 pub mod opener;
 pub mod pci;
+pub mod plug;
 pub mod side;
 
 use serde::{Deserialize, Serialize, de::DeserializeOwned};

@@ -6,6 +6,8 @@
 
 use serde::{Deserialize, Serialize};
 
+use crate::plug::Settings;
+
 /// The longest name in a request, in bytes.
 pub const MAX_NAME: usize = 256;
 
@@ -37,6 +39,22 @@ pub enum ToOpener {
         /// `chardev.ID`.
         name: String,
     },
+    /// Start the daemon of something declared, for a device that is to be plugged in; one that runs is ended first. The
+    /// broker's to say. Answered by [`FromOpener::Defined`] before the daemon is there, or by [`FromOpener::NotGiven`]:
+    /// `EPERM` for a name that is not declared, `EINVAL` for settings that it cannot have, `EOPNOTSUPP` where daemons are
+    /// started with the machine only and this one has other settings.
+    Begin {
+        /// [`crate::plug::Declared::key`].
+        name: String,
+        /// What the device says of it.
+        settings: Settings,
+    },
+    /// No device uses the daemon any more: it is ended, and what was kept for it is forgotten. The broker's to say.
+    /// Answered by [`FromOpener::Defined`], also if it does not run.
+    End {
+        /// [`crate::plug::Declared::key`].
+        name: String,
+    },
 }
 
 /// Opener to process.
@@ -49,7 +67,7 @@ pub enum FromOpener {
     },
     /// All that the process is started with has been given.
     Done,
-    /// A [`ToOpener::Define`] or [`ToOpener::Forget`] of this name is done.
+    /// What the broker asked for this name is done.
     Defined {
         /// Its name.
         name: String,

@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::os::fd::OwnedFd;
 
 use bulkhead_control_api::config::{self, PciDevice, PciKind, PciPlace, Virtio};
+use bulkhead_control_api::plug;
 use bulkhead_jail::topology::{self, Process};
 
 use super::{Chardevs, Open, Owner, What};
@@ -12,6 +13,7 @@ use crate::config_blob;
 use crate::options::{
     At, Balloon, Below, Block, Device, IoThread, Model, Net, NetBackend, NetDev, Options, Target, VhostUser,
 };
+use crate::supervise::Part;
 
 /// Devices of a VM.
 const MAX_DEVICES: usize = 255;
@@ -26,15 +28,13 @@ const ROOT_BUS: &str = "pcie.0";
 const HOST_BRIDGE: &str = "mch";
 /// The first network device's MAC address, as in QEMU.
 const FIRST_MAC: [u8; 6] = [0x52, 0x54, 0, 0x12, 0x34, 0x56];
-/// Descriptors of a queue of our own daemons' devices.
-const QUEUE_SIZE: u16 = 256;
 
 /// The bus.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Bus {
     /// Configuration of pci.
     pub config: config::Pci,
-    /// The daemons of ours that its devices need.
+    /// The daemons of ours that its devices need, or may need when they are plugged in.
     pub daemons: Vec<Daemon>,
     /// Where back ends listen, by the name under which pci asks for a connection.
     pub paths: BTreeMap<String, String>,
@@ -49,6 +49,10 @@ pub struct Daemon {
     pub config: DaemonConfig,
     /// What was opened for it, and the daemon's own name for that.
     pub fds: Vec<(String, String)>,
+    /// What it serves.
+    pub what: plug::What,
+    /// A device of the command line uses it, so that it is started with the machine.
+    pub used: bool,
 }
 
 /// Configuration of a daemon.
@@ -73,17 +77,37 @@ impl Bus {
 }
 
 impl Bus {
-    /// An I/O thread as the broker knows it.
-    pub fn io_thread(&self, thread: &IoThread) -> config::BrokerIoThread {
-        let user = self.daemons.iter().find(|daemon| daemon.thread().id == thread.id);
-        config::BrokerIoThread {
-            thread: io_thread(thread),
-            socket: user.map(|daemon| format!("vhost.{}", daemon.key)),
-        }
+    /// The daemon that a compartment is.
+    pub fn daemon(&self, part: Part) -> Option<&Daemon> {
+        self.daemons.get(part.device?)
+    }
+
+    /// What the broker may ask a daemon for.
+    pub fn declared(&self) -> Vec<plug::Declared> {
+        let declared = |daemon: &Daemon| plug::Declared {
+            what: daemon.what.clone(),
+            key: daemon.key.clone(),
+            thread: daemon.thread().id.clone(),
+        };
+        self.daemons.iter().map(declared).collect()
     }
 }
 
 impl Daemon {
+    /// What is given to it of that which was opened.
+    pub fn given(&self) -> Vec<(String, String)> {
+        let own = |name: &String| match &self.config {
+            DaemonConfig::Net(config) => config.taps.contains(name),
+            DaemonConfig::Block(_) | DaemonConfig::Balloon(_) => true,
+        };
+        self.fds.iter().filter(|(_, name)| own(name)).cloned().collect()
+    }
+
+    /// Its configuration for a device of these settings; none if they are not of such a device, or out of range.
+    pub fn configured(&self, settings: &plug::Settings) -> Option<DaemonConfig> {
+        self.config.with(settings, u16::try_from(self.fds.len()).unwrap_or(u16::MAX))
+    }
+
     const fn thread(&self) -> &config::IoThread {
         match &self.config {
             DaemonConfig::Block(config) => &config.iothread,
@@ -106,11 +130,7 @@ impl Daemon {
     /// # Errors
     /// One line.
     pub fn seal(&self) -> Result<OwnedFd, String> {
-        match &self.config {
-            DaemonConfig::Block(config) => config_blob::seal(config),
-            DaemonConfig::Net(config) => config_blob::seal(config),
-            DaemonConfig::Balloon(config) => config_blob::seal(config),
-        }
+        self.config.seal()
     }
 
     /// The same for another life of core.
@@ -123,12 +143,62 @@ impl Daemon {
     }
 }
 
+impl DaemonConfig {
+    /// The same with other settings; none if they are not of such a device, or out of range. `pairs` queue pairs are open.
+    pub fn with(&self, settings: &plug::Settings, pairs: u16) -> Option<Self> {
+        if !settings.is_plausible(pairs) {
+            return None;
+        }
+        let iothread = settings.iothread().clone();
+        match (self.clone(), settings.clone()) {
+            (Self::Block(old), plug::Settings::Block { serial, queues, discard, .. }) => {
+                Some(Self::Block(config::Block { serial, queues, discard, iothread, ..old }))
+            }
+            (Self::Net(old), plug::Settings::Net { mac, pairs, .. }) => {
+                let taps = (0..pairs).map(tap_name).collect();
+                Some(Self::Net(config::Net { taps, mac, iothread, ..old }))
+            }
+            (
+                Self::Balloon(old),
+                plug::Settings::Balloon { deflate_on_oom, free_page_reporting, page_poison, .. },
+            ) => {
+                let own =
+                    config::Balloon { deflate_on_oom, free_page_reporting, page_poison, iothread, ..old };
+                Some(Self::Balloon(own))
+            }
+            _ => None,
+        }
+    }
+
+    /// It as a descriptor.
+    ///
+    /// # Errors
+    /// One line.
+    pub fn seal(&self) -> Result<OwnedFd, String> {
+        match self {
+            Self::Block(config) => config_blob::seal(config),
+            Self::Net(config) => config_blob::seal(config),
+            Self::Balloon(config) => config_blob::seal(config),
+        }
+    }
+}
+
+/// The daemon's own name for a queue pair of a TAP interface.
+fn tap_name(index: u16) -> String {
+    format!("tap.{index}")
+}
+
 /// A drive or a block node.
 struct Disk {
     name: String,
+    /// The option that it came from.
+    at: String,
     path: Option<String>,
     read_only: bool,
     used: bool,
+    is_node: bool,
+    /// Another node is on it, which has the file.
+    below: bool,
 }
 
 /// Puts the bus together; `opens` gets what is to be opened for it.
@@ -163,11 +233,12 @@ pub fn bus(
     for device in options.devices.iter().chain(&added) {
         planner.add(device).map_err(|problem| device.error(problem))?;
     }
+    planner.spare()?;
     planner.finish()
 }
 
 /// An I/O thread as its daemon and the broker know it.
-fn io_thread(thread: &IoThread) -> config::IoThread {
+pub fn io_thread(thread: &IoThread) -> config::IoThread {
     let IoThread { id, poll_max_ns, poll_grow, poll_shrink } = thread.clone();
     config::IoThread { id, poll_max_ns, poll_grow, poll_shrink }
 }
@@ -192,7 +263,8 @@ fn disks(options: &Options) -> Result<(Vec<Disk>, Vec<At<Device>>), Error> {
     for (index, drive) in options.drives.iter().enumerate() {
         let id = drive.value.id.clone().unwrap_or_else(|| format!("virtio{index}"));
         let (path, read_only) = (drive.value.file.clone(), drive.value.read_only);
-        disks.push(Disk { name: id.clone(), path, read_only, used: false });
+        let at = drive.at.clone();
+        disks.push(Disk { name: id.clone(), at, path, read_only, used: false, is_node: false, below: false });
         if drive.value.with_device {
             let value = Device::of_drive(id);
             added.push(At { at: drive.at.clone(), value });
@@ -205,13 +277,17 @@ fn disks(options: &Options) -> Result<(Vec<Disk>, Vec<At<Device>>), Error> {
         }
         let (path, below_is_read_only) = match &node.value.below {
             Below::Path(path) => (Some(path.clone()), false),
-            Below::Node(below) => match disks.iter().find(|disk| disk.name == *below) {
+            Below::Node(below) => match disks.iter_mut().find(|disk| disk.name == *below) {
                 None => return Err(node.error(Problem::NodeNotFound(below.clone()))),
-                Some(disk) => (disk.path.clone(), disk.read_only),
+                Some(disk) => {
+                    disk.below = true;
+                    (disk.path.clone(), disk.read_only)
+                }
             },
         };
         let read_only = node.value.read_only || below_is_read_only;
-        disks.push(Disk { name: name.clone(), path, read_only, used: false });
+        let (name, at) = (name.clone(), node.at.clone());
+        disks.push(Disk { name, at, path, read_only, used: false, is_node: true, below: false });
     }
     Ok((disks, added))
 }
@@ -234,6 +310,8 @@ struct Planner<'a> {
 struct Placed<'a> {
     at: &'a str,
     key: String,
+    /// It is one of the command line.
+    used: bool,
 }
 
 impl Planner<'_> {
@@ -245,7 +323,7 @@ impl Planner<'_> {
         let device = &option.value;
         let key = device.id.clone().unwrap_or_else(|| format!("#{number}"));
         let place = self.slots.place(device)?;
-        let placed = Placed { at: &option.at, key };
+        let placed = Placed { at: &option.at, key, used: true };
         let kind = match &device.model {
             Model::RootPort { chassis, slot } => self.root_port(*chassis, *slot)?,
             Model::Block(block) => PciKind::Virtio(self.block(&placed, block)?),
@@ -290,28 +368,11 @@ impl Planner<'_> {
         Ok(io_thread(&found.value))
     }
 
-    /// A daemon of ours and its front end. All our daemons go on from the used index.
-    fn daemon(
-        &mut self,
-        placed: &Placed<'_>,
-        daemon: DaemonConfig,
-        fds: Vec<(String, String)>,
-        shape: (u16, u16, Vec<u8>),
-    ) -> Virtio {
-        let key = placed.key.clone();
-        let (device_type, queues, config) = shape;
-        let virtio = Virtio {
-            device_type,
-            queues,
-            queue_size: QUEUE_SIZE,
-            config,
-            without: 0,
-            socket: format!("vhost.{key}"),
-            listens: false,
-            side: Some(format!("side.{key}")),
-            resumes: true,
-        };
-        self.bus.daemons.push(Daemon { key, config: daemon, fds });
+    /// A daemon of ours and its front end.
+    fn daemon(&mut self, daemon: Daemon, settings: &plug::Settings) -> Virtio {
+        let virtio = settings.virtio(&daemon.key);
+        let config = daemon.configured(settings).unwrap_or_else(|| daemon.config.clone());
+        self.bus.daemons.push(Daemon { config, ..daemon });
         virtio
     }
 
@@ -327,7 +388,20 @@ impl Planner<'_> {
             return Err(Problem::DriveInUse(block.drive.clone()));
         }
         let path = disk.path.clone().ok_or(Problem::EmptyDrive)?;
-        let (read_only, opened) = (disk.read_only, format!("disk.{}", placed.key));
+        let (id, read_only, is_node) = (disk.name.clone(), disk.read_only, disk.is_node);
+        let daemon = self.disk(placed, plug::What::Drive { id, is_node }, (path, read_only));
+        let settings = plug::Settings::Block {
+            serial: block.serial.clone(),
+            queues: block.queues,
+            discard: block.discard,
+            iothread,
+        };
+        Ok(self.daemon(daemon, &settings))
+    }
+
+    /// Asks for a disk; returns its daemon without settings.
+    fn disk(&mut self, placed: &Placed<'_>, what: plug::What, (path, read_only): (String, bool)) -> Daemon {
+        let opened = format!("disk.{}", placed.key);
         self.open(&opened, placed.at, What::Disk { path: path.clone(), read_only });
         let config = config::Block {
             life: self.bus.config.life,
@@ -335,27 +409,28 @@ impl Planner<'_> {
             disk: "disk".to_owned(),
             path,
             read_only,
-            serial: block.serial.clone(),
-            queues: block.queues,
-            discard: block.discard,
-            iothread,
+            serial: String::new(),
+            queues: 1,
+            discard: true,
+            iothread: config::IoThread::default(),
         };
         let fds = vec![(opened, config.disk.clone())];
-        // The daemon knows capacity and limits (virtio 1.2, 5.2.4).
-        Ok(self.daemon(placed, DaemonConfig::Block(config), fds, (2, block.queues, vec![0; 60])))
+        Daemon { key: placed.key.clone(), config: DaemonConfig::Block(config), fds, what, used: placed.used }
     }
 
-    fn mac(&mut self, given: Option<[u8; 6]>) -> [u8; 6] {
+    /// The address of a network device that names none.
+    fn mac(&mut self) -> [u8; 6] {
         let mut mac = FIRST_MAC;
         if let Some(last) = mac.last_mut() {
             *last = last.wrapping_add(self.nics);
         }
         self.nics = self.nics.wrapping_add(1);
-        given.unwrap_or(mac)
+        mac
     }
 
     fn net(&mut self, placed: &Placed<'_>, net: &Net) -> Result<Virtio, Problem> {
-        let mac = self.mac(net.mac);
+        let default = self.mac();
+        let mac = net.mac.unwrap_or(default);
         let iothread = self.iothread(net.iothread.as_ref())?;
         let target = || Problem::PropertyTarget("virtio-net-device", "netdev", net.netdev.clone());
         let options = self.options;
@@ -368,28 +443,39 @@ impl Planner<'_> {
         let pairs = |all: u16| if net.multiqueue { all } else { 1 };
         match &netdev.value.backend {
             NetBackend::VhostUser { chardev, queues } => {
+                let (all, config) = plug::net_shape(mac, pairs(*queues));
                 let model = VhostUser {
                     chardev: chardev.clone(),
                     device_type: 1,
-                    queues: net_queues(pairs(*queues)),
-                    queue_size: QUEUE_SIZE,
-                    config: net_config(mac, pairs(*queues)),
+                    queues: all,
+                    queue_size: plug::QUEUE_SIZE,
+                    config,
                     resumes: true,
                 };
                 self.vhost_user(placed, &model)
             }
             NetBackend::Tap { .. } | NetBackend::TapFds(_) => {
-                let fds = self.taps(placed, netdev);
-                let taps: Vec<String> =
-                    fds.iter().map(|(_, tap)| tap.clone()).take(pairs(u16::MAX).into()).collect();
-                let count = u16::try_from(taps.len()).unwrap_or(1);
-                let (life, id) = (self.bus.config.life, placed.key.clone());
-                let fds = fds.into_iter().take(count.into()).collect();
-                let config = config::Net { life, id, taps, mac, iothread };
-                let shape = (1, net_queues(count), net_config(mac, count));
-                Ok(self.daemon(placed, DaemonConfig::Net(config), fds, shape))
+                let daemon = self.interface(placed, netdev, default);
+                let opened = u16::try_from(daemon.fds.len()).unwrap_or(1);
+                let settings = plug::Settings::Net { mac, pairs: pairs(opened), iothread };
+                Ok(self.daemon(daemon, &settings))
             }
         }
+    }
+
+    /// Asks for a TAP interface; returns its daemon, with one queue pair.
+    fn interface(&mut self, placed: &Placed<'_>, netdev: &At<NetDev>, mac: [u8; 6]) -> Daemon {
+        let fds = self.taps(placed, netdev);
+        let pairs = u16::try_from(fds.len()).unwrap_or(u16::MAX);
+        let config = config::Net {
+            life: self.bus.config.life,
+            id: placed.key.clone(),
+            taps: vec![tap_name(0)],
+            mac,
+            iothread: config::IoThread::default(),
+        };
+        let what = plug::What::Net { id: netdev.value.id.clone(), mac, pairs };
+        Daemon { key: placed.key.clone(), config: DaemonConfig::Net(config), fds, what, used: placed.used }
     }
 
     /// Asks for the descriptors of a TAP interface; returns their names, and the daemon's names for them.
@@ -404,10 +490,10 @@ impl Planner<'_> {
             NetBackend::VhostUser { .. } => Vec::new(),
         };
         let mut names = Vec::new();
-        for (index, what) in whats.into_iter().enumerate() {
+        for (index, what) in (0..).zip(whats) {
             let opened = format!("tap.{}.{index}", placed.key);
             self.open(&opened, &netdev.at, what);
-            names.push((opened, format!("tap.{index}")));
+            names.push((opened, tap_name(index)));
         }
         names
     }
@@ -416,18 +502,72 @@ impl Planner<'_> {
         if self.bus.daemons.iter().any(|daemon| matches!(daemon.config, DaemonConfig::Balloon(_))) {
             return Err(Problem::OneBalloon);
         }
-        let config = config::Balloon {
-            life: self.bus.config.life,
-            id: placed.key.clone(),
-            ram: self.options.ram,
+        let settings = plug::Settings::Balloon {
             deflate_on_oom: balloon.deflate_on_oom,
             free_page_reporting: balloon.free_page_reporting,
             page_poison: balloon.page_poison,
             iothread: self.iothread(balloon.iothread.as_ref())?,
         };
-        // Inflate, deflate, statistics, reporting; four words (virtio 1.2, 5.5.2 and 5.5.4).
-        let queues = 3 + u16::from(balloon.free_page_reporting);
-        Ok(self.daemon(placed, DaemonConfig::Balloon(config), Vec::new(), (5, queues, vec![0; 16])))
+        let daemon = self.inflatable(placed);
+        Ok(self.daemon(daemon, &settings))
+    }
+
+    /// The balloon's daemon without settings.
+    fn inflatable(&self, placed: &Placed<'_>) -> Daemon {
+        let config = config::Balloon {
+            life: self.bus.config.life,
+            id: placed.key.clone(),
+            ram: self.options.ram,
+            deflate_on_oom: false,
+            free_page_reporting: false,
+            page_poison: true,
+            iothread: config::IoThread::default(),
+        };
+        let (config, fds) = (DaemonConfig::Balloon(config), Vec::new());
+        Daemon { key: placed.key.clone(), config, fds, what: plug::What::Balloon, used: placed.used }
+    }
+
+    /// Daemons for what no device of the command line uses but a later one may, in a machine that takes later ones.
+    fn spare(&mut self) -> Result<(), Error> {
+        let is_port = |device: &PciDevice| matches!(device.kind, PciKind::RootPort { .. });
+        if !self.bus.config.devices.iter().any(is_port) {
+            return Ok(());
+        }
+        let disks: Vec<Disk> = self.disks.extract_if(.., |disk| !disk.used && !disk.below).collect();
+        for disk in disks {
+            let Some(path) = disk.path else { continue };
+            let placed = Placed { at: &disk.at, key: self.free_key(&disk.name), used: false };
+            let what = plug::What::Drive { id: disk.name, is_node: disk.is_node };
+            let daemon = self.disk(&placed, what, (path, disk.read_only));
+            self.bus.daemons.push(daemon);
+        }
+        let options = self.options;
+        for netdev in &options.netdevs {
+            let id = &netdev.value.id;
+            if self.netdevs.contains(id) || matches!(netdev.value.backend, NetBackend::VhostUser { .. }) {
+                continue;
+            }
+            let mac = self.mac();
+            let placed = Placed { at: &netdev.at, key: self.free_key(id), used: false };
+            let daemon = self.interface(&placed, netdev, mac);
+            self.bus.daemons.push(daemon);
+        }
+        if !self.bus.daemons.iter().any(|daemon| daemon.what == plug::What::Balloon) {
+            let placed = Placed { at: "the balloon", key: self.free_key("balloon"), used: false };
+            let daemon = self.inflatable(&placed);
+            self.bus.daemons.push(daemon);
+        }
+        match self.bus.daemons.iter().find(|daemon| daemon.key.len() > MAX_ID) {
+            Some(_) => Err(Error::at("-drive or -netdev", Problem::IdTooLong(MAX_ID))),
+            None => Ok(()),
+        }
+    }
+
+    /// A name for a daemon that no other one has: `wanted`, or one like it.
+    fn free_key(&self, wanted: &str) -> String {
+        let free = |key: &String| !self.bus.daemons.iter().any(|daemon| daemon.key == *key);
+        let numbered = (2..).map(|number| format!("{wanted}-{number}"));
+        std::iter::once(wanted.to_owned()).chain(numbered).find(free).unwrap_or_default()
     }
 
     fn vhost_user(&mut self, placed: &Placed<'_>, model: &VhostUser) -> Result<Virtio, Problem> {
@@ -456,16 +596,6 @@ impl Planner<'_> {
             resumes: model.resumes,
         })
     }
-}
-
-/// Virtqueues of a network device (virtio 1.2, 5.1.2): with more than one pair there is a control queue.
-const fn net_queues(pairs: u16) -> u16 {
-    if pairs > 1 { pairs * 2 + 1 } else { 2 }
-}
-
-/// Configuration space of a network device (virtio 1.2, 5.1.4): address, status (the link is up), queue pairs.
-fn net_config(mac: [u8; 6], pairs: u16) -> Vec<u8> {
-    [&mac[..], &1u16.to_le_bytes(), &pairs.to_le_bytes()].concat()
 }
 
 /// Which places of which bus are taken.

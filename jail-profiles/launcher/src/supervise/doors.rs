@@ -113,7 +113,11 @@ fn is_socket(file: &FileStat) -> bool {
 /// The name in a request.
 fn name_of(request: &ToOpener) -> &str {
     match request {
-        ToOpener::Connect { name } | ToOpener::Define { name, .. } | ToOpener::Forget { name } => name,
+        ToOpener::Connect { name }
+        | ToOpener::Define { name, .. }
+        | ToOpener::Forget { name }
+        | ToOpener::Begin { name, .. }
+        | ToOpener::End { name } => name,
     }
 }
 
@@ -221,6 +225,7 @@ mod tests {
     use std::os::unix::net::{UnixListener, UnixStream};
 
     use bulkhead_control_api::config;
+    use bulkhead_control_api::plug::What;
     use nix::sys::socket;
 
     use super::*;
@@ -229,7 +234,9 @@ mod tests {
     fn bus() -> Bus {
         let iothread = config::IoThread::default();
         let net = config::Net { life: 0, id: "n".into(), taps: Vec::new(), mac: [0; 6], iothread };
-        let daemon = Daemon { key: "n".into(), config: DaemonConfig::Net(net), fds: Vec::new() };
+        let what = What::Net { id: "n".into(), mac: [0; 6], pairs: 1 };
+        let config = DaemonConfig::Net(net);
+        let daemon = Daemon { key: "n".into(), config, fds: Vec::new(), what, used: true };
         let config = config::Pci { life: 0, devices: Vec::new() };
         Bus { config, daemons: vec![daemon], paths: BTreeMap::new() }
     }

@@ -31,8 +31,14 @@ impl Part {
     }
 }
 
-/// The compartments that live as long as the VM. Without a device there is no bus.
+/// The compartments that a VM has from its start. Without a device there is no bus.
 pub fn residents(bus: &Bus) -> Vec<Part> {
+    let is_used = |part: &Part| bus.daemon(*part).is_none_or(|daemon| daemon.used);
+    all(bus).into_iter().filter(is_used).collect()
+}
+
+/// They and the daemons that may be started while it runs.
+pub fn all(bus: &Bus) -> Vec<Part> {
     let mut all = vec![Part::of(&topology::CORE), Part::of(&topology::CONSOLE), Part::of(&topology::BROKER)];
     if !bus.config.devices.is_empty() {
         all.push(Part::of(&topology::PCI));

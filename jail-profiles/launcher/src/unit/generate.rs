@@ -26,7 +26,9 @@ pub fn drop_ins(vm: &str, plan: &Plan) -> BTreeMap<String, String> {
     if plan.bus.config.devices.is_empty() {
         return all;
     }
-    let mut services = vec![format!("bulkhead-pci@{vm}.service")];
+    let pci = format!("bulkhead-pci@{vm}.service");
+    all.insert(format!("{pci}.d/devices.conf"), format!("{HEAD}[Unit]\n{}", with_core(vm)));
+    let mut services = vec![pci];
     let mut doors = String::new();
     for daemon in &plan.bus.daemons {
         let (part, key) = (daemon.process().name, &daemon.key);
@@ -35,10 +37,11 @@ pub fn drop_ins(vm: &str, plan: &Plan) -> BTreeMap<String, String> {
         all.insert(
             format!("{unit}.d/vm.conf"),
             format!(
-                "{HEAD}[Unit]\n{}Requires=bulkhead-opener@{vm}.socket bulkhead-limits@{vm}.service\n\
+                "{HEAD}[Unit]\n{}{}Requires=bulkhead-opener@{vm}.socket bulkhead-limits@{vm}.service\n\
                  After=bulkhead-limits@{vm}.service bulkhead-opener@{vm}.socket bulkhead-opener@{vm}.service\n\n\
                  [Service]\nUser={}\nBindPaths={INNER}/{vm}/{part}-{key}:/run/bulkhead/opener\n",
                 part_of(vm),
+                with_core(vm),
                 user(vm, key)
             ),
         );
@@ -68,7 +71,7 @@ pub fn drop_ins(vm: &str, plan: &Plan) -> BTreeMap<String, String> {
     if !doors.is_empty() {
         all.insert(format!("bulkhead-opener@{vm}.socket.d/devices.conf"), format!("{HEAD}[Socket]\n{doors}"));
     }
-    let mut opener = String::new();
+    let mut opener = format!("[Unit]\n{}[Service]\n", with_core(vm));
     if plan.opens.iter().any(|open| matches!(open.what, What::Tap { .. })) {
         // It makes no other use of the host's network: it has no address family for that.
         opener.push_str("PrivateNetwork=no\nBindPaths=/dev/net/tun\nDeviceAllow=/dev/net/tun rw\n");
@@ -76,13 +79,14 @@ pub fn drop_ins(vm: &str, plan: &Plan) -> BTreeMap<String, String> {
     if others(plan).next().is_some() {
         let _ = writeln!(opener, "BindPaths={OTHERS}/{vm}:{OTHERS}");
     }
-    if !opener.is_empty() {
-        all.insert(
-            format!("bulkhead-opener@{vm}.service.d/devices.conf"),
-            format!("{HEAD}[Service]\n{opener}"),
-        );
-    }
+    all.insert(format!("bulkhead-opener@{vm}.service.d/devices.conf"), format!("{HEAD}{opener}"));
     all
+}
+
+/// A device is of one life of core: a disk is locked, and a TAP interface taken, as long as a daemon of the last life has
+/// it, and the opener opens them anew before anybody asks. They stop after core, and start before it.
+fn with_core(vm: &str) -> String {
+    format!("PartOf=bulkhead-core@{vm}.service\n")
 }
 
 fn part_of(vm: &str) -> String {
@@ -166,6 +170,7 @@ mod tests {
                 "bulkhead-net@vm1-n0.service.d/vm.conf",
                 "bulkhead-opener@vm1.service.d/devices.conf",
                 "bulkhead-opener@vm1.socket.d/devices.conf",
+                "bulkhead-pci@vm1.service.d/devices.conf",
                 "bulkhead-vhost@vm1-fs0.service.d/vm.conf",
                 "bulkhead@vm1.target.d/devices.conf",
             ]
@@ -173,6 +178,7 @@ mod tests {
         let block = &all["bulkhead-block@vm1-d0.service.d/vm.conf"];
         for line in [
             "PartOf=bulkhead@vm1.target",
+            "PartOf=bulkhead-core@vm1.service",
             "User=bh-vm1-d0",
             "BindPaths=/run/bulkhead-inner/vm1/block-d0:/run/bulkhead/opener",
         ] {
@@ -183,12 +189,32 @@ mod tests {
             "Wants=bulkhead-pci@vm1.service bulkhead-block@vm1-d0.service bulkhead-net@vm1-n0.service \
              bulkhead-vhost@vm1-fs0.service\n"
         ));
+        for unit in ["opener", "pci"] {
+            let text = &all[&format!("bulkhead-{unit}@vm1.service.d/devices.conf")];
+            assert!(text.contains("[Unit]\nPartOf=bulkhead-core@vm1.service\n"), "{text}");
+        }
         let opener = &all["bulkhead-opener@vm1.service.d/devices.conf"];
         assert!(
             opener.contains("PrivateNetwork=no\n")
                 && opener.contains("BindPaths=/run/bulkhead-vhost/vm1:/run/bulkhead-vhost\n")
         );
         assert!(drop_ins("vm1", &plan("")).is_empty());
+    }
+
+    /// What no device uses has a daemon from the start where there is a port: nobody may start one later.
+    #[test]
+    fn what_may_be_plugged_in_has_a_unit() {
+        let text = r#"
+            drive = [{ if = "none", id = "d", file = "disk.img" }, { if = "none", id = "e", file = "e.img" }]
+            device = [
+                { driver = "pcie-root-port", id = "rp0" },
+                { driver = "virtio-blk-pci", id = "d0", drive = "d", bus = "rp0" },
+            ]
+        "#;
+        let all = drop_ins("vm1", &plan(text).without_spare_balloon());
+        let target = &all["bulkhead@vm1.target.d/devices.conf"];
+        let units = "bulkhead-block@vm1-d0.service bulkhead-block@vm1-e.service\n";
+        assert!(target.contains(units) && !target.contains("balloon"), "{target}");
     }
 
     #[test]
@@ -202,7 +228,7 @@ mod tests {
         }
         generate(&from, &to).unwrap();
         assert!(is_current("vm1", &plan(DEVICES), &to));
-        assert_eq!(fs::read_dir(&to).unwrap().count(), 7);
+        assert_eq!(fs::read_dir(&to).unwrap().count(), 8);
         assert!(!is_current("vm1", &plan(&DEVICES.replace("d0", "d1")), &to));
         // The devices are gone.
         assert!(!is_current("vm1", &plan(""), &to) && is_current("vm2", &plan(""), &to));

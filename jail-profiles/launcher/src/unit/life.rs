@@ -11,6 +11,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use bulkhead_control_api::config;
+use bulkhead_control_api::plug::Settings;
 use bulkhead_jail::starter::Starter;
 use bulkhead_jail::topology::{LINKS, Link, PROCESSES, Process};
 use nix::errno::Errno;
@@ -19,7 +20,7 @@ use nix::sys::socket::SockType;
 use nix::sys::stat::Mode;
 
 use crate::config_blob;
-use crate::machine::{Plan, What};
+use crate::machine::{DaemonConfig, Plan, What};
 use crate::opener;
 use crate::rendezvous;
 use crate::supervise::parts;
@@ -109,7 +110,7 @@ fn kind_of(listener: &str) -> SockType {
 
 /// Names of all listeners of a VM.
 fn listeners(plan: &Plan) -> Vec<String> {
-    let residents = parts::residents(&plan.bus);
+    let residents = parts::all(&plan.bus);
     let links = parts::links(&residents).map(|link| link.name.to_owned());
     let devices =
         plan.bus.daemons.iter().flat_map(|d| ["vhost", "side"].map(|kind| format!("{kind}.{}", d.key)));
@@ -293,6 +294,32 @@ impl Life {
         Ok(all)
     }
 
+    /// Whether a daemon, which is started with the machine here, serves a device of these settings: one that was there, or
+    /// is yet to come.
+    ///
+    /// # Errors
+    /// EPERM: the machine has no such daemon; EINVAL: it cannot have these settings; EOPNOTSUPP: it has others, or it is the
+    /// balloon's, which goes on where it was.
+    pub fn may_begin(&self, device: &str, settings: &Settings) -> Result<(), Errno> {
+        let mut known = self.configs.iter().filter_map(|(name, fd)| Some((Member::find(name)?, fd)));
+        let (member, fd) =
+            known.find(|(member, _)| member.device.as_deref() == Some(device)).ok_or(Errno::EPERM)?;
+        let read = match member.process.name {
+            "block" => config_blob::read(fd).map(DaemonConfig::Block),
+            "net" => config_blob::read(fd).map(DaemonConfig::Net),
+            _ => return Err(Errno::EOPNOTSUPP),
+        };
+        let own = read.map_err(|_| Errno::EIO)?;
+        let pairs = self
+            .fds
+            .keys()
+            .filter_map(|name| member.own_name(name))
+            .filter(|n| n.starts_with("tap."))
+            .count();
+        let wanted = own.with(settings, u16::try_from(pairs).unwrap_or(u16::MAX)).ok_or(Errno::EINVAL)?;
+        if wanted == own { Ok(()) } else { Err(Errno::EOPNOTSUPP) }
+    }
+
     /// The configuration of a process, for one that is to read it again.
     #[must_use]
     pub fn config(&self, process: &str) -> Option<BorrowedFd<'_>> {
@@ -428,6 +455,58 @@ mod tests {
         let _listener = std::os::unix::net::UnixListener::bind(dir.join("others/c")).unwrap();
         assert!(life.back_end("chardev.c", &places).is_ok());
         fs::remove_dir_all(dir).unwrap();
+    }
+
+    /// Nothing starts a daemon here: one that is there serves a device of its own settings, plugged in again or at last.
+    #[test]
+    fn a_daemon_serves_a_device_of_its_own_settings() {
+        let plan = plan(
+            "drive = [{ if = \"none\", id = \"d\", file = \"d\" }, { if = \"none\", id = \"e\", file = \"e\" }]\n\
+             netdev = { type = \"tap\", id = \"n\", ifname = \"tap0\", queues = 2 }\n\
+             device = [{ driver = \"pcie-root-port\", id = \"rp0\" }, \
+                       { driver = \"virtio-blk-pci\", id = \"d0\", drive = \"d\", serial = \"s\" }, \
+                       { driver = \"virtio-balloon-pci\", id = \"b0\" }]",
+        );
+        let null = || OwnedFd::from(fs::File::open("/dev/null").unwrap());
+        let fds = ["tap.n.0", "tap.n.1"].map(|name| (name.to_owned(), null()));
+        let life = Life {
+            configs: configs(&plan).unwrap(),
+            fds: fds.into(),
+            listeners: BTreeMap::new(),
+            paths: BTreeMap::new(),
+        };
+        let iothread = config::IoThread::default();
+        let block = |serial: &str, queues| Settings::Block {
+            serial: serial.to_owned(),
+            queues,
+            discard: true,
+            iothread: iothread.clone(),
+        };
+        let mac = [0x52, 0x54, 0, 0x12, 0x34, 0x56];
+        let net = |mac, pairs| Settings::Net { mac, pairs, iothread: iothread.clone() };
+        let balloon = Settings::Balloon {
+            deflate_on_oom: false,
+            free_page_reporting: false,
+            page_poison: true,
+            iothread: iothread.clone(),
+        };
+        for (key, settings, answer) in [
+            ("d0", block("s", 1), Ok(())),
+            ("d0", block("", 1), Err(Errno::EOPNOTSUPP)),
+            ("d0", block("s", 65), Err(Errno::EINVAL)),
+            ("d0", net(mac, 1), Err(Errno::EINVAL)),
+            ("e", block("", 1), Ok(())),
+            ("e", block("", 2), Err(Errno::EOPNOTSUPP)),
+            ("n", net(mac, 1), Ok(())),
+            ("n", net(mac, 2), Err(Errno::EOPNOTSUPP)),
+            ("n", net(mac, 3), Err(Errno::EINVAL)),
+            ("n", net([2; 6], 1), Err(Errno::EOPNOTSUPP)),
+            ("b0", balloon, Err(Errno::EOPNOTSUPP)),
+            ("rp0", block("", 1), Err(Errno::EPERM)),
+            ("core", block("", 1), Err(Errno::EPERM)),
+        ] {
+            assert_eq!(life.may_begin(key, &settings), answer, "{key} {settings:?}");
+        }
     }
 
     /// What a former life had opened is in the store until the service manager has heard that it is not to be.

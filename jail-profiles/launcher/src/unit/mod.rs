@@ -70,7 +70,7 @@ fn read(name: &str, path: &str) -> Result<Machine, String> {
 /// What a machine file plans.
 fn plan(name: &str, path: &str) -> Result<Plan, String> {
     let machine = read(name, path)?;
-    let plan = machine::plan(&machine.options).map_err(|e| format!("{path}: {e}"))?;
+    let plan = machine::plan(&machine.options).map_err(|e| format!("{path}: {e}"))?.without_spare_balloon();
     check_devices(name, &plan).map_err(|e| format!("{path}: {e}"))?;
     Ok(plan)
 }

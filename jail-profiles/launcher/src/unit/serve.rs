@@ -134,6 +134,11 @@ impl Opener {
         for process in [PCI.name, BROKER.name] {
             let act = |request: &ToOpener| match request {
                 ToOpener::Connect { name } if process == PCI.name => life.back_end(name, places).map(Some),
+                ToOpener::Begin { name, settings } if process == BROKER.name => {
+                    life.may_begin(name, settings).map(|()| None)
+                }
+                // The service manager ends it with the machine.
+                ToOpener::End { .. } if process == BROKER.name => Ok(None),
                 _ => Err(Errno::EPERM),
             };
             if links.get_mut(process).is_some_and(|link| !link.serve(act)) {

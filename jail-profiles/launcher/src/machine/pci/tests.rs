@@ -46,7 +46,9 @@ fn a_disk_has_a_daemon() {
         iothread,
     };
     let fds = vec![("disk.b0".to_owned(), "disk".to_owned())];
-    assert_eq!(bus.daemons, [Daemon { key: "b0".into(), config: DaemonConfig::Block(config), fds }]);
+    let what = plug::What::Drive { id: "d0".into(), is_node: false };
+    let daemon = Daemon { key: "b0".into(), config: DaemonConfig::Block(config), fds, what, used: true };
+    assert_eq!(bus.daemons, [daemon]);
     let disk = plan.opens.iter().find(|open| open.name == "disk.b0").unwrap();
     assert_eq!(disk.what, What::Disk { path: "disk.img".into(), read_only: true });
 }
@@ -87,6 +89,39 @@ fn networks() {
     assert_eq!(devices[2].socket, "chardev.c");
     assert_eq!(plan.bus.paths, BTreeMap::from([("chardev.c".to_owned(), "/s".to_owned())]));
     assert_eq!(plan.bus.daemons.len(), 2);
+}
+
+/// A machine with a port has daemons that may be started later, for all that no device uses.
+#[test]
+fn what_no_device_uses_is_declared() {
+    let rest = "-drive if=none,id=d0,file=/a -drive if=none,id=empty -drive if=none,id=x,file=/b \
+                -blockdev file,node-name=f,filename=/c -blockdev raw,node-name=r,file=f \
+                -netdev tap,id=n0,ifname=tap0,queues=2 -netdev tap,id=n1,fd=7 \
+                -device virtio-blk-pci,drive=d0,id=x -device virtio-net-pci,netdev=n1";
+    let without = planned(rest);
+    assert_eq!(without.bus.daemons.iter().map(|d| d.key.as_str()).collect::<Vec<_>>(), ["x", "#1"]);
+    let plan = planned(&format!("{rest} -device pcie-root-port,id=p"));
+    let keys: Vec<_> = plan.bus.daemons.iter().map(|d| (d.key.as_str(), d.used)).collect();
+    let spare = |key| (key, false);
+    assert_eq!(keys, [("x", true), ("#1", true), spare("x-2"), spare("r"), spare("n0"), spare("balloon")]);
+    let opened: Vec<&str> = plan.opens.iter().map(|open| open.name.as_str()).collect();
+    for name in ["disk.x", "disk.x-2", "disk.r", "tap.#1.0", "tap.n0.0", "tap.n0.1"] {
+        assert!(opened.contains(&name), "{name}");
+    }
+    assert!(!opened.iter().any(|name| name.contains("empty") || *name == "disk.f"), "{opened:?}");
+    assert_eq!(plan.broker.declared, plan.bus.declared());
+    let mac = |last| [0x52, 0x54, 0, 0x12, 0x34, last];
+    let nets: Vec<_> = plan.bus.daemons.iter().filter(|d| matches!(d.what, plug::What::Net { .. })).collect();
+    assert_eq!(nets[0].what, plug::What::Net { id: "n1".into(), mac: mac(0x56), pairs: 1 });
+    assert_eq!(nets[1].what, plug::What::Net { id: "n0".into(), mac: mac(0x57), pairs: 2 });
+    let settings = |pairs| plug::Settings::Net { mac: mac(1), pairs, iothread: config::IoThread::default() };
+    let Some(DaemonConfig::Net(net)) = nets[1].configured(&settings(2)) else { panic!("no network") };
+    assert_eq!((net.taps.len(), net.mac), (2, mac(1)));
+    assert_eq!(nets[1].given().len(), 1, "as many as are used");
+    assert!(nets[1].configured(&settings(3)).is_none() && nets[0].configured(&settings(2)).is_none());
+    let disk = plan.bus.daemons.iter().find(|daemon| daemon.key == "r").unwrap();
+    assert!(disk.configured(&settings(1)).is_none(), "a disk is no network");
+    assert!(plan.without_spare_balloon().broker.declared.iter().all(|own| own.what != plug::What::Balloon));
 }
 
 #[test]

@@ -1,0 +1,77 @@
+//! Daemons that are started for a device that is plugged in while the machine runs, and ended when it is gone.
+//!
+//! The broker asks. It names a daemon that was declared at the start, and gives what its device says of it: neither a path nor
+//! a binary. Each daemon runs at most once, so a broker that asks for ever has no more processes than were declared, started
+//! no more often than those that die.
+
+use std::os::fd::OwnedFd;
+
+use bulkhead_control_api::opener::ToOpener;
+use nix::errno::Errno;
+use nix::sys::signal::Signal;
+
+use super::Supervisor;
+use super::parts::Part;
+use crate::machine::Bus;
+
+/// What is to become of a daemon.
+pub(super) struct Plug {
+    part: Part,
+    /// Its configuration, if it is to run.
+    config: Option<OwnedFd>,
+}
+
+impl Plug {
+    /// What the broker asks for.
+    ///
+    /// # Errors
+    /// EPERM: nothing of that name was declared; EINVAL: it cannot have these settings; ENOMEM: there is no room for its
+    /// configuration.
+    pub(super) fn of(bus: &Bus, request: &ToOpener) -> Result<Self, Errno> {
+        let (name, settings) = match request {
+            ToOpener::Begin { name, settings } => (name, Some(settings)),
+            ToOpener::End { name } => (name, None),
+            ToOpener::Connect { .. } | ToOpener::Define { .. } | ToOpener::Forget { .. } => {
+                return Err(Errno::EPERM);
+            }
+        };
+        let mut daemons = bus.daemons.iter().enumerate();
+        let (device, daemon) = daemons.find(|(_, daemon)| daemon.key == *name).ok_or(Errno::EPERM)?;
+        let config = match settings {
+            None => None,
+            Some(settings) => {
+                let config = daemon.configured(settings).ok_or(Errno::EINVAL)?;
+                Some(config.seal().map_err(|_| Errno::ENOMEM)?)
+            }
+        };
+        Ok(Self { part: Part { process: daemon.process(), device: Some(device) }, config })
+    }
+}
+
+impl Supervisor {
+    /// Ends a daemon if it runs, and starts it anew if it is to run.
+    pub(super) fn plug(&mut self, plug: Plug) {
+        let Plug { part, config } = plug;
+        let key = part.key();
+        for running in self.running.iter_mut().filter(|running| running.part.key() == key) {
+            // No device has it: what the guest has asked for is done, and its memory is not the daemon's any more.
+            running.leaving = true;
+            // What it still wants kept is not for its successor.
+            running.notify = None;
+            running.started.signal(Signal::SIGKILL);
+        }
+        self.residents.retain(|resident| resident.key() != key);
+        self.configs.remove(&key);
+        self.kept.remove(&key);
+        let again = self.again.entry(key).or_default();
+        (again.due, again.after) = (false, None);
+        let Some(config) = config else { return };
+        if self.killed || self.deadline.is_some() {
+            return;
+        }
+        // One that dies before it was ready is a device that does not answer, not the VM's end.
+        (again.proven, again.due) = (true, true);
+        self.residents.push(part);
+        self.configs.insert(key, config);
+    }
+}
