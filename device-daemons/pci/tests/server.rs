@@ -262,8 +262,9 @@ fn a_new_broker_takes_the_place_of_one_that_died_and_hears_what_happened() {
     assert_eq!(functions(&mut rig, 0).0.len(), 2);
 }
 
+/// Its successor knows nothing of it: it is not told, and has the device's daemon ended.
 #[test]
-fn a_new_broker_does_not_hear_what_its_predecessor_asked() {
+fn a_device_of_a_broker_that_is_gone_is_not_added() {
     let mut rig = Rig::new(vec![port("p", 1)], without_back_end);
     assert_eq!(rig.next(), ToCore::Ready);
     rig.broker.send(&Request { id: 1, op: Op::Add(Box::new(device("d", "p", None))) }).unwrap();
@@ -277,9 +278,16 @@ fn a_new_broker_does_not_hear_what_its_predecessor_asked() {
     rig.broker = bulkhead_jail::link::Link::accept(ours, bulkhead_control_api::VERSION).unwrap();
     // Its ids begin where those of its predecessor did.
     assert_eq!(functions(&mut rig, 0).0.len(), 2);
+    let (late, _other) = pair();
+    give(&mut rig, "vhost.d", late);
+    assert_eq!(functions(&mut rig, 0).0.len(), 2);
+    // Neither its id nor its back end is taken.
+    rig.broker.send(&Request { id: 1, op: Op::Add(Box::new(device("d", "p", None))) }).unwrap();
+    assert!(matches!(rig.opener.recv().unwrap(), ToOpener::Connect { .. }));
     let (back_end, _other) = pair();
     give(&mut rig, "vhost.d", back_end);
-    while functions(&mut rig, 0).0.len() < 3 {}
+    assert_eq!(rig.broker.recv::<FromPci>().unwrap(), FromPci::Reply { id: 1, result: Ok(Answer::Done) });
+    assert_eq!(functions(&mut rig, 0).0.len(), 3);
 }
 
 #[test]

@@ -426,4 +426,4 @@ fn opens(options: &Options, devices: &Chardevs, behind: Vec<Open>) -> Vec<Open> 
 }
 
 #[cfg(test)]
-mod tests;
+pub mod tests;

@@ -75,3 +75,44 @@ impl Supervisor {
         self.configs.insert(key, config);
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use bulkhead_control_api::config::IoThread;
+    use bulkhead_control_api::plug::Settings;
+
+    use super::*;
+    use crate::machine::tests::planned;
+
+    #[test]
+    fn a_broker_has_no_more_than_was_declared() {
+        let bus = planned(
+            "-drive if=none,id=d,file=/a -device pcie-root-port,id=p -device virtio-balloon-pci,id=b",
+        )
+        .bus;
+        let block = |queues| Settings::Block {
+            serial: String::new(),
+            queues,
+            discard: true,
+            iothread: IoThread::default(),
+        };
+        let begin = |name: &str, settings| ToOpener::Begin { name: name.to_owned(), settings };
+        let end = |name: &str| ToOpener::End { name: name.to_owned() };
+        let path = ToOpener::Define { name: "d".to_owned(), path: "/a".to_owned(), must_exist: false };
+        for (request, errno) in [
+            (begin("/a", block(1)), Errno::EPERM),
+            (begin("bulkhead-core", block(1)), Errno::EPERM),
+            (begin("p", block(1)), Errno::EPERM),
+            (begin("d", block(0)), Errno::EINVAL),
+            (begin("b", block(1)), Errno::EINVAL),
+            (end("vhost.d"), Errno::EPERM),
+            (path, Errno::EPERM),
+        ] {
+            assert_eq!(Plug::of(&bus, &request).err(), Some(errno), "{request:?}");
+        }
+        let plug = Plug::of(&bus, &begin("d", block(2))).unwrap();
+        assert_eq!((plug.part.process.name, plug.config.is_some()), ("block", true));
+        let plug = Plug::of(&bus, &end("b")).unwrap();
+        assert_eq!((plug.part.process.name, plug.config.is_some()), ("balloon", false));
+    }
+}
