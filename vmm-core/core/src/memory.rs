@@ -33,11 +33,8 @@ pub struct Ram {
 #[must_use]
 pub fn regions(ram: u64) -> Vec<Region> {
     let low = ram.min(LOW_RAM_END);
-    let mut regions = vec![Region { gpa: 0, len: low }];
-    if ram > low {
-        regions.push(Region { gpa: HIGH_RAM_START, len: ram - low });
-    }
-    regions
+    let high = (ram > low).then(|| Region { gpa: HIGH_RAM_START, len: ram - low });
+    [Region { gpa: 0, len: low }].into_iter().chain(high).collect()
 }
 
 /// Limits this process to files of `size` bytes, its largest memfd. A unit file cannot know that size.
@@ -111,6 +108,22 @@ mod tests {
         assert_eq!(ftruncate(fd, 0), Err(Errno::EPERM));
         assert_eq!(ftruncate(fd, 1 << 20), Err(Errno::EPERM));
         assert_eq!(fcntl(fd, FcntlArg::F_ADD_SEALS(SealFlag::F_SEAL_WRITE)), Err(Errno::EPERM));
+    }
+
+    #[test]
+    fn ram_may_be_in_huge_pages_and_the_window_may_not() {
+        if !std::path::Path::new("/sys/kernel/mm/transparent_hugepage").exists() {
+            return;
+        }
+        let kept = (create(PAGE * 4).unwrap(), create_ecam().unwrap());
+        let maps = std::fs::read_to_string("/proc/self/smaps").unwrap();
+        let flags = |name| {
+            let at = maps.find(&format!("/memfd:{name} ")).unwrap();
+            maps[at..].lines().find(|line| line.starts_with("VmFlags:")).unwrap()
+        };
+        assert!(flags("ram-low").contains(" hg"), "{}", flags("ram-low"));
+        assert!(!flags("ecam").contains(" hg"), "{}", flags("ecam"));
+        drop(kept);
     }
 
     #[test]

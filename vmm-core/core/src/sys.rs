@@ -69,11 +69,15 @@ impl Mapping {
         Ok(Self { addr, len })
     }
 
-    /// Maps `len` bytes of a memfd, left out of core dumps.
+    /// Maps `len` bytes of a memfd, left out of core dumps; in huge pages where it is writable and the host grants them to
+    /// those who ask (`shmem_enabled`).
     pub fn of_memfd(fd: impl AsFd, len: usize, prot: ProtFlags) -> Result<Self, Errno> {
         let mapping = Self::new(fd, len, 0, prot, MapFlags::MAP_NORESERVE)?;
         // SAFETY: the range is exactly the mapping made above; DONTDUMP does not change its content.
         unsafe { madvise(mapping.addr, len, MmapAdvise::MADV_DONTDUMP) }?;
+        // SAFETY: as above, HUGEPAGE neither; a kernel without huge pages refuses, and nothing is lost.
+        let _ = prot.contains(ProtFlags::PROT_WRITE)
+            && unsafe { madvise(mapping.addr, len, MmapAdvise::MADV_HUGEPAGE) }.is_ok();
         Ok(mapping)
     }
 
