@@ -167,8 +167,9 @@ impl Tracker {
     pub fn recover(&mut self, base: u16, used: u16) -> Left {
         let known = self.get(AT_VERSION) == VERSION && self.get(AT_DESC_NUM) == self.size;
         let batch = used.wrapping_sub(self.get(AT_USED_IDX));
-        if !known || batch > self.size {
-            // New, or of a ring that is no more: the guest has begun another one since.
+        if !known || batch > 1 {
+            // New, or of a ring that is no more: the guest has begun another one since. Requests are given back one by one, so
+            // the predecessor of this one is at most one behind.
             self.forget();
             self.set(AT_DESC_NUM, self.size);
             self.set(AT_LAST_BATCH_HEAD, 0);
@@ -176,14 +177,10 @@ impl Tracker {
             self.set(AT_VERSION, VERSION);
             return Left { heads: Vec::new(), next_avail: base };
         }
-        // The last batch was given back, but it may not say so.
-        let mut head = self.get(AT_LAST_BATCH_HEAD);
-        for _ in 0..batch {
-            if head >= self.size {
-                break;
-            }
+        // The last one was given back, but it may not say so.
+        let head = self.get(AT_LAST_BATCH_HEAD);
+        if batch == 1 && head < self.size {
             self.set_inflight(head, false);
-            head = self.get(Self::descriptor(head) + IN_NEXT);
         }
         self.set(AT_USED_IDX, used);
         let counter = |head: u16| {
@@ -288,11 +285,11 @@ mod tests {
         let mut tracker = area.tracker(0, 8).unwrap();
         tracker.take(2);
         tracker.set(AT_LAST_BATCH_HEAD, 60_000);
-        assert_eq!(tracker.recover(0, 8), Left { heads: vec![2], next_avail: 9 });
-        // A list that leads back to itself.
-        tracker.set(AT_LAST_BATCH_HEAD, 4);
-        tracker.set(Tracker::descriptor(4) + IN_NEXT, 4);
-        assert_eq!(tracker.recover(0, 16), Left { heads: vec![2], next_avail: 17 });
+        assert_eq!(tracker.recover(0, 1), Left { heads: vec![2], next_avail: 2 });
+        // No daemon of ours is so far behind.
+        assert_eq!(tracker.recover(7, 3), Left { heads: vec![], next_avail: 7 });
+        tracker.take(2);
+        assert_eq!(tracker.recover(2, 2), Left { heads: vec![], next_avail: 2 });
     }
 
     #[test]

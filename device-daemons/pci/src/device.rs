@@ -145,6 +145,11 @@ pub trait Device: Backed {
     fn set_master(&mut self, enabled: bool);
     /// Power-on state. The back end's memory accesses are over when [`Backed::is_quiet`]; a pause stays one.
     fn reset(&mut self);
+    /// Takes the interrupts that say what the state to be saved holds. They are raised once it is: what the guest has been told
+    /// of must not be forgotten by a successor. Those that a predecessor may not have raised come again.
+    fn take_interrupts(&mut self) -> Vec<Rc<OwnedFd>> {
+        Vec::new()
+    }
     /// Its state, for [`Device::restore`] in another process; at most [`MAX_SAVED`] bytes.
     fn save(&self) -> Vec<u8>;
     /// Takes over what a predecessor saved; false if it is no state of this device.

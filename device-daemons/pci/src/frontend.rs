@@ -149,13 +149,15 @@ pub struct Frontend {
     channel: Option<Channel>,
     /// A connection that this side has ended while rings ran, until the back end ends it.
     former: Option<Stream>,
+    /// What a back end sent in place of memory: a message's descriptors at most, and none are taken afterwards.
+    foreign: Vec<OwnedFd>,
 }
 
 impl Frontend {
     /// Without a connection.
     #[must_use]
     pub fn new(spec: Spec) -> Self {
-        Self { machine: Machine::new(spec), stream: None, channel: None, former: None }
+        Self { machine: Machine::new(spec), stream: None, channel: None, former: None, foreign: Vec::new() }
     }
 
     /// Begins with a back end: [`Event::Ready`] follows. A former connection is closed.
@@ -263,12 +265,16 @@ impl Frontend {
     /// Receives; says whether anything came.
     fn receive(&mut self) -> bool {
         let Some(stream) = self.stream.as_mut().filter(|_| self.machine.is_connected()) else { return false };
-        match stream.receive() {
+        match stream.receive(self.machine.awaits_memory()) {
             Got::Nothing => return false,
             Got::Part => {}
             Got::Message(message) => self.machine.take(message),
             Got::Closed => self.machine.closed(),
             Got::Wrong(why) => self.machine.lose(why),
+            Got::Foreign(fds) => {
+                self.foreign = fds;
+                self.machine.distrust();
+            }
         }
         true
     }
@@ -289,6 +295,8 @@ impl Frontend {
             // It may do without.
             Got::Closed => self.channel = None,
             Got::Wrong(why) => self.machine.lose(why),
+            // None are taken.
+            Got::Foreign(_) => {}
         }
         true
     }

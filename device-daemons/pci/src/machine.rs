@@ -273,7 +273,8 @@ impl Machine {
     /// [`MachineError`].
     pub fn settle(&mut self) -> Result<(), MachineError> {
         let touched = self.bus.take_touched();
-        self.changed.extend(touched.iter().map(|(index, _)| *index));
+        let indices: Vec<u16> = touched.iter().map(|(index, _)| *index).collect();
+        self.changed.extend(&indices);
         self.state.commit(touched)?;
         let effects = self.bus.effects();
         for (offset, bytes) in effects.writes {
@@ -284,6 +285,13 @@ impl Machine {
         for fd in effects.raise {
             if let Err(error) = event::signal(&fd) {
                 error!("an interrupt of a port is lost: {error}");
+            }
+        }
+        for index in indices {
+            let device = self.bus.get_mut(index).and_then(Function::as_device);
+            for fd in device.map_or(Vec::new(), |device| device.take_interrupts()) {
+                // Who shares it may spoil it: that is an interrupt of this device, and no other.
+                let _spoilt = event::signal(&fd);
             }
         }
         Ok(())

@@ -81,6 +81,8 @@ pub struct VirtioPci {
     space: Vec<u8>,
     sync: Sync,
     isr: u8,
+    /// The guest is to be interrupted for the configuration or the status.
+    told: bool,
     /// Queues whose vectors the back end may not know.
     stale_calls: BTreeSet<u16>,
     wires: Wires,
@@ -141,6 +143,7 @@ impl VirtioPci {
             space: config.config.clone(),
             sync: Sync::default(),
             isr: 0,
+            told: false,
             stale_calls: BTreeSet::new(),
             wires: Wires::default(),
             nobody: Rc::new(nobody.into()),
@@ -179,9 +182,7 @@ impl VirtioPci {
     fn interrupt(&mut self) {
         if self.common.has(status::DRIVER_OK) {
             self.isr |= ISR_CONFIG;
-            if self.common.config_vector != NO_VECTOR {
-                ring(self.call(self.common.config_vector));
-            }
+            self.told = true;
         }
     }
 
@@ -346,6 +347,12 @@ impl Device for VirtioPci {
         self.master = false;
         self.begin_reset();
         self.settle();
+    }
+
+    fn take_interrupts(&mut self) -> Vec<Rc<OwnedFd>> {
+        let vector = self.common.config_vector;
+        let told = std::mem::take(&mut self.told) && vector != NO_VECTOR;
+        told.then(|| Rc::clone(self.call(vector))).into_iter().collect()
     }
 
     fn save(&self) -> Vec<u8> {

@@ -177,6 +177,31 @@ fn what_is_in_flight_goes_to_the_next_life_and_ends_with_a_reset() {
     assert_eq!(start(&mut front, &mut peer), (true, true));
 }
 
+#[test]
+fn a_back_end_that_sends_a_file_in_place_of_memory_is_not_asked_for_any_again() {
+    let (mut front, mut peer) = ready(protocol::WANTED);
+    let ram = Ram::new();
+    front.start(VERSION_1, &ram.memory, vec![ram.ring(0, 0)]).unwrap();
+    let file = std::fs::File::open(std::env::current_exe().unwrap()).unwrap();
+    let mut events = Vec::new();
+    while front.is_connected() {
+        if let Some((asked, Some(mut answer))) = peer.turn() {
+            if asked.request == Request::GET_INFLIGHT_FD as u32 {
+                answer.fds = vec![file.try_clone().unwrap().into()];
+            }
+            peer.send(&answer);
+        }
+        events = front.advance();
+    }
+    assert!(matches!(&events[..], [Event::Lost(why)] if why.contains("no memory")), "{events:?}");
+    let mut peer = Peer::new(&mut front);
+    peer.serve(&mut front);
+    front.start(VERSION_1, &ram.memory, vec![ram.ring(0, 0)]).unwrap();
+    let events = peer.serve(&mut front);
+    assert!(events.contains(&Event::Started { ring: None }), "{events:?}");
+    assert!(!peer.log.contains(&(Request::GET_INFLIGHT_FD as u32)));
+}
+
 /// The specification's structure ends where that of C is padded.
 #[test]
 fn in_flight_memory_is_told_with_and_without_padding() {

@@ -139,6 +139,13 @@ const MISDEEDS: &[(&str, Misdeed)] = &[
     ("a directory for what is in flight", |answer, _| {
         inflight(answer, vec![fs::File::open("/").unwrap().into()])
     }),
+    ("a file for what is in flight", |answer, _| {
+        // Of enough length, and on a file system: what a look at it asks of whom is not known.
+        inflight(answer, vec![fs::File::open(std::env::current_exe().unwrap()).unwrap().into()])
+    }),
+    ("memory and a file for what is in flight", |answer, _| {
+        inflight(answer, vec![memory(4096), fs::File::open("/").unwrap().into()])
+    }),
     ("less memory for what is in flight", |answer, _| inflight(answer, vec![memory(4095)])),
     ("two for what is in flight", |answer, _| inflight(answer, vec![memory(4096), memory(4096)])),
     ("nothing to keep", |answer, _| inflight_place(answer, 0, 0)),

@@ -199,3 +199,19 @@ fn what_a_lost_back_end_has_left_is_known_to_a_restarted_process() {
     bench.connect_with(|peer| peer.protocol &= !without);
     assert_eq!(bench.status(), READY);
 }
+
+#[test]
+fn the_guest_hears_of_a_needed_reset_once_that_is_kept() {
+    let mut bench = Bench::running_of(bulkhead_control_api::config::Virtio { resumes: false, ..virtio() });
+    bench.commit();
+    taken(&bench.wires.vectors[0]);
+    bench.set_indices(0, 9, 5);
+    bench.kill();
+    bench.connect_with(|peer| peer.protocol &= !protocol::INFLIGHT_SHMFD);
+    assert_eq!(bench.status(), READY | NEEDS_RESET);
+    assert!(!taken(&bench.wires.vectors[0]), "a successor would not know");
+    // It dies after the commit: the next one tells the guest.
+    bench.restart();
+    assert_eq!(bench.status(), READY | NEEDS_RESET);
+    assert!(bench.raised(0) && !bench.raised(0));
+}

@@ -126,9 +126,25 @@ pub struct Received {
 /// # Errors
 /// The socket's error.
 pub fn receive(fd: BorrowedFd<'_>, buffer: &mut [u8], flags: MsgFlags) -> Result<Received, Errno> {
-    let mut control = [0u64; CONTROL_WORDS];
+    receive_with(fd, buffer, &mut [0; CONTROL_WORDS], flags)
+}
+
+/// The same without descriptors: the kernel drops what comes along, and the result says that something was cut.
+///
+/// # Errors
+/// The socket's error.
+pub fn receive_bytes(fd: BorrowedFd<'_>, buffer: &mut [u8], flags: MsgFlags) -> Result<Received, Errno> {
+    receive_with(fd, buffer, &mut [], flags)
+}
+
+fn receive_with(
+    fd: BorrowedFd<'_>,
+    buffer: &mut [u8],
+    control: &mut [u64],
+    flags: MsgFlags,
+) -> Result<Received, Errno> {
     let (len, control_len, seen) = loop {
-        match recvmsg(fd, buffer, &mut control, flags | MsgFlags::MSG_CMSG_CLOEXEC) {
+        match recvmsg(fd, buffer, control, flags | MsgFlags::MSG_CMSG_CLOEXEC) {
             Err(Errno::EINTR) => {}
             result => break result?,
         }
@@ -144,7 +160,7 @@ pub fn receive(fd: BorrowedFd<'_>, buffer: &mut [u8], flags: MsgFlags) -> Result
 fn recvmsg(
     fd: BorrowedFd<'_>,
     buffer: &mut [u8],
-    control: &mut [u64; CONTROL_WORDS],
+    control: &mut [u64],
     flags: MsgFlags,
 ) -> Result<(usize, usize, MsgFlags), Errno> {
     let mut part = libc::iovec { iov_base: buffer.as_mut_ptr().cast(), iov_len: buffer.len() };

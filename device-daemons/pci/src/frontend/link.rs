@@ -5,8 +5,9 @@ use std::io::IoSlice;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::time::{Duration, Instant};
 
-use bulkhead_jail::link::receive;
+use bulkhead_jail::link::{receive, receive_bytes};
 use nix::errno::Errno;
+use nix::fcntl::{FcntlArg, fcntl};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::socket::{self, ControlMessage, MsgFlags};
 
@@ -28,6 +29,8 @@ pub enum Got {
     Closed,
     /// Something else; says what the back end has done.
     Wrong(String),
+    /// Descriptors that are no memory. To look at them, or to close them, may wait for whoever serves their file system.
+    Foreign(Vec<OwnedFd>),
 }
 
 /// A connected stream.
@@ -61,18 +64,24 @@ impl Stream {
         poll(&mut [PollFd::new(self.fd.as_fd(), PollFlags::empty())], PollTimeout::ZERO) == Ok(1)
     }
 
-    /// Receives at most one message.
-    pub fn receive(&mut self) -> Got {
+    /// Receives at most one message. Descriptors that come unasked never become this process's: the kernel drops them
+    /// without a word to the file system that they are of.
+    pub fn receive(&mut self, takes_fds: bool) -> Got {
         let mut buffer = [0; HEADER + MAX_PAYLOAD];
         let Some(room) = buffer.get_mut(..self.reader.wants()) else { return Got::Nothing };
+        let receive = if takes_fds { receive } else { receive_bytes };
         let received = match receive(self.fd.as_fd(), room, MsgFlags::MSG_DONTWAIT) {
             Ok(received) => received,
             Err(Errno::EAGAIN) => return Got::Nothing,
             Err(Errno::ECONNRESET) => return Got::Closed,
             Err(errno) => return Got::Wrong(format!("cannot be heard: {errno}")),
         };
+        let foreign = received.fds.iter().any(|fd| fcntl(fd, FcntlArg::F_GET_SEALS).is_err());
+        if foreign {
+            return Got::Foreign(received.fds);
+        }
         if received.cut {
-            return Got::Wrong("sent more descriptors than there is room for".to_owned());
+            return Got::Wrong("sent descriptors that there is no room for".to_owned());
         }
         if received.len == 0 {
             return Got::Closed;
@@ -147,7 +156,7 @@ impl Channel {
                 self.answers.pop_front();
             }
         }
-        let got = self.stream.receive();
+        let got = self.stream.receive(false);
         if let Got::Message(message) = &got {
             if now.duration_since(self.since) >= Duration::from_secs(1) {
                 (self.since, self.requests) = (now, 0);

@@ -71,6 +71,8 @@ pub struct Machine {
     events: Vec<Event>,
     /// The back end's side of the channel for its requests: to be made.
     channel: Option<Rc<OwnedFd>>,
+    /// No back end of this device is asked for memory any more.
+    distrusted: bool,
 }
 
 impl Machine {
@@ -93,6 +95,7 @@ impl Machine {
             deadline: None,
             events: Vec::new(),
             channel: None,
+            distrusted: false,
         }
     }
 
@@ -131,6 +134,17 @@ impl Machine {
     pub fn closed(&mut self) {
         self.live = false;
         self.lose("has closed the connection");
+    }
+
+    /// Whether the answer that is awaited brings memory along.
+    pub fn awaits_memory(&self) -> bool {
+        self.out.is_none() && matches!(self.waiting, Some((_, Expect::Inflight(..))))
+    }
+
+    /// The back end has sent something else in place of memory.
+    pub fn distrust(&mut self) {
+        self.distrusted = true;
+        self.lose("sent a descriptor that is no memory; it is not asked for any again");
     }
 
     /// See [`super::Frontend::may_run`].
@@ -330,6 +344,9 @@ impl Machine {
 
     fn take_protocol(&mut self, offered: u64) {
         let mut wanted = offered & protocol::WANTED;
+        if self.distrusted {
+            wanted &= !protocol::INFLIGHT_SHMFD;
+        }
         if self.channel.is_none() {
             wanted &= !protocol::BACKEND_REQ;
         }

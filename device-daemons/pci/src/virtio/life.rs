@@ -40,7 +40,7 @@ impl VirtioPci {
     /// The guest or the machine resets the device.
     pub(super) fn begin_reset(&mut self) {
         self.common.begin_reset();
-        self.isr = 0;
+        (self.isr, self.told) = (0, false);
     }
 
     /// The back end has stopped.

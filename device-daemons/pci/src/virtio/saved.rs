@@ -63,6 +63,8 @@ impl VirtioPci {
         self.space = saved.space;
         saved.dirty.into_iter().for_each(|span| self.sync.add(span));
         self.isr = saved.isr;
+        // The guest may have been interrupted for it, or not.
+        self.told = self.isr != 0;
         self.used = saved.used;
         (self.orphaned, self.noted) = (saved.orphaned, saved.noted);
         if self.used && !saved.halted {

@@ -261,8 +261,15 @@ impl Bench {
     }
 
     /// Whether a vector was raised since the last call.
-    pub fn raised(&self, vector: usize) -> bool {
+    pub fn raised(&mut self, vector: usize) -> bool {
+        self.commit();
         taken(&self.wires.vectors[vector])
+    }
+
+    /// The state is kept: the guest hears of it.
+    pub fn commit(&mut self) {
+        self.device.save();
+        self.device.take_interrupts().iter().for_each(|fd| event::signal(fd).unwrap());
     }
 
     pub fn kicked(&self, queue: usize) -> bool {
