@@ -68,6 +68,8 @@ pub struct Bus {
     /// Functions whose state may have changed since the last commit.
     touched: BTreeSet<u16>,
     raise: BTreeSet<u16>,
+    /// Vector and doorbell from which free ones are looked for.
+    next_wires: (u16, u16),
     released: Vec<Change>,
     events: Vec<Event>,
     removed: Vec<Removed>,
@@ -98,6 +100,7 @@ impl Bus {
             stale: BTreeSet::new(),
             touched: BTreeSet::new(),
             raise: BTreeSet::new(),
+            next_wires: (0, 0),
             released: Vec::new(),
             events: Vec::new(),
             removed: Vec::new(),
@@ -146,9 +149,9 @@ impl Bus {
         u16::try_from(free).ok().filter(|_| free < MAX_FUNCTIONS)
     }
 
-    /// So many vectors and doorbells that nobody has.
-    #[must_use]
-    pub fn free_wires(&self, vectors: usize, bells: usize) -> Option<(Vec<u16>, Vec<u16>)> {
+    /// So many vectors and doorbells that nobody has. The back end of a device that is gone may keep its eventfds, so numbers
+    /// come again as late as can be.
+    pub fn free_wires(&mut self, vectors: usize, bells: usize) -> Option<(Vec<u16>, Vec<u16>)> {
         let of = |function: &Function| {
             let vectors: Vec<u16> = function.vectors.iter().map(|vector| vector.number).collect();
             let bells: Vec<u16> = function.bells.iter().map(|bell| bell.number).collect();
@@ -159,10 +162,13 @@ impl Bus {
             used_vectors.extend(vectors);
             used_bells.extend(bells);
         }
-        let vectors_left = (0..MAX_VECTORS).filter(|number| !used_vectors.contains(number));
-        let bells_left = (0..MAX_BELLS).filter(|number| !used_bells.contains(number));
+        let (vector, bell) = self.next_wires;
+        let vectors_left = (vector..MAX_VECTORS).chain(0..vector).filter(|n| !used_vectors.contains(n));
+        let bells_left = (bell..MAX_BELLS).chain(0..bell).filter(|n| !used_bells.contains(n));
         let found: (Vec<u16>, Vec<u16>) =
             (vectors_left.take(vectors).collect(), bells_left.take(bells).collect());
+        let after = |list: &[u16], next| list.last().map_or(next, |last| last + 1);
+        self.next_wires = (after(&found.0, vector), after(&found.1, bell));
         (found.0.len() == vectors && found.1.len() == bells).then_some(found)
     }
 

@@ -349,3 +349,16 @@ fn all_wires_are_given_out_once_and_come_back() {
     machine.settle();
     assert!(machine.core.bells.is_empty() && machine.bus.free_wires(1022, 900).is_some());
 }
+
+#[test]
+fn numbers_of_wires_come_again_as_late_as_can_be() {
+    let mut bus = Bus::new(0);
+    let mut seen = std::collections::BTreeSet::new();
+    // As for devices that come and go: nobody has any of them.
+    for _ in 0..512 {
+        let (vectors, bells) = bus.free_wires(2, 1).unwrap();
+        assert_eq!((vectors.len(), bells.len()), (2, 1));
+        assert!(vectors.iter().all(|number| seen.insert(*number)), "{vectors:?}");
+    }
+    assert_eq!(bus.free_wires(1024, 900).unwrap().0.len(), 1024);
+}
