@@ -215,7 +215,7 @@ fn survives(name: &str) -> Result<()> {
     guest.running()?;
     let before = pids(&guest);
     // Some hundred thousand exits.
-    done(&guest, name, Duration::from_secs(60))?;
+    done(&guest, name, Duration::from_secs(240))?;
     let text = guest.console().text();
     guest.check(text.contains("machine is well\r\n"), "the machine is not well")?;
     let after = pids(&guest);
