@@ -1,5 +1,6 @@
 //! What the balloon gives back to the host, and how fast, beside QEMU's balloon over the same kind of memory.
 
+use std::fs;
 use std::time::Instant;
 
 use bulkhead_framework::Result;
@@ -28,6 +29,9 @@ const GIB: f64 = 1024.0;
 /// A guest did not start.
 pub fn run(host: &Host) -> Result<()> {
     host.needs_kvm()?;
+    let granted = fs::read_to_string("/sys/kernel/mm/transparent_hugepage/shmem_enabled").unwrap_or_default();
+    let granted = granted.split(['[', ']']).nth(1).unwrap_or("none").to_owned();
+    println!("  huge pages of memory files (shmem_enabled): {granted}; the goals need `advise`");
     let sides = [(Side::Ours, "ours"), (Side::Qemu, "QEMU's")].map(|(side, name)| {
         let modern = if side == Side::Qemu { ",disable-legacy=on" } else { "" };
         (Machine::new(host, side, MEMORY, &format!("-device virtio-balloon-pci,id=b0{modern}")), name)

@@ -8,6 +8,7 @@ mod bus;
 mod disk;
 mod host;
 mod jail;
+mod lab;
 mod machine;
 mod memory;
 mod passed;
@@ -31,7 +32,7 @@ const USAGE: &str = "usage: bulkhead-bench [FIGURE...]";
 /// A figure: its name, what it is, and what measures and prints it.
 type Figure = (&'static str, &'static str, fn(&Host) -> Result<()>);
 
-const FIGURES: [Figure; 12] = [
+const FIGURES: [Figure; 13] = [
     (
         "start",
         "from exec to the first serial byte of the native guest, the whole VM in its jails",
@@ -50,6 +51,7 @@ const FIGURES: [Figure; 12] = [
     ("disk", "virtio-blk: random reads of 4 KiB by the native guest, the host's cache warm", disk::run),
     ("pci", "enumeration of a bus with 32 functions by the native guest", pci::run),
     ("balloon", "memory that the native guest gives and takes back", balloon::run),
+    ("lab", "network and balloon of Debian's guest in the lab, beside QEMU there", lab::run),
     ("size", "lines of code, and system calls that the jail allows", size::run),
     ("units", "exposure of the systemd units, as systemd-analyze judges it offline", units::run),
 ];

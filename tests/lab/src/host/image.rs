@@ -40,6 +40,10 @@ const BACK_ENDS: [(&str, &[&str]); 2] = [
     ("virtiofsd", &["/usr/lib/qemu/virtiofsd", "/usr/libexec/virtiofsd"]),
 ];
 
+/// What QEMU's q35 needs to start a kernel: Debian packages seabios, qemu-system-data.
+const QEMU_FIRMWARE: [&str; 3] =
+    ["usr/share/seabios/bios-256k.bin", "usr/share/qemu/linuxboot_dma.bin", "usr/share/qemu/kvmvapic.bin"];
+
 const PASSWD: &str = "root:x:0:0:root:/root:/bin/sh\ntester:x:1000:1000:an ordinary user:/tmp:/bin/sh\n";
 const GROUP: &str = "root:x:0:\nkvm:x:100:tester\ntester:x:1000:\n";
 
@@ -49,6 +53,8 @@ pub struct Content {
     pub programs: Vec<PathBuf>,
     /// Test programs for [`paths::TESTS`].
     pub tests: Vec<PathBuf>,
+    /// Debian's QEMU, too.
+    pub qemu: bool,
     /// A directory tree to lay over the root: tools for a look around.
     pub overlay: Option<PathBuf>,
 }
@@ -123,7 +129,19 @@ fn initramfs(kernel: &Kernel, content: &Content, dir: &Path) -> Result<PathBuf> 
     archive.file("etc/group", false, GROUP.as_bytes());
     archive.directory("new");
     add_modules(&mut archive, "modules", kernel, &[&L1_MODULES[..], &L1_DEVICES].concat())?;
-    add_back_ends(&mut archive)?;
+    let mut added = BTreeSet::new();
+    add_back_ends(&mut archive, &mut added)?;
+    if content.qemu {
+        add_program(
+            &mut archive,
+            &mut added,
+            "qemu-system-x86_64",
+            Path::new("/usr/bin/qemu-system-x86_64"),
+        )?;
+        for file in QEMU_FIRMWARE {
+            archive.file(file, false, &read(&Path::new("/").join(file))?);
+        }
+    }
     archive.file(paths::ROOT.trim_start_matches('/'), false, &guest_root(&busybox, dir)?);
     archive.file(paths::KERNEL.trim_start_matches('/'), false, &read(&kernel.image)?);
     archive.file(paths::INITRD.trim_start_matches('/'), false, &guest_initrd(kernel)?);
@@ -204,19 +222,24 @@ fn guest_root(busybox: &Busybox, dir: &Path) -> Result<Vec<u8>> {
     Ok(content)
 }
 
-/// Adds other people's back ends and the libraries that they are linked with.
-fn add_back_ends(archive: &mut Archive) -> Result<()> {
-    let mut added = BTreeSet::new();
+/// Adds other people's back ends.
+fn add_back_ends(archive: &mut Archive, added: &mut BTreeSet<String>) -> Result<()> {
     for (name, places) in BACK_ENDS {
         let place = places.iter().map(Path::new).find(|place| place.exists());
         let place = place.ok_or_else(|| Failure::new(format!("no {name}: run tests/setup.sh")))?;
-        archive.file(&format!("usr/bin/{name}"), true, &read(place)?);
-        let output = Command::new("ldd").arg(place).output()?;
-        let text = String::from_utf8_lossy(&output.stdout).into_owned();
-        for library in text.split_whitespace().filter(|word| word.starts_with('/')) {
-            if added.insert(library.to_owned()) {
-                archive.file(library.trim_start_matches('/'), true, &read(Path::new(library))?);
-            }
+        add_program(archive, added, name, place)?;
+    }
+    Ok(())
+}
+
+/// Adds a program of the host and those of the libraries that it is linked with that are not there yet.
+fn add_program(archive: &mut Archive, added: &mut BTreeSet<String>, name: &str, place: &Path) -> Result<()> {
+    archive.file(&format!("usr/bin/{name}"), true, &read(place)?);
+    let output = Command::new("ldd").arg(place).output()?;
+    let text = String::from_utf8_lossy(&output.stdout).into_owned();
+    for library in text.split_whitespace().filter(|word| word.starts_with('/')) {
+        if added.insert(library.to_owned()) {
+            archive.file(library.trim_start_matches('/'), true, &read(Path::new(library))?);
         }
     }
     Ok(())

@@ -9,4 +9,4 @@ mod systemd;
 
 pub use build::product;
 pub use image::{Kind, debian};
-pub use runner::{Options, demo, native, run, shell};
+pub use runner::{Options, demo, figures, native, run, shell};

@@ -12,6 +12,7 @@ use super::build;
 use super::image::{Content, Image, Kind};
 use super::machine::{Line, Machine};
 use crate::agent::cases::Case;
+use crate::agent::figures;
 
 /// How long a case may take; the waits inside it are shorter and explain more.
 const CASE: Duration = Duration::from_secs(240);
@@ -31,6 +32,8 @@ pub struct Options {
     pub overlay: Option<PathBuf>,
     /// The L1 of a shell command.
     pub kind: Kind,
+    /// Debian's QEMU is in L1, too.
+    pub qemu: bool,
 }
 
 /// Runs `cases` and prints a line for each. True if all passed.
@@ -84,6 +87,36 @@ pub fn native(args: &[String], options: &Options) -> Result<bool> {
     Ok(passed)
 }
 
+/// Measures all figures, or those whose name contains one of the words, each in an L1 of its own, and prints their samples.
+/// True if all could be measured.
+///
+/// # Errors
+/// As [`run`].
+pub fn figures(words: &[String], options: &Options) -> Result<bool> {
+    let lab = Lab::prepare(options, &[Kind::Busybox], Vec::new())?;
+    let mut measured = true;
+    let chosen =
+        |case: &&Case| words.is_empty() || words.iter().any(|word| case.name.contains(word.as_str()));
+    for case in figures::ALL.iter().filter(chosen) {
+        let mut logs = BTreeMap::<String, String>::new();
+        let mut machine = lab.boot(case.kind, case.name)?;
+        let outcome = machine.request(&format!("run {}", case.name), PROGRAM, |line| match line {
+            Line::Log(name, text) => {
+                let log = logs.entry(name).or_default();
+                log.push_str(&text);
+                log.push('\n');
+            }
+            Line::Out(text) => println!("{text}"),
+        })?;
+        lab.keep(case.name, &logs, outcome.as_ref().err().map(String::as_str))?;
+        if let Err(reason) = outcome {
+            println!("{}: {reason}", case.name);
+            measured = false;
+        }
+    }
+    Ok(measured)
+}
+
 /// Runs a shell command in L1 and passes on its output. True if its status is 0.
 ///
 /// # Errors
@@ -117,7 +150,7 @@ impl Lab {
         let dir = target_dir().join("lab");
         let logs = dir.join("logs");
         fs::create_dir_all(&logs).map_err(|error| Failure::new(format!("{}: {error}", logs.display())))?;
-        let content = Content { programs, tests, overlay: options.overlay.clone() };
+        let content = Content { programs, tests, qemu: options.qemu, overlay: options.overlay.clone() };
         let images = kinds.iter().map(|kind| Image::build(*kind, &content, &dir)).collect::<Result<_>>()?;
         Ok(Self { images, logs: fs::canonicalize(logs)? })
     }
