@@ -107,6 +107,11 @@ impl Bus {
         }
     }
 
+    /// Core has been asked for nothing yet.
+    pub const fn is_first(&mut self) {
+        self.unknown = false;
+    }
+
     /// The functions with their indices.
     pub fn functions(&self) -> impl Iterator<Item = (u16, &Function)> {
         (0..).zip(&self.functions).filter_map(|(index, function)| Some((index, function.as_ref()?)))

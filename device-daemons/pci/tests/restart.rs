@@ -5,9 +5,10 @@ mod guest;
 mod rig;
 
 use bulkhead_bus_api::Access;
+use bulkhead_bus_api::pci::{MAX_BELLS, MAX_VECTORS};
 use bulkhead_pci::machine::{Machine, MachineError};
 use guest::{config, device, port};
-use rig::{Host, read, write};
+use rig::{Host, memfd, read, write};
 
 /// What a kernel does: it finds functions, sizes and sets their BARs, opens a port, sets interrupts, uses devices.
 fn script() -> Vec<Access> {
@@ -156,14 +157,39 @@ fn deaths_within_accesses_are_not_seen() {
 
 #[test]
 fn a_first_pci_that_dies_while_it_begins_leaves_nothing_behind() {
-    for patience in 0..12 {
+    let mut deaths = 0;
+    loop {
         let host = host();
-        host.inner.lock().unwrap().patience = Some(patience);
-        assert!(host.machine().is_err());
+        host.inner.lock().unwrap().patience = Some(deaths);
+        let is_dead = host.machine().is_err();
         host.inner.lock().unwrap().patience = None;
         let mut machine = host.machine().unwrap();
         assert_eq!(access(&host, &mut machine, 1, &read(config(0, 2, 0, 0), 4)).unwrap(), 0x000c_1b36);
+        if !is_dead {
+            break;
+        }
+        deaths += 1;
     }
+    assert!(deaths >= 3, "{deaths}");
+}
+
+#[test]
+fn only_the_first_pci_of_a_core_takes_for_granted_that_core_has_nothing() {
+    let mut host = host();
+    let asked = || {
+        let before = host.inner.lock().unwrap().changes;
+        drop(host.machine().unwrap());
+        host.inner.lock().unwrap().changes - before
+    };
+    let first = asked();
+    let all = usize::from(MAX_VECTORS + MAX_BELLS);
+    assert!((1..64).contains(&first), "{first}");
+    assert!(asked() > all);
+    // Its state is lost, core is the same.
+    host.state = memfd();
+    let before = host.inner.lock().unwrap().changes;
+    drop(host.machine().unwrap());
+    assert!(host.inner.lock().unwrap().changes > before + all);
 }
 
 #[test]

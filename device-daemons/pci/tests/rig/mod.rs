@@ -52,6 +52,8 @@ pub struct Inner {
     eventfds: BTreeMap<(bool, u16), OwnedFd>,
     /// Requests that are still answered; none: all.
     pub patience: Option<usize>,
+    /// How many changes were asked for.
+    pub changes: usize,
 }
 
 impl Inner {
@@ -76,6 +78,7 @@ impl Inner {
             }
             Ask::Apply(changes) => {
                 assert!(changes.len() <= 256);
+                self.changes += changes.len();
                 changes.into_iter().for_each(|change| self.core.change(change));
                 Vec::new()
             }
