@@ -17,7 +17,7 @@ use serde::de::DeserializeOwned;
 use crate::link::{Link, LinkError};
 use crate::starter::Starter;
 use crate::topology::{Boots, Process};
-use crate::{log, sandbox, surroundings};
+use crate::{footprint, log, sandbox, surroundings};
 
 /// First inherited descriptor (`sd_listen_fds(3)`).
 const FIRST_FD: RawFd = 3;
@@ -240,6 +240,7 @@ impl Start {
         sandbox::filter_system_calls(self.process)?;
         // The starter may be gone; that is not for this process to judge.
         let _ = self.starter.ready();
+        footprint::shrink();
         Ok(self.starter)
     }
 }
