@@ -58,51 +58,72 @@ pub fn connect(kind: SockType, listener: BorrowedFd<'_>, path: &Path) -> Result<
     Ok(socket)
 }
 
-/// Where to bind for a moment: a directory that only this user can change, or /tmp with its sticky bit.
-fn base() -> PathBuf {
+/// Where to bind for a moment, best first: a directory that only this user can change, or one with a sticky bit; a file system
+/// in memory makes and removes a name at a hundredth of a disk's price.
+fn bases() -> impl Iterator<Item = PathBuf> {
     let own = |path: &PathBuf| {
         std::fs::metadata(path).is_ok_and(|m| m.is_dir() && m.uid() == Uid::effective().as_raw())
     };
-    std::env::var_os("XDG_RUNTIME_DIR").map(PathBuf::from).filter(own).unwrap_or_else(|| "/tmp".into())
+    let sticky = |path: &&str| {
+        std::fs::metadata(path).is_ok_and(|m| m.is_dir() && m.mode() & Mode::S_ISVTX.bits() != 0)
+    };
+    let runtime = std::env::var_os("XDG_RUNTIME_DIR").map(PathBuf::from).filter(own);
+    runtime.into_iter().chain(["/dev/shm", "/tmp"].into_iter().filter(sticky).map(PathBuf::from))
 }
 
-/// Removes what [`Rendezvous::new`] makes, at whichever point it was interrupted.
+/// Removes what a [`Place`] is, at whichever point it was interrupted.
 pub fn remove(directory: &Path) {
     let _ = unlink(&directory.join(SOCKET));
     let _ = std::fs::remove_dir(directory);
 }
 
-impl Rendezvous {
-    /// Makes one for packets, see [`Self::of`].
+/// A directory that is there while sockets are made.
+#[derive(Debug)]
+pub struct Place(PathBuf);
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        remove(&self.0);
+    }
+}
+
+impl Place {
+    /// Makes it; `register` learns of it before.
     ///
     /// # Errors
-    /// As there.
-    pub fn new(register: impl FnOnce(&Path) -> Result<(), String>) -> Result<Self, String> {
-        Self::of(SockType::SeqPacket, register)
+    /// No directory for temporary files can be written.
+    pub fn new(register: impl Fn(&Path) -> Result<(), String>) -> Result<Self, String> {
+        let mut last = "no directory for temporary files has a sticky bit".to_owned();
+        for base in bases() {
+            // Keyed at random by the standard library: not to be guessed.
+            let name = format!("bulkhead-{:016x}", RandomState::new().hash_one(std::process::id()));
+            let directory = base.join(name);
+            register(&directory)?;
+            match mkdir(&directory, Mode::S_IRWXU) {
+                Ok(()) => return Ok(Self(directory)),
+                Err(e) => last = format!("{}: {e}", base.display()),
+            }
+        }
+        Err(format!("cannot make a socket: {last}"))
     }
 
-    /// Makes one; `register` learns of the directory that it uses for a moment, before that is made.
+    /// Makes a socket that listens; its name is gone afterwards.
     ///
     /// # Errors
-    /// The directory for temporary files cannot be written.
-    pub fn of(kind: SockType, register: impl FnOnce(&Path) -> Result<(), String>) -> Result<Self, String> {
-        let base = base();
-        let fail = |e: Errno| format!("cannot make a socket in {}: {e}", base.display());
-        // Keyed at random by the standard library: not to be guessed.
-        let name = format!("bulkhead-{:016x}", RandomState::new().hash_one(std::process::id()));
-        let directory = base.join(name);
-        register(&directory)?;
-        mkdir(&directory, Mode::S_IRWXU).map_err(fail)?;
+    /// The kernel's, in one line.
+    pub fn listen(&self, kind: SockType) -> Result<Rendezvous, String> {
+        let path = self.0.join(SOCKET);
         let made = (|| {
-            let path = directory.join(SOCKET);
             let listener = listen(kind, &path)?;
             let inode = open(&path, OFlag::O_PATH | OFlag::O_CLOEXEC, Mode::empty())?;
-            Ok(Self { kind, listener, inode })
+            unlink(&path)?;
+            Ok(Rendezvous { kind, listener, inode })
         })();
-        remove(&directory);
-        made.map_err(fail)
+        made.map_err(|e: Errno| format!("cannot make a socket in {}: {e}", self.0.display()))
     }
+}
 
+impl Rendezvous {
     /// The listening end.
     #[must_use]
     pub fn listener(&self) -> BorrowedFd<'_> {
@@ -129,26 +150,35 @@ impl Rendezvous {
 
 #[cfg(test)]
 mod tests {
+    use std::cell::RefCell;
+
     use super::*;
 
     #[test]
     fn a_nameless_listener_takes_connections() {
-        let mut directory = PathBuf::new();
+        let directory = RefCell::new(PathBuf::new());
         let register = |path: &Path| {
-            directory = path.to_owned();
+            directory.replace(path.to_owned());
             Ok(())
         };
-        let rendezvous = Rendezvous::new(register).unwrap();
-        assert!(directory.starts_with(base()) && !directory.exists());
-        for _ in 0..2 {
-            let _end = rendezvous.connect().unwrap();
-            socket::accept(rendezvous.listener().as_raw_fd()).unwrap();
+        let place = Place::new(register).unwrap();
+        let directory = directory.into_inner();
+        assert!(bases().any(|base| directory.starts_with(base)));
+        let made = [SockType::SeqPacket, SockType::Stream].map(|kind| place.listen(kind).unwrap());
+        assert_eq!(directory.read_dir().unwrap().count(), 0);
+        drop(place);
+        assert!(!directory.exists());
+        for rendezvous in made {
+            for _ in 0..2 {
+                let _end = rendezvous.connect().unwrap();
+                socket::accept(rendezvous.listener().as_raw_fd()).unwrap();
+            }
         }
     }
 
     #[test]
     fn a_listener_that_does_not_accept_has_one_connection() {
-        let rendezvous = Rendezvous::new(|_| Ok(())).unwrap();
+        let rendezvous = Place::new(|_| Ok(())).unwrap().listen(SockType::SeqPacket).unwrap();
         let former: Vec<_> = (0..100).map(|_| rendezvous.connect().unwrap()).collect();
         let accept = || socket::accept(rendezvous.listener().as_raw_fd());
         let last = rendezvous.connect().unwrap();

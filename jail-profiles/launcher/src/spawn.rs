@@ -10,6 +10,7 @@ use std::time::Instant;
 use bulkhead_jail::topology::{Namespace, PROCESSES, Process};
 use nix::errno::Errno;
 use nix::fcntl::OFlag;
+use nix::sched::{CloneFlags, setns, unshare};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use nix::sys::signal::{SigHandler, Signal, signal};
 use nix::sys::wait::{Id, WaitPidFlag, WaitStatus, waitid};
@@ -60,6 +61,38 @@ pub struct Host {
     privileged: bool,
     uid: u32,
     gid: u32,
+    network: Option<Network>,
+}
+
+/// One empty network for all compartments of a VM, which belongs to none of them. To make one takes longer than
+/// all other namespaces of a compartment together, and nobody in it can make a socket.
+#[derive(Debug)]
+struct Network {
+    host: File,
+    empty: File,
+}
+
+impl Network {
+    fn new() -> Result<Self, String> {
+        let fail =
+            |step: &str, e: &dyn std::fmt::Display| format!("cannot make a network namespace: {step}: {e}");
+        let current = || File::open("/proc/self/ns/net").map_err(|e| fail("/proc/self/ns/net", &e));
+        let host = current()?;
+        unshare(CloneFlags::CLONE_NEWNET).map_err(|e| fail("unshare", &format!("{e}{}", remedy(e))))?;
+        let empty = current();
+        setns(&host, CloneFlags::CLONE_NEWNET).map_err(|e| fail("setns", &e))?;
+        Ok(Self { host, empty: empty? })
+    }
+
+    /// Forks with the other namespaces; the child stays in the empty network. `None` in the child.
+    fn clone3(&self, namespaces: &[Namespace]) -> Result<Option<(Pid, OwnedFd)>, Errno> {
+        setns(&self.empty, CloneFlags::CLONE_NEWNET)?;
+        let forked = clone3(namespaces);
+        if !matches!(forked, Ok(None)) {
+            setns(&self.host, CloneFlags::CLONE_NEWNET)?;
+        }
+        forked
+    }
 }
 
 /// A compartment to start.
@@ -106,7 +139,10 @@ impl Host {
         enough_descriptors(parts)?;
         enough_file_size()?;
         let privileged = Uid::effective().is_root();
-        Ok(Self { binaries, privileged, uid: Uid::effective().as_raw(), gid: Gid::effective().as_raw() })
+        // An ordinary user could only enter one that belongs to the compartment's user namespace.
+        let network = if privileged { Some(Network::new()?) } else { None };
+        let (uid, gid) = (Uid::effective().as_raw(), Gid::effective().as_raw());
+        Ok(Self { binaries, privileged, uid, gid, network })
     }
 
     fn starter(&self) -> &'static str {
@@ -130,6 +166,15 @@ impl Host {
             (true, false) => Identity::SelfMapped { inner: INNER_ID, uid: self.uid, gid: self.gid },
             (false, true) => Identity::Host { id: Some(host) },
             (false, false) => Identity::Host { id: None },
+        }
+    }
+
+    fn clone3(&self, namespaces: &[Namespace]) -> Result<Option<(Pid, OwnedFd)>, Errno> {
+        let others: Vec<Namespace> =
+            namespaces.iter().copied().filter(|namespace| *namespace != Namespace::Net).collect();
+        match &self.network {
+            Some(network) if namespaces.contains(&Namespace::Net) => network.clone3(&others),
+            _ => clone3(namespaces),
         }
     }
 
@@ -171,7 +216,7 @@ impl Host {
         };
         let since = Instant::now();
         let (pid, pidfd) =
-            match clone3(&namespaces).map_err(|e| format!("{}{}", fail("clone3", e), remedy(e)))? {
+            match self.clone3(&namespaces).map_err(|e| format!("{}{}", fail("clone3", e), remedy(e)))? {
                 Some(parent) => parent,
                 None => {
                     drop(go);

@@ -18,6 +18,7 @@ use std::time::{Duration, Instant};
 use bulkhead_control_api::config;
 use bulkhead_control_api::config::ChardevKind;
 use bulkhead_control_api::opener::ToOpener;
+use bulkhead_jail::footprint;
 use bulkhead_jail::pace::Pace;
 use bulkhead_jail::topology::{self, Boots, Restart};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
@@ -30,7 +31,7 @@ use crate::config_blob;
 use crate::guard::Guard;
 use crate::machine::Bus;
 use crate::relay::{Pumped, Relay, say};
-use crate::rendezvous::Rendezvous;
+use crate::rendezvous::{Place, Rendezvous};
 use crate::spawn::{self, Host, Order, Started};
 use crate::terminal::Terminal;
 use doors::Doors;
@@ -206,11 +207,12 @@ impl Supervisor {
     fn new(vm: Vm, guard: Guard) -> Result<Self, String> {
         let residents = parts::residents(&vm.bus);
         let all = parts::all(&vm.bus);
+        let place = Place::new(|path| guard.directory(path))?;
         let mut meetings = BTreeMap::new();
         for link in parts::links(&all) {
-            meetings.insert(link.name, Rendezvous::new(|path| guard.directory(path))?);
+            meetings.insert(link.name, place.listen(SockType::SeqPacket)?);
         }
-        let doors = Doors::new(&vm.bus, |path| guard.directory(path))?;
+        let doors = Doors::new(&vm.bus, &place)?;
         let mut configs = BTreeMap::new();
         configs.insert(("core", None), config_blob::seal(&vm.core)?);
         configs.insert(("loader", None), config_blob::seal(&vm.loader)?);
@@ -481,6 +483,7 @@ impl Supervisor {
         let is_ready = |part: &Part| self.running.iter().any(|r| r.part.key() == part.key() && r.ready);
         if !self.ready && self.residents.iter().all(is_ready) {
             self.ready = true;
+            footprint::shrink();
             // Without a service manager this does nothing.
             let _ = sd_notify::notify(&[sd_notify::NotifyState::Ready]);
         }

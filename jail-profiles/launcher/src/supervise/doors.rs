@@ -3,7 +3,6 @@
 
 use std::collections::BTreeMap;
 use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
-use std::path::Path;
 
 use bulkhead_control_api::VERSION;
 use bulkhead_control_api::opener::{FromOpener, MAX_NAME, ToOpener};
@@ -15,7 +14,7 @@ use nix::sys::stat::{FileStat, SFlag, stat};
 
 use crate::machine::Bus;
 use crate::opener;
-use crate::rendezvous::Rendezvous;
+use crate::rendezvous::{Place, Rendezvous};
 
 /// Requests that are answered in one go.
 const MAX_REQUESTS: usize = 64;
@@ -30,15 +29,15 @@ pub struct Doors {
 }
 
 impl Doors {
-    /// Makes the listeners; `register` learns of each directory that is used for a moment.
+    /// Makes the listeners.
     ///
     /// # Errors
     /// One line.
-    pub fn new(bus: &Bus, register: impl Fn(&Path) -> Result<(), String>) -> Result<Self, String> {
+    pub fn new(bus: &Bus, place: &Place) -> Result<Self, String> {
         let mut ours = BTreeMap::new();
         for daemon in &bus.daemons {
             for (name, kind) in [("vhost", SockType::Stream), ("side", SockType::SeqPacket)] {
-                ours.insert(format!("{name}.{}", daemon.key), Rendezvous::of(kind, &register)?);
+                ours.insert(format!("{name}.{}", daemon.key), place.listen(kind)?);
             }
         }
         Ok(Self { ours, theirs: bus.paths.clone() })
@@ -245,9 +244,13 @@ mod tests {
         doors.connect(name, &BTreeMap::new())
     }
 
+    fn place() -> Place {
+        Place::new(|_| Ok(())).unwrap()
+    }
+
     #[test]
     fn our_daemons_listeners_outlive_them() {
-        let doors = Doors::new(&bus(), |_| Ok(())).unwrap();
+        let doors = Doors::new(&bus(), &place()).unwrap();
         for name in ["vhost", "side"] {
             let listener = doors.listener(name, "n").unwrap();
             for _ in 0..3 {
@@ -266,7 +269,7 @@ mod tests {
         let path = std::env::temp_dir().join(format!("bulkhead-doors-{}", std::process::id()));
         let mut bus = bus();
         bus.paths.insert("chardev.c".to_owned(), path.to_str().unwrap().to_owned());
-        let doors = Doors::new(&bus, |_| Ok(())).unwrap();
+        let doors = Doors::new(&bus, &place()).unwrap();
         assert_eq!(connected(&doors, "chardev.c").unwrap_err(), Errno::ENOENT);
         let listener = UnixListener::bind(&path).unwrap();
         // One that does not accept makes nobody wait.
@@ -292,7 +295,7 @@ mod tests {
     fn the_broker_says_where_others_listen() {
         let path = std::env::temp_dir().join(format!("bulkhead-defined-{}", std::process::id()));
         let text = path.to_str().unwrap();
-        let mut doors = Doors::new(&bus(), |_| Ok(())).unwrap();
+        let mut doors = Doors::new(&bus(), &place()).unwrap();
         let given = BTreeMap::from([("chardev.g".to_owned(), UnixStream::pair().unwrap().0.into())]);
         let mut define = |name: &str, path: &str, must| doors.define((name, path, must), &given);
         for name in ["", "kernel", "vhost.n", "side.n"] {
