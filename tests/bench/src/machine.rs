@@ -53,7 +53,9 @@ impl<'a> Machine<'a> {
             let disk = host.dir().join(format!("{name}-{whose}"));
             fs::File::create(&disk)?.set_len(16 << 20)?;
             let drive = format!("-drive if=none,id=d0,format=raw,file={}", disk.display());
-            let devices = "-device virtio-blk-pci,drive=d0 -device virtio-balloon-pci,id=b0";
+            let modern = if side == Side::Qemu { ",disable-legacy=on" } else { "" };
+            let devices = ["virtio-blk-pci,drive=d0", "virtio-balloon-pci,id=b0"];
+            let devices = devices.map(|device| format!("-device {device}{modern}")).join(" ");
             Ok(Self::new(host, side, 256, &format!("{drive} {devices}")))
         };
         Ok([one(Side::Ours, "ours")?, one(Side::Qemu, "qemu")?])

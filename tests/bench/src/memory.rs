@@ -1,4 +1,4 @@
-//! Memory of all processes of a VM beside its guest's.
+//! Memory of all processes of a VM beside its guest's, when they have worked: what a process has touched once is in it.
 
 use std::fs;
 use std::process::Command;
@@ -10,10 +10,16 @@ use bulkhead_jail::topology::PROCESSES;
 use crate::host::Host;
 use crate::machine::Machine;
 use crate::report;
+use crate::session::Session;
 
 const SOON: Duration = Duration::from_secs(20);
 /// How many others share the files with one.
 const OTHERS: u32 = 3;
+/// What the guest reads of its disk before.
+const READS: u32 = 20_000;
+/// What is asked before, so many times.
+const COMMANDS: [&str; 5] = ["query-status", "query-cpus-fast", "query-chardev", "stop", "cont"];
+const ROUNDS: u32 = 20;
 /// MiB.
 const GOAL: f64 = 10.0;
 const TARGET: f64 = 5.0;
@@ -27,21 +33,30 @@ const RAM: [&str; 2] = ["/memfd:ram-", "/memfd:memory-backend-memfd"];
 pub fn run(host: &Host) -> Result<()> {
     host.needs_kvm()?;
     println!("  without devices:");
-    compare(host, [host.ours("halt"), host.qemu("halt")])?;
+    compare(host, [host.ours("halt"), host.qemu("halt")], "halting")?;
     println!("  with a disk and a balloon:");
-    let commands = |name: &str| Ok(Machine::pair(host, name)?.map(|machine| machine.command("halt")));
-    compare(host, commands("one")?)?;
+    let commands = |name: &str| {
+        let read = format!("bench-blk depth=32 n={READS}");
+        Result::Ok(Machine::pair(host, name)?.map(|machine| machine.command(&read)))
+    };
+    compare(host, commands("one")?, "bench end ")?;
     println!("  the same, {OTHERS} more of which run:");
     let others: Vec<_> = (0..OTHERS).map(|n| commands(&format!("other{n}"))).collect::<Result<_>>()?;
     let start = |mut command| Child::start(&mut command, "console", "stderr");
     let others: Vec<_> = others.into_iter().flatten().map(start).collect::<Result<_>>()?;
-    others.iter().try_for_each(|child| child.stdout().expect("halting", SOON))?;
-    compare(host, commands("last")?)
+    others.iter().try_for_each(|child| child.stdout().expect("bench end ", SOON))?;
+    compare(host, commands("last")?, "bench end ")
 }
 
-fn compare(host: &Host, [ours, qemu]: [Command; 2]) -> Result<()> {
-    let (ours, _ours_socket) = host.with_qmp(ours, "ours")?;
-    let (qemu, _qemu_socket) = host.with_qmp(qemu, "qemu")?;
+/// Looks at both sides once each guest has said `done` and each has answered commands.
+fn compare(host: &Host, [ours, qemu]: [Command; 2], done: &str) -> Result<()> {
+    let (ours, ours_socket) = host.with_qmp(ours, "ours")?;
+    let (qemu, qemu_socket) = host.with_qmp(qemu, "qemu")?;
+    for (child, socket) in [(&ours, &ours_socket), (&qemu, &qemu_socket)] {
+        child.stdout().expect(done, SOON)?;
+        let mut session = Session::open(socket)?;
+        (0..ROUNDS).try_for_each(|_| COMMANDS.iter().try_for_each(|name| session.ask(name).map(drop)))?;
+    }
     let ours = family(&ours, "ours")?;
     let qemu = family(&qemu, "QEMU's")?;
     report::limit("all of ours", ours, GOAL, "MiB");
@@ -52,7 +67,6 @@ fn compare(host: &Host, [ours, qemu]: [Command; 2]) -> Result<()> {
 
 /// Prints the processes of one side and returns their sum in MiB.
 fn family(child: &Child, side: &str) -> Result<f64> {
-    child.stdout().expect("halting", SOON)?;
     let mut sum = 0;
     let mut own = 0;
     let all: Vec<Process> = std::iter::once(process(child.pid())?).chain(descendants(child.pid())?).collect();
