@@ -58,7 +58,7 @@ pub struct Bus {
     /// Pages that core has mapped.
     mapped: BTreeSet<u16>,
     /// What core has is not known: a predecessor may have told it.
-    unknown: bool,
+    pub(crate) unknown: bool,
     /// Who answers where may have changed.
     layout: bool,
     /// The same, for what core has.
@@ -105,11 +105,6 @@ impl Bus {
             events: Vec::new(),
             removed: Vec::new(),
         }
-    }
-
-    /// Core has been asked for nothing yet.
-    pub const fn is_first(&mut self) {
-        self.unknown = false;
     }
 
     /// The functions with their indices.

@@ -102,9 +102,7 @@ impl Machine {
         self.state.begin(links);
         let mut id = [0; 4];
         // The host bridge's page, which whoever has asked core for anything had written before.
-        if self.ecam.read_exact_at(&mut id, 0).is_ok() && id == [0; 4] {
-            self.bus.is_first();
-        }
+        self.bus.unknown = self.ecam.read_exact_at(&mut id, 0).is_err() || id != [0; 4];
         if let Some(left) = left.filter(|left| !left.is_empty()) {
             for (index, saved) in &left {
                 self.take_over(*index, saved, kept)?;
