@@ -11,7 +11,7 @@ use std::time::Duration;
 
 use bulkhead_control_api::config::IoThread;
 use bulkhead_control_api::pci::Function;
-use bulkhead_control_api::plug::{Declared, MAX_QUEUES, MAX_SERIAL, Settings, What};
+use bulkhead_control_api::plug::{self, Declared, MAX_QUEUES, MAX_SERIAL, Settings, What};
 use bulkhead_jail::warn;
 use bulkhead_qapi::Error;
 use nix::errno::Errno;
@@ -168,21 +168,10 @@ fn net(given: &Given<'_>) -> Result<Wanted, Error> {
     }
     let mac = match properties.text("mac") {
         None => default,
-        Some(text) => mac(text).ok_or_else(|| wrong_value("virtio-net-device.mac", text))?,
+        Some(text) => plug::mac(text).ok_or_else(|| wrong_value("virtio-net-device.mac", text))?,
     };
     let pairs = if flag(properties, "mq", false)? { pairs } else { 1 };
     Ok(Wanted { key: key.clone(), settings: Settings::Net { mac, pairs, iothread } })
-}
-
-/// Six bytes in hexadecimal, between colons or dashes.
-fn mac(text: &str) -> Option<[u8; 6]> {
-    let separator = if text.contains('-') { '-' } else { ':' };
-    let byte = |part: &str| {
-        let plain = part.len() == 2 && part.bytes().all(|byte| byte.is_ascii_hexdigit());
-        u8::from_str_radix(part, 16).ok().filter(|_| plain)
-    };
-    let bytes: Option<Vec<u8>> = text.split(separator).map(byte).collect();
-    bytes?.try_into().ok()
 }
 
 fn balloon(given: &Given<'_>) -> Result<Wanted, Error> {
@@ -267,19 +256,5 @@ impl Hub {
             }
         }
         true
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn addresses() {
-        assert_eq!(mac("52:54:00:aB:cd:01"), Some([0x52, 0x54, 0, 0xab, 0xcd, 1]));
-        assert_eq!(mac("52-54-00-ab-cd-01"), Some([0x52, 0x54, 0, 0xab, 0xcd, 1]));
-        for text in ["", "52:54:00:ab:cd", "52:54:00:ab:cd:01:02", "5:54:00:ab:cd:01", "+2:54:00:ab:cd:01"] {
-            assert_eq!(mac(text), None, "{text}");
-        }
     }
 }

@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use bulkhead_framework::{Failure, Qmp, Result};
 use bulkhead_native_tests::{Guest, SOON, Setup, eventually};
+use nix::unistd::geteuid;
 use serde_json::{Value, json};
 
 const PORT: [&str; 2] = ["-device", "pcie-root-port,id=rp0"];
@@ -147,6 +148,29 @@ fn a_balloon_comes_and_goes() -> Result<()> {
         guest.check(said.contains("Only one balloon device is supported"), &said)?;
         remove(&guest, &mut qmp, "b")?;
         none_runs(&guest, "balloon")?;
+    }
+    guest.quit()
+}
+
+/// The interface stays for the next device.
+#[test]
+fn a_network_comes_and_goes() -> Result<()> {
+    if !geteuid().is_root() {
+        println!("not root: no TAP interface can be made");
+        return Ok(());
+    }
+    let guest = setup(&["-netdev", "tap,id=n0,queues=2"]).start()?;
+    let mut qmp = guest.running()?;
+    for mq in ["on", "off"] {
+        let net = json!({
+            "driver": "virtio-net-pci", "netdev": "n0", "id": "n", "bus": "rp0", "mq": mq,
+        });
+        add(&guest, &mut qmp, net, "a network")?;
+        let said = refusal(&mut qmp, json!({ "driver": "virtio-net-pci", "netdev": "n0", "bus": "rp0" }))?;
+        let taken = "Property 'virtio-net-device.netdev' can't take value 'n0', it's in use";
+        guest.check(said.contains(taken), &said)?;
+        remove(&guest, &mut qmp, "n")?;
+        none_runs(&guest, "net")?;
     }
     guest.quit()
 }

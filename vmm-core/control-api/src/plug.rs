@@ -100,6 +100,19 @@ pub fn net_shape(mac: [u8; 6], pairs: u16) -> (u16, Vec<u8>) {
     (net_queues(pairs), net_config(mac, pairs))
 }
 
+/// A MAC address as users write it: six bytes in hexadecimal, between colons or dashes.
+#[must_use]
+pub fn mac(text: &str) -> Option<[u8; 6]> {
+    let separator = if text.contains('-') { '-' } else { ':' };
+    let mut parts = text.split(separator);
+    let mut mac = [0; 6];
+    for byte in &mut mac {
+        let part = parts.next().filter(|p| p.len() == 2 && p.bytes().all(|b| b.is_ascii_hexdigit()))?;
+        *byte = u8::from_str_radix(part, 16).ok()?;
+    }
+    if parts.next().is_some() { None } else { Some(mac) }
+}
+
 impl Settings {
     /// The thread of its queues.
     #[must_use]
@@ -153,6 +166,15 @@ impl Settings {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn addresses() {
+        assert_eq!(mac("52:54:00:aB:cd:01"), Some([0x52, 0x54, 0, 0xab, 0xcd, 1]));
+        assert_eq!(mac("52-54-00-ab-cd-01"), Some([0x52, 0x54, 0, 0xab, 0xcd, 1]));
+        for text in ["", "52:54:00:ab:cd", "52:54:00:ab:cd:01:02", "5:54:00:ab:cd:01", "+2:54:00:ab:cd:01"] {
+            assert_eq!(mac(text), None, "{text}");
+        }
+    }
 
     #[test]
     fn what_no_device_has_is_refused() {

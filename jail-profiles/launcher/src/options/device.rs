@@ -1,5 +1,7 @@
 //! `-device`.
 
+use bulkhead_control_api::plug;
+
 use crate::cli::{Params, Problem};
 
 /// The most virtqueues of a device.
@@ -202,22 +204,10 @@ fn net(params: &Params) -> Result<Net, Problem> {
     let wrong = |text: &str| Problem::PropertyValue("virtio-net-device", "mac", text.to_owned());
     Ok(Net {
         netdev: text(params, "netdev").ok_or(Problem::NetdevNotSet)?,
-        mac: params.text("mac").map(|text| mac(text).ok_or_else(|| wrong(text))).transpose()?,
+        mac: params.text("mac").map(|text| plug::mac(text).ok_or_else(|| wrong(text))).transpose()?,
         multiqueue: params.flag("mq").unwrap_or(false),
         iothread: text(params, "iothread"),
     })
-}
-
-/// Six bytes in hexadecimal, between colons or dashes.
-fn mac(text: &str) -> Option<[u8; 6]> {
-    let mut mac = [0; 6];
-    let separator = if text.contains('-') { '-' } else { ':' };
-    let mut parts = text.split(separator);
-    for byte in &mut mac {
-        let part = parts.next().filter(|p| p.len() == 2 && p.bytes().all(|b| b.is_ascii_hexdigit()))?;
-        *byte = u8::from_str_radix(part, 16).ok()?;
-    }
-    if parts.next().is_some() { None } else { Some(mac) }
 }
 
 fn vhost_user(driver: &'static str, params: &Params) -> Result<VhostUser, Problem> {

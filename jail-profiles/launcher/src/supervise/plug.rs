@@ -12,13 +12,13 @@ use nix::sys::signal::Signal;
 
 use super::Supervisor;
 use super::parts::Part;
-use crate::machine::Bus;
+use crate::machine::{Bus, DaemonConfig};
 
 /// What is to become of a daemon.
 pub(super) struct Plug {
     part: Part,
-    /// Its configuration, if it is to run.
-    config: Option<OwnedFd>,
+    /// Its configuration, also as the descriptor that it gets, if it is to run.
+    config: Option<(DaemonConfig, OwnedFd)>,
 }
 
 impl Plug {
@@ -41,7 +41,8 @@ impl Plug {
             None => None,
             Some(settings) => {
                 let config = daemon.configured(settings).ok_or(Errno::EINVAL)?;
-                Some(config.seal().map_err(|_| Errno::ENOMEM)?)
+                let sealed = config.seal().map_err(|_| Errno::ENOMEM)?;
+                Some((config, sealed))
             }
         };
         Ok(Self { part: Part { process: daemon.process(), device: Some(device) }, config })
@@ -65,14 +66,18 @@ impl Supervisor {
         self.kept.remove(&key);
         let again = self.again.entry(key).or_default();
         (again.due, again.after) = (false, None);
-        let Some(config) = config else { return };
+        let Some((config, sealed)) = config else { return };
         if self.killed || self.deadline.is_some() {
             return;
         }
         // One that dies before it was ready is a device that does not answer, not the VM's end.
         (again.proven, again.due) = (true, true);
         self.residents.push(part);
-        self.configs.insert(key, config);
+        self.configs.insert(key, sealed);
+        // It says which descriptors are the daemon's.
+        if let Some(daemon) = part.device.and_then(|device| self.vm.bus.daemons.get_mut(device)) {
+            daemon.config = config;
+        }
     }
 }
 

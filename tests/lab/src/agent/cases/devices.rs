@@ -116,13 +116,51 @@ pub fn disk_of_qemu(journal: &mut Journal) -> Result<()> {
     guest.ends()
 }
 
+/// Has the guest give a device up.
+fn unplug(guest: &mut Debian, id: &str) -> Result<()> {
+    guest.qmp.pending_events();
+    guest.qmp.execute("device_del", json!({ "id": id }))?;
+    loop {
+        let event = guest.qmp.event("DEVICE_DELETED", SOON)?;
+        if event.pointer("/data/device") == Some(&json!(id)) {
+            return Ok(());
+        }
+    }
+}
+
+/// A disk of our own daemon comes, is written, goes, and comes again with what was written.
+fn own_disk_comes_twice(guest: &mut Debian) -> Result<()> {
+    let wait = "for i in $(seq 200); do [ -e /sys/block/vda ] && break; usleep 100000; done";
+    let mut sums = Vec::new();
+    for (id, then) in
+        [("one", "dd if=/dev/urandom of=/dev/vda bs=64k count=64 2>/dev/null; sync;"), ("two", "")]
+    {
+        let device =
+            json!({"driver": "virtio-blk-pci", "id": id, "drive": "own", "bus": "rp0", "serial": id});
+        guest.qmp.execute("device_add", device)?;
+        let serial = guest.ask(&format!("{wait}; cat /sys/block/vda/serial"))?;
+        guest.check(serial == id, &format!("the disk's serial number is {serial:?}"))?;
+        sums.push(guest.ask(&format!("{then} dd if=/dev/vda bs=64k count=64 2>/dev/null | md5sum"))?);
+        unplug(guest, id)?;
+        let gone = guest.ask("[ -e /sys/block/vda ] && echo there || echo gone")?;
+        guest.check(gone == "gone", "the disk is there")?;
+    }
+    let same = matches!(sums.as_slice(), [one, two] if one == two);
+    guest.check(same, &format!("written and read: {sums:?}"))
+}
+
 pub fn hot_plug(journal: &mut Journal) -> Result<()> {
     let scratch = Scratch::new()?;
     let file = root(&scratch)?;
     let _daemon = storage_daemon(journal, scratch.path(), &file)?;
-    let args =
-        ["-m", "256M", "-device", "pcie-root-port,id=rp0,slot=1", "-device", "pcie-root-port,id=rp1,slot=2"];
+    let image = scratch.path().join("own.img");
+    fs::File::create(&image)?.set_len(16 << 20)?;
+    let drive = format!("if=none,id=own,format=raw,file={}", image.display());
+    let ports = ["pcie-root-port,id=rp0,slot=1", "pcie-root-port,id=rp1,slot=2"];
+    let [first, second] = ports;
+    let args = ["-m", "256M", "-drive", &drive, "-device", first, "-device", second];
     let mut guest = Debian::boot(journal, &args, "")?;
+    own_disk_comes_twice(&mut guest)?;
     let path = scratch.path().join("blk.sock");
     let backend = json!({"type": "socket", "data": {"addr": {"type": "unix", "data": {"path": path}}, "server": false}});
     guest.qmp.execute("chardev-add", json!({"id": "c0", "backend": backend}))?;
@@ -139,14 +177,7 @@ pub fn hot_plug(journal: &mut Journal) -> Result<()> {
     let read =
         guest.ask("dd if=/dev/vda bs=2 skip=540 count=1 2>/dev/null | hexdump -v -e '1/2 \"%04x\"'")?;
     guest.check(read == "ef53", &format!("there is {read:?} instead of ext4's magic number"))?;
-    guest.qmp.pending_events();
-    guest.qmp.execute("device_del", json!({"id": "hot"}))?;
-    loop {
-        let event = guest.qmp.event("DEVICE_DELETED", SOON)?;
-        if event.pointer("/data/device") == Some(&json!("hot")) {
-            break;
-        }
-    }
+    unplug(&mut guest, "hot")?;
     let gone =
         guest.ask("[ -e /sys/block/vda ] && echo there || echo gone; ls /sys/bus/pci/devices | wc -l")?;
     guest.check(gone == "gone 3", &format!("the disk is {gone}"))?;
