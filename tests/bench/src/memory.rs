@@ -18,7 +18,7 @@ const OTHERS: u32 = 3;
 /// What the guest reads of its disk before.
 const READS: u32 = 20_000;
 /// What is asked before, so many times.
-const COMMANDS: [&str; 5] = ["query-status", "query-cpus-fast", "query-chardev", "stop", "cont"];
+const COMMANDS: [&str; 4] = ["query-status", "query-cpus-fast", "query-chardev", "query-commands"];
 const ROUNDS: u32 = 20;
 /// MiB.
 const GOAL: f64 = 10.0;
