@@ -15,9 +15,12 @@ use bulkhead_control_api::plug::What as Declared;
 
 use crate::cli::{Error, Problem, table};
 use crate::opener;
-use crate::options::{AddFd, At, Backend, Monitor, Options, Place, Target};
+use crate::options::{AcpiTable, AddFd, At, Backend, Monitor, Options, Place, Target};
 use crate::terminal::Terminal;
 
+/// The most ACPI tables of the user, and files of all of them: the loader holds them.
+const MAX_TABLES: usize = 32;
+const MAX_TABLE_FILES: usize = 64;
 /// Name of the native guest in messages.
 const NATIVE_GUEST: &str = "the native guest";
 
@@ -58,6 +61,8 @@ pub enum What {
     Kvm,
     /// A regular file to read.
     Input(String),
+    /// A regular file that an ACPI table is made of.
+    Table(String),
     /// The embedded native guest.
     NativeGuest,
     /// Standard input.
@@ -223,7 +228,29 @@ fn loader(options: &Options) -> Result<config::Loader, Error> {
         initrd: options.initrd.as_ref().map(|initrd| initrd.value.clone()),
         cmdline: options.append.clone().unwrap_or_default(),
         cpus: options.cpus,
+        uuid: options.uuid,
+        tables: tables(options)?,
     })
+}
+
+/// What the loader makes ACPI tables of.
+fn tables(options: &Options) -> Result<Vec<config::AcpiTable>, Error> {
+    let mut files = 0;
+    let table = |(number, option): (usize, &At<AcpiTable>)| {
+        let AcpiTable { has_header, header, .. } = option.value;
+        files += option.value.files.len();
+        if number >= MAX_TABLES || files > MAX_TABLE_FILES {
+            return Err(option.error(Problem::TooManyTables(MAX_TABLES, MAX_TABLE_FILES)));
+        }
+        let files = (0..option.value.files.len()).map(|file| table_name(number, file)).collect();
+        Ok(config::AcpiTable { at: option.at.clone(), files, has_header, header })
+    };
+    options.tables.iter().enumerate().map(table).collect()
+}
+
+/// Name of the descriptor of a file of an `-acpitable`.
+fn table_name(table: usize, file: usize) -> String {
+    format!("acpi.{table}.{file}")
 }
 
 /// There is no graphical console, so that the serial port is the user's, if they let it.
@@ -416,6 +443,12 @@ fn opens(options: &Options, devices: &Chardevs, behind: Vec<Open>) -> Vec<Open> 
     });
     if let Some(initrd) = &options.initrd {
         opens.push(open("initrd", &initrd.at, What::Input(initrd.value.clone())));
+    }
+    for (number, table) in options.tables.iter().enumerate() {
+        let files = table.value.files.iter().enumerate();
+        opens.extend(
+            files.map(|(file, path)| open(&table_name(number, file), &table.at, What::Table(path.clone()))),
+        );
     }
     opens.push(open("kvm", "/dev/kvm", What::Kvm));
     if let Some(path) = &options.pidfile {

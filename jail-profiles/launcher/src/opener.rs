@@ -83,6 +83,13 @@ fn open_one(
             Some(member) => files::regular(member.into())?,
             None => files::input(path)?,
         },
+        What::Table(path) => {
+            let failed = |e| Error::of_table(path, e);
+            match sets.input(path).map_err(|e| failed(Error::Io(e.into())))? {
+                Some(member) => files::regular(member.into()).map_err(failed)?,
+                None => files::input(path).map_err(failed)?,
+            }
+        }
         What::NativeGuest => files::sealed("native-guest", bulkhead_guest::ELF)?,
         What::StandardInput => duplicate(io::stdin())?,
         What::StandardOutput => duplicate(io::stdout())?,
@@ -120,6 +127,7 @@ pub fn open_beneath(dir: BorrowedFd<'_>, request: &Open) -> Result<OwnedFd, Erro
     let opened = match &request.what {
         What::Kvm => files::kvm(),
         What::Input(path) => files::input_beneath(dir, path),
+        What::Table(path) => files::input_beneath(dir, path).map_err(|e| Error::of_table(path, e)),
         What::NativeGuest => files::sealed("native-guest", bulkhead_guest::ELF),
         What::Output { path, append } => files::output_beneath(dir, path, *append),
         What::Disk { path, read_only } => disk::open_beneath(dir, path, *read_only),

@@ -1,5 +1,6 @@
 //! The options of `bulkhead run` with their types, before they are put together to a machine.
 
+mod acpi;
 mod addfd;
 mod block;
 mod chardev;
@@ -9,6 +10,7 @@ mod monitor;
 mod netdev;
 mod smp;
 
+pub use acpi::AcpiTable;
 pub use addfd::AddFd;
 pub use block::{Below, Drive, Node};
 pub use chardev::{Backend, Chardev, Place};
@@ -73,6 +75,8 @@ pub struct Options {
     pub monitors: Vec<At<Monitor>>,
     /// `-add-fd`, in their order.
     pub add_fds: Vec<At<AddFd>>,
+    /// `-acpitable`, in their order.
+    pub tables: Vec<At<AcpiTable>>,
     /// `-device`, in their order.
     pub devices: Vec<At<Device>>,
     /// `-drive`, in their order.
@@ -145,6 +149,7 @@ impl Options {
             chardevs: Vec::new(),
             monitors: Vec::new(),
             add_fds: Vec::new(),
+            tables: Vec::new(),
             devices: Vec::new(),
             drives: Vec::new(),
             nodes: Vec::new(),
@@ -222,6 +227,7 @@ impl Options {
             Opt::Accel => check_is(params, "accel", "kvm", Problem::Accelerator)?,
             Opt::Chardev => push(&mut self.chardevs, given, chardev::chardev(params)?),
             Opt::AddFd => push(&mut self.add_fds, given, addfd::add_fd(params)?),
+            Opt::AcpiTable => push(&mut self.tables, given, acpi::table(params)?),
             Opt::Monitor => push(&mut self.monitors, given, monitor::monitor(params)?),
             Opt::Device => push(&mut self.devices, given, device::device(params)?),
             Opt::Drive => push(&mut self.drives, given, block::drive(params)?),

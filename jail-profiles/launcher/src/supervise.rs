@@ -389,6 +389,11 @@ impl Supervisor {
                 let members = self.vm.broker.fdsets.iter().map(|member| member.fd.clone());
                 monitors.chain(members).map(same).collect()
             }
+            "loader" => {
+                let tables = self.vm.loader.tables.iter().flat_map(|table| table.files.clone());
+                let files = ["kernel", "initrd"].map(str::to_owned);
+                files.into_iter().chain(tables).map(same).collect()
+            }
             "pci" => self.vm.bus.listeners().map(|name| same(name.to_owned())).collect(),
             _ => part.process.fds.iter().map(|f| same(f.trim_end_matches('?').to_owned())).collect(),
         }

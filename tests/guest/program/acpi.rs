@@ -55,10 +55,15 @@ impl Tables {
         Some(Self { root: table(number(pointer, 16, 4))?, entry_size: 4 })
     }
 
+    /// All tables that the root lists.
+    pub fn all(&self) -> impl Iterator<Item = Table> {
+        let entries = self.root.get(36..).unwrap_or_default().chunks_exact(self.entry_size);
+        entries.filter_map(|entry| table(number(entry, 0, self.entry_size)))
+    }
+
     /// The first table with this signature.
     pub fn get(&self, signature: &[u8; 4]) -> Option<Table> {
-        let entries = self.root.get(36..)?.chunks_exact(self.entry_size);
-        entries.filter_map(|entry| table(number(entry, 0, self.entry_size))).find(|t| &t[..4] == signature)
+        self.all().find(|table| &table[..4] == signature)
     }
 
     /// Local APIC ids of all enabled CPUs.

@@ -25,6 +25,7 @@ mod reset;
 mod rt;
 mod serial;
 mod smp;
+mod tables;
 mod tests;
 mod trap;
 mod virtio;

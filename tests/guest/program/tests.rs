@@ -3,7 +3,7 @@
 use crate::pvh::StartInfo;
 use crate::{
     balloon, bench, blk, chipset, console, hostile_pci, hostile_virtio, hotplug, io, irq, memory, pci, println, reset,
-    smp, virtio,
+    smp, tables, virtio,
 };
 
 type Test = fn(&StartInfo);
@@ -18,6 +18,7 @@ pub const ALL: &[(&str, Test)] = &[
     ("panic", |_| panic!("asked for by test=panic")),
     ("halt", |_| println!("halting")),
     ("smp", smp::report),
+    ("tables", tables::list),
     ("spin", smp::spin),
     ("mem", memory::report),
     ("keep", memory::keep),

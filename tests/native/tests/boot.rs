@@ -303,3 +303,73 @@ fn ten_starts_in_a_row() -> Result<()> {
     }
     Ok(())
 }
+
+/// FNV-1a, 32 bits, as the guest computes it.
+fn hash(bytes: &[u8]) -> u32 {
+    bytes.iter().fold(0x811c_9dc5, |hash, byte| (hash ^ u32::from(*byte)).wrapping_mul(0x0100_0193))
+}
+
+#[test]
+fn the_users_acpi_tables_are_in_memory_after_each_boot() -> Result<()> {
+    let (first, second) = (vec![0x5a; 40_000], b"second".to_vec());
+    let whole = [&b"OWN1\0\0\0\0\x07\0MYSELFMYTABLE \x09\0\0\0MINE\x08\0\0\0"[..], &[1, 2, 3]].concat();
+    let made = "sig=TEST,rev=3,oem_id=ME,oem_rev=0x11,asl_compiler_id=ASL,asl_compiler_rev=2,data=a:b";
+    let args = ["-acpitable", made, "-acpitable", "oem_table_id=OTHER,file=whole", "-m", "16M"];
+    let setup = Setup::new("test=tables", &args).leaves("a").leaves("b").leaves("whole");
+    let guest = setup.start_in(|dir| {
+        fs::write(dir.join("a"), &first)?;
+        fs::write(dir.join("b"), &second)?;
+        Ok(fs::write(dir.join("whole"), &whole)?)
+    })?;
+    let body = [first, second].concat();
+    let lines = [
+        format!(
+            "table TEST len=40042 rev=3 oem=ME\\x00\\x00\\x00\\x00,QEMUQEMU,17 compiler=ASL\\x00,2 body={:x}\r\n",
+            hash(&body)
+        ),
+        format!(
+            "table OWN1 len=39 rev=7 oem=MYSELF,OTHER\\x00\\x00\\x00,9 compiler=MINE,8 body={:x}\r\n",
+            hash(&[1, 2, 3])
+        ),
+    ];
+    let mut qmp = guest.qmp()?;
+    for boot in 0..3 {
+        guest.expect("end of the tables")?;
+        let text = guest.console().take_new();
+        guest.check(!text.contains("wrong checksum"), &text)?;
+        for line in &lines {
+            guest.check(text.contains(line.as_str()), &format!("boot {boot}: no {line:?} in {text}"))?;
+        }
+        let tables = text.lines().filter(|line| line.starts_with("table ")).count();
+        guest.check(tables == 5, &format!("boot {boot}: {text}"))?;
+        if boot < 2 {
+            qmp.execute("system_reset", json!({}))?;
+        }
+    }
+    guest.quit()
+}
+
+#[test]
+fn the_guest_finds_its_uuid_and_memory_in_smbios() -> Result<()> {
+    let uuid = "8d8b4d8e-5ac4-4ee1-8d3c-a4a9f0c4b9f2";
+    let guest = Guest::boot("test=tables", &["-uuid", uuid, "-m", "4G", "-smp", "3,sockets=2,cores=2"])?;
+    guest.expect("end of the tables")?;
+    let text = guest.console().text();
+    let lines: Vec<&str> = text.lines().filter(|line| line.starts_with("smbios ")).collect();
+    let system = format!("smbios 1 uuid={uuid}");
+    let expected = [
+        "smbios 0",
+        &system,
+        "smbios 3",
+        "smbios 4",
+        "smbios 4",
+        "smbios 16 bytes=4294967296",
+        "smbios 17",
+        "smbios 19 from=0x0 to=0xbfffffff",
+        "smbios 19 from=0x100000000 to=0x13fffffff",
+        "smbios 32",
+        "smbios 127",
+    ];
+    guest.check(lines == expected, &format!("{lines:#?}"))?;
+    guest.quit()
+}

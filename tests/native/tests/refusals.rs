@@ -223,3 +223,29 @@ fn with_options_that_make_no_sense() -> Result<()> {
     refuses(setup(&["-mon", "chardev=none,mode=control"]), &["none", "not found"])?;
     refuses(setup(&["-frobnicate"]), &["-frobnicate"])
 }
+
+#[test]
+fn with_acpi_tables_that_are_none() -> Result<()> {
+    let with = |option: &str, content: usize| {
+        let setup = setup(&["-acpitable", option]).leaves("table");
+        setup.start_in(move |dir| Ok(fs::write(dir.join("table"), vec![0; content])?))
+    };
+    for (option, content, words) in [
+        ("data=nope", 0, "-acpitable data=nope: can't open file nope: No such file or directory"),
+        ("data=table:/", 0, "-acpitable data=table:/: can't read file /: not a regular file"),
+        (
+            "file=table",
+            35,
+            "-acpitable file=table: ACPI table claiming to have header is too short, available: 35, expected: 36",
+        ),
+        (
+            "sig=A,data=table",
+            65_500,
+            "-acpitable sig=A,data=table: ACPI table too big, requested: 65536, max: 65535",
+        ),
+    ] {
+        let begin = Instant::now();
+        refused(&with(option, content)?, begin, &[words])?;
+    }
+    Ok(())
+}

@@ -96,6 +96,51 @@ pub struct Loader {
     pub cmdline: String,
     /// vCPUs.
     pub cpus: CpuTopology,
+    /// `-uuid`, which SMBIOS tells the guest; all zero without it.
+    pub uuid: [u8; 16],
+    /// ACPI tables of the user in the order of the command line.
+    pub tables: Vec<AcpiTable>,
+}
+
+/// An ACPI table of the user (`-acpitable`).
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct AcpiTable {
+    /// What to call it in messages: the option as given.
+    pub at: String,
+    /// Names of its files' fds; their contents follow each other.
+    pub files: Vec<String>,
+    /// The contents begin with a header (`file=`); else they have none (`data=`).
+    pub has_header: bool,
+    /// What the header is to say.
+    pub header: AcpiHeader,
+}
+
+/// Fields of the header of an ACPI table (ACPI specification 6.4, table 5.4), where the user gives them. Texts are cut, or
+/// filled up with zeros.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct AcpiHeader {
+    /// Signature.
+    pub sig: Option<[u8; 4]>,
+    /// Revision of the table.
+    pub rev: Option<u8>,
+    /// Who made the machine.
+    pub oem_id: Option<[u8; 6]>,
+    /// Which machine.
+    pub oem_table_id: Option<[u8; 8]>,
+    /// Its revision.
+    pub oem_rev: Option<u32>,
+    /// Who made the table.
+    pub asl_compiler_id: Option<[u8; 4]>,
+    /// The revision of that.
+    pub asl_compiler_rev: Option<u32>,
+}
+
+impl AcpiHeader {
+    /// The user gives no field.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        *self == Self::default()
+    }
 }
 
 /// Back end of a character device.

@@ -4,6 +4,7 @@
 //! by a generic event device with an interrupt of its own.
 
 mod pci;
+pub mod user;
 
 use acpi_tables::Aml;
 use acpi_tables::aml::{
@@ -75,6 +76,9 @@ fn table(signature: &[u8; 4], size: u32, revision: u8) -> Sdt {
     Sdt::new(*signature, size, revision, OEM, OEM_TABLE, OEM_REVISION)
 }
 
+/// Who made the machine, and which machine.
+type Ids = ([u8; 6], [u8; 8]);
+
 fn io(range: Range) -> IO {
     IO::new(port(range), port(range), 1, length(range))
 }
@@ -128,7 +132,7 @@ fn gas(range: Range, access: u8) -> [u8; 12] {
     [1, length(range) * 8, 0, access, a, b, 0, 0, 0, 0, 0, 0]
 }
 
-fn fadt(dsdt: u64) -> Sdt {
+fn fadt(dsdt: u64, (oem, oem_table): Ids) -> Sdt {
     let low = |address: u64| u32::try_from(address).unwrap_or(0);
     let flags = flag::WBINVD
         | flag::PROC_C1
@@ -138,7 +142,7 @@ fn fadt(dsdt: u64) -> Sdt {
         | flag::TMR_VAL_EXT
         | flag::RESET_REG_SUP
         | flag::HEADLESS;
-    let mut table = table(b"FACP", 276, 6);
+    let mut table = Sdt::new(*b"FACP", 276, 6, oem, oem_table, OEM_REVISION);
     table.write_u32(36, low(FACS));
     table.write_u32(40, low(dsdt));
     table.write_u16(46, u16::try_from(SCI_GSI).unwrap_or(0));
@@ -206,11 +210,16 @@ fn madt(cpus: &CpuTopology) -> Sdt {
     table
 }
 
-/// All tables with their addresses, for a VM whose RAM ends at `ram_end`; the RSDP is the first, at [`ACPI`].
+/// All tables with their addresses, for a VM whose RAM ends at `ram_end`; the RSDP is the first, at [`ACPI`]. The user's
+/// tables are put where they are said to begin, and come last.
 ///
 /// # Errors
 /// [`Error::AcpiTooLarge`].
-pub fn tables(cpus: &CpuTopology, ram_end: u64) -> Result<Vec<(u64, Vec<u8>)>, Error> {
+pub fn tables(
+    cpus: &CpuTopology,
+    ram_end: u64,
+    (top, user): (u64, &[Vec<u8>]),
+) -> Result<Vec<(u64, Vec<u8>)>, Error> {
     if cpus.cpus > CpuTopology::MAX_CPUS {
         return Err(Error::Unsupported("more vCPUs than a VM can have"));
     }
@@ -221,13 +230,22 @@ pub fn tables(cpus: &CpuTopology, ram_end: u64) -> Result<Vec<(u64, Vec<u8>)>, E
         (at, bytes)
     };
     let dsdt = place(dsdt(ram_end).as_slice().to_vec());
-    let fadt = place(fadt(dsdt.0).as_slice().to_vec());
+    // An operating system believes a SLIC only if the others are of the same machine.
+    let (oem, oem_table) = user::slic_ids(user).unwrap_or((OEM, OEM_TABLE));
+    let fadt = place(fadt(dsdt.0, (oem, oem_table)).as_slice().to_vec());
     let madt = place(madt(cpus).as_slice().to_vec());
     let mcfg = place(pci::mcfg());
-    let mut root = XSDT::new(OEM, OEM_TABLE, OEM_REVISION);
+    let mut root = XSDT::new(oem, oem_table, OEM_REVISION);
     root.add_entry(fadt.0);
     root.add_entry(madt.0);
     root.add_entry(mcfg.0);
+    let mut at = top;
+    let mut own = Vec::new();
+    for table in user {
+        root.add_entry(at);
+        own.push((at, table.clone()));
+        at = (at + table.len() as u64).next_multiple_of(ALIGN);
+    }
     let mut bytes = Vec::new();
     root.to_aml_bytes(&mut bytes);
     let xsdt = place(bytes);
@@ -236,7 +254,8 @@ pub fn tables(cpus: &CpuTopology, ram_end: u64) -> Result<Vec<(u64, Vec<u8>)>, E
     if next > ACPI_END {
         return Err(Error::AcpiTooLarge(usize::try_from(next - ACPI).unwrap_or(usize::MAX)));
     }
-    Ok(vec![(ACPI, rsdp), dsdt, fadt, madt, mcfg, xsdt, (FACS, facs().to_vec())])
+    let ours = [(ACPI, rsdp), dsdt, fadt, madt, mcfg, xsdt, (FACS, facs().to_vec())];
+    Ok(ours.into_iter().chain(own).collect())
 }
 
 #[cfg(test)]
@@ -249,7 +268,7 @@ mod tests {
     }
 
     fn of(cpus: u32) -> Vec<(u64, Vec<u8>)> {
-        tables(&CpuTopology { cpus, sockets: cpus, cores: 1, threads: 1 }, 128 << 20).unwrap()
+        tables(&CpuTopology { cpus, sockets: cpus, cores: 1, threads: 1 }, 128 << 20, (0, &[])).unwrap()
     }
 
     fn get<'a>(tables: &'a [(u64, Vec<u8>)], signature: &[u8; 4]) -> &'a [u8] {
@@ -288,6 +307,30 @@ mod tests {
     }
 
     #[test]
+    fn the_users_tables_are_listed_behind_ours() {
+        let user: Vec<Vec<u8>> = [37, 0xffff, 36].map(|size| vec![0x41; size]).into();
+        let top = 0x70_0000;
+        let cpus = CpuTopology { cpus: 1, sockets: 1, cores: 1, threads: 1 };
+        let all = tables(&cpus, 128 << 20, (top, &user)).unwrap();
+        let addresses = [top, top + 48, top + 48 + 0x1_0000];
+        assert!(all[7..].iter().map(|(at, bytes)| (at, bytes)).eq(addresses.iter().zip(&user)));
+        assert_eq!(user::area(&user), 48 + 0x1_0000 + 48);
+        let xsdt = get(&all, b"XSDT");
+        assert_eq!((xsdt.len(), sum(xsdt)), (36 + 6 * 8, 0));
+        assert!((0..3).all(|n| u64_at(xsdt, 60 + n * 8) == addresses[n]));
+        // Who made a machine with a SLIC is the SLIC's to say.
+        let mut slic = vec![0; 36];
+        slic[..4].copy_from_slice(b"SLIC");
+        slic[10..24].copy_from_slice(b"SOMEONSOMETHIN");
+        let all = tables(&cpus, 128 << 20, (top, &[slic])).unwrap();
+        for signature in [b"XSDT", b"FACP"] {
+            let table = get(&all, signature);
+            assert_eq!((&table[10..24], sum(table)), (&b"SOMEONSOMETHIN"[..], 0));
+        }
+        assert_eq!(get(&all, b"APIC")[10..16], OEM);
+    }
+
+    #[test]
     fn the_fadt_says_what_the_platform_has() {
         let all = of(1);
         let fadt = get(&all, b"FACP");
@@ -302,14 +345,14 @@ mod tests {
     #[test]
     fn the_madt_has_one_entry_per_vcpu() {
         let topology = CpuTopology { cpus: 12, sockets: 2, cores: 3, threads: 2 };
-        let all = tables(&topology, 128 << 20).unwrap();
+        let all = tables(&topology, 128 << 20, (0, &[])).unwrap();
         let cpus: Vec<&[u8]> = get(&all, b"APIC")[44..].chunks(8).take(12).collect();
         let ids: Vec<u8> = cpus.iter().map(|entry| entry[3]).collect();
         assert!(cpus.iter().all(|entry| entry[..2] == [0, 8] && entry[4] == 1));
         assert_eq!(ids, [0, 1, 2, 3, 4, 5, 8, 9, 10, 11, 12, 13]);
         assert_eq!(cpu(3, 254)[..4], [0, 8, 3, 254]);
         assert_eq!(cpu(3, 255), [9, 16, 0, 0, 255, 0, 0, 0, 1, 0, 0, 0, 3, 0, 0, 0]);
-        assert!(tables(&CpuTopology { cpus: 65, ..topology }, 128 << 20).is_err());
+        assert!(tables(&CpuTopology { cpus: 65, ..topology }, 128 << 20, (0, &[])).is_err());
     }
 
     #[test]
@@ -323,7 +366,8 @@ mod tests {
     #[test]
     fn the_dsdt_names_the_windows_of_the_bus() {
         for (ram_end, base) in [(128 << 20, 4u64 << 30), ((5 << 30) + 4096, 6 << 30)] {
-            let all = tables(&CpuTopology { cpus: 1, sockets: 1, cores: 1, threads: 1 }, ram_end).unwrap();
+            let cpus = CpuTopology { cpus: 1, sockets: 1, cores: 1, threads: 1 };
+            let all = tables(&cpus, ram_end, (0, &[])).unwrap();
             let dsdt = get(&all, b"DSDT");
             let has = |wanted: &[u8]| dsdt.windows(wanted.len()).any(|window| window == wanted);
             // Granularity, first and last address, translation, length.

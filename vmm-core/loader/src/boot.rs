@@ -4,8 +4,8 @@ use bulkhead_control_api::config;
 use bulkhead_control_api::loader::Start;
 
 use crate::image::{Plan, Protocol};
-use crate::layout::CMDLINE;
-use crate::{Error, Ram, Source, acpi, e820, image, params, pvh};
+use crate::layout::{CMDLINE, IMAGE_START};
+use crate::{Error, Ram, Source, acpi, e820, image, params, pvh, smbios};
 
 const PAGE: u64 = 4096;
 
@@ -31,6 +31,12 @@ fn place_initrd(plan: &Plan, size: u64) -> Result<(u64, u64), Error> {
     }
 }
 
+/// Where the user's ACPI tables begin: at the end of the low RAM, in whole pages.
+fn place_tables(ram: &Ram, size: u64) -> Result<u64, Error> {
+    let start = ram.low_end().checked_sub(size).map(|start| start & !(PAGE - 1));
+    start.filter(|start| *start > IMAGE_START).ok_or(Error::NoRoomForTables(size))
+}
+
 fn check_cmdline(cmdline: &str, limit: usize) -> Result<(), Error> {
     if cmdline.contains('\0') {
         return Err(Error::CommandLineNul);
@@ -41,7 +47,7 @@ fn check_cmdline(cmdline: &str, limit: usize) -> Result<(), Error> {
     Ok(())
 }
 
-/// Loads a kernel and what belongs to it.
+/// Loads a kernel and what belongs to it; `tables` are ACPI tables of the user.
 ///
 /// # Errors
 /// [`Failure`]. Guest memory is untouched unless the failure came from reading a file that
@@ -49,6 +55,7 @@ fn check_cmdline(cmdline: &str, limit: usize) -> Result<(), Error> {
 pub fn load<S: Source + ?Sized>(
     kernel: &S,
     initrd: Option<&S>,
+    tables: &[Vec<u8>],
     config: &config::Loader,
     ram: &Ram,
 ) -> Result<Start, Failure> {
@@ -56,7 +63,8 @@ pub fn load<S: Source + ?Sized>(
     let of_initrd =
         |error| Failure { name: format!("initrd {}", config.initrd.as_deref().unwrap_or("")), error };
     let of_boot = |error| Failure { name: "boot".to_owned(), error };
-    let plan = image::plan(kernel, ram.low_end()).map_err(of_kernel)?;
+    let top = place_tables(ram, acpi::user::area(tables)).map_err(of_boot)?;
+    let plan = image::plan(kernel, top).map_err(of_kernel)?;
     check_cmdline(&config.cmdline, plan.cmdline_max).map_err(of_kernel)?;
     let initrd = match initrd {
         Some(source) => {
@@ -66,7 +74,8 @@ pub fn load<S: Source + ?Sized>(
         }
         None => None,
     };
-    let tables = acpi::tables(&config.cpus, ram.end()).map_err(of_boot)?;
+    let mut tables = acpi::tables(&config.cpus, ram.end(), (top, tables)).map_err(of_boot)?;
+    tables.push(smbios::tables(config, ram.regions()).map_err(of_boot)?);
 
     for segment in &plan.segments {
         ram.copy(kernel, segment.offset, segment.file_len, segment.gpa).map_err(of_kernel)?;
@@ -81,11 +90,11 @@ pub fn load<S: Source + ?Sized>(
     ram.write(CMDLINE, config.cmdline.as_bytes()).map_err(of_boot)?;
     ram.zero(CMDLINE + config.cmdline.len() as u64, 1).map_err(of_boot)?;
     let initrd = initrd.map(|(_, start, len)| (start, len));
-    finish(&plan.protocol, initrd, ram).map_err(of_boot)
+    finish(&plan.protocol, initrd, ram, top).map_err(of_boot)
 }
 
-fn finish(protocol: &Protocol, initrd: Option<(u64, u64)>, ram: &Ram) -> Result<Start, Error> {
-    let map = e820::map(ram);
+fn finish(protocol: &Protocol, initrd: Option<(u64, u64)>, ram: &Ram, top: u64) -> Result<Start, Error> {
+    let map = e820::map(ram, top);
     match protocol {
         Protocol::Pvh { entry } => pvh::write(ram, *entry, initrd, &map),
         Protocol::Linux64 { entry, head } => {

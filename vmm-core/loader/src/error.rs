@@ -83,6 +83,28 @@ pub enum Error {
     /// The ACPI tables outgrew the space that is set aside for them.
     #[error("ACPI tables of {0} bytes do not fit into their area")]
     AcpiTooLarge(usize),
+    /// The SMBIOS structures outgrew theirs.
+    #[error("SMBIOS structures of {0} bytes do not fit into their area")]
+    SmbiosTooLarge(usize),
+    /// A table of the user is said to have a header, but is shorter than one.
+    #[error("ACPI table claiming to have header is too short, available: {available}, expected: {expected}")]
+    TableTooShort {
+        /// Its size.
+        available: u64,
+        /// The size of a header.
+        expected: u64,
+    },
+    /// A table of the user is too long.
+    #[error("ACPI table too big, requested: {requested}, max: {max}")]
+    TableTooBig {
+        /// Its size, with its header.
+        requested: u64,
+        /// The largest.
+        max: u64,
+    },
+    /// There is no room for the user's tables.
+    #[error("ACPI tables of {0} bytes do not fit into the guest's memory: give the VM more memory (-m)")]
+    NoRoomForTables(u64),
     /// A mode that is reserved.
     #[error("waking a suspended guest is not implemented in this version: reset the VM instead")]
     Wake,

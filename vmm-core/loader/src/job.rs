@@ -9,7 +9,7 @@ use bulkhead_jail::link::{Link, LinkError};
 use nix::sys::socket::MsgFlags;
 
 use crate::boot::{Failure, load};
-use crate::{Error, Ram};
+use crate::{Error, Ram, acpi};
 
 /// The files of the tenant.
 #[derive(Debug)]
@@ -18,6 +18,8 @@ pub struct Files {
     pub kernel: File,
     /// The initrd.
     pub initrd: Option<File>,
+    /// Those of each ACPI table of the configuration.
+    pub tables: Vec<Vec<File>>,
 }
 
 fn run(job: Job, fds: Vec<OwnedFd>, files: &Files, config: &config::Loader) -> Result<Start, Failure> {
@@ -27,7 +29,12 @@ fn run(job: Job, fds: Vec<OwnedFd>, files: &Files, config: &config::Loader) -> R
         Mode::Wake => return Err(of_boot(Error::Wake)),
     }
     let ram = Ram::map(job.regions, fds).map_err(of_boot)?;
-    load(&files.kernel, files.initrd.as_ref(), config, &ram)
+    let tables = config.tables.iter().zip(&files.tables).map(|(table, files)| {
+        let files: Vec<&File> = files.iter().collect();
+        acpi::user::table(table, &files).map_err(|error| Failure { name: table.at.clone(), error })
+    });
+    let tables = tables.collect::<Result<Vec<_>, _>>()?;
+    load(&files.kernel, files.initrd.as_ref(), &tables, config, &ram)
 }
 
 /// One line of at most [`MAX_FAILURE`] bytes.

@@ -28,6 +28,11 @@ pub const ACPI_END: u64 = 0xf_0000;
 pub const FACS: u64 = 0xf_0000;
 /// End of the page of the FACS.
 pub const FACS_END: u64 = 0xf_1000;
+/// Entry point and structures of SMBIOS: in the last 64 KiB below 1 MiB, where an operating system without EFI looks for the
+/// entry point (SMBIOS 3.0, 5.2.2).
+pub const SMBIOS: u64 = FACS_END;
+/// End of the room for SMBIOS.
+pub const SMBIOS_END: u64 = IMAGE_START;
 /// Start of the memory for images.
 pub const IMAGE_START: u64 = 0x10_0000;
 
@@ -110,6 +115,8 @@ mod tests {
             ACPI_END,
             FACS,
             FACS_END,
+            SMBIOS,
+            SMBIOS_END,
             IMAGE_START,
         ];
         assert!(order.is_sorted(), "{order:x?}");

@@ -1,4 +1,4 @@
-//! One-shot loader: kernel, initrd, command line and ACPI tables into guest memory.
+//! One-shot loader: kernel, initrd, command line, ACPI tables and SMBIOS into guest memory.
 //!
 //! Everything is checked and placed ([`image`], [`layout`]) before the first byte of guest memory is
 //! written ([`boot`]), so that a bad image never leaves a partial boot. Nothing here trusts the image:
@@ -17,6 +17,7 @@ mod layout;
 mod params;
 mod pvh;
 mod ram;
+mod smbios;
 mod source;
 
 pub use error::Error;

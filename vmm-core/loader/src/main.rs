@@ -12,8 +12,12 @@ use bulkhead_loader::job::{Files, serve};
 fn begin() -> Result<(Files, config::Loader, std::os::fd::OwnedFd), StartError> {
     let mut start = Start::begin(&topology::LOADER)?;
     let config: config::Loader = start.config()?;
-    let files =
-        Files { kernel: start.take("kernel")?.into(), initrd: start.take_optional("initrd").map(Into::into) };
+    let tables = config.tables.iter().map(|table| {
+        table.files.iter().map(|name| start.take(name).map(Into::into)).collect::<Result<Vec<_>, _>>()
+    });
+    let tables = tables.collect::<Result<Vec<_>, _>>()?;
+    let (kernel, initrd) = (start.take("kernel")?.into(), start.take_optional("initrd").map(Into::into));
+    let files = Files { kernel, initrd, tables };
     let core = start.take("core")?;
     start.enter()?;
     Ok((files, config, core))

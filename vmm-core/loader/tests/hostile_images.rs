@@ -15,7 +15,14 @@ const CANARY: [u8; 16] = [0xc5; 16];
 
 fn config() -> Loader {
     let cpus = CpuTopology { cpus: 2, sockets: 1, cores: 2, threads: 1 };
-    Loader { kernel: "image".into(), initrd: Some("initrd".into()), cmdline: "test=hello".into(), cpus }
+    Loader {
+        kernel: "image".into(),
+        initrd: Some("initrd".into()),
+        cmdline: "test=hello".into(),
+        cpus,
+        uuid: [0; 16],
+        tables: Vec::new(),
+    }
 }
 
 fn ram() -> Ram {
@@ -87,7 +94,7 @@ fn try_load(image: &[u8], ram: &Ram) -> bool {
     let initrd = [0x5a; 5000];
     // A canary where only an overflow of the loader's own area could reach it.
     ram.write(0x8800, &CANARY).unwrap();
-    let outcome = load(image, Some(&initrd[..]), &config(), ram);
+    let outcome = load(image, Some(&initrd[..]), &[], &config(), ram);
     let mut canary = [0; 16];
     ram.read(0x8800, &mut canary).unwrap();
     assert_eq!(canary, CANARY);

@@ -25,7 +25,7 @@ fn memfd(len: u64) -> File {
 fn kernel(image: &[u8]) -> Files {
     let kernel = memfd(0);
     kernel.write_all_at(image, 0).unwrap();
-    Files { kernel, initrd: None }
+    Files { kernel, initrd: None, tables: Vec::new() }
 }
 
 /// One loader run against a core that sends `job`.
@@ -33,7 +33,14 @@ fn run(files: &Files, name: &str, job: &Job, fds: &[BorrowedFd<'_>]) -> Outcome 
     let (ours, theirs): (OwnedFd, OwnedFd) =
         socketpair(AddressFamily::Unix, SockType::SeqPacket, None, SockFlag::SOCK_CLOEXEC).unwrap();
     let cpus = CpuTopology { cpus: 1, sockets: 1, cores: 1, threads: 1 };
-    let config = Loader { kernel: name.into(), initrd: None, cmdline: "test=hello".into(), cpus };
+    let config = Loader {
+        kernel: name.into(),
+        initrd: None,
+        cmdline: "test=hello".into(),
+        cpus,
+        uuid: [0; 16],
+        tables: Vec::new(),
+    };
     thread::scope(|scope| {
         let loader = scope.spawn(|| serve(files, &config, theirs));
         let mut core = Link::accept(ours, VERSION).unwrap();

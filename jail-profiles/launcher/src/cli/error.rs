@@ -159,6 +159,15 @@ pub enum Problem {
     AddFdStandardStream,
     #[error("fd is not valid or already in use")]
     AddFdInvalid,
+    // ACPI tables.
+    #[error("Parameter '{0}' expects {1}")]
+    ExpectsValue(&'static str, &'static str),
+    #[error("'-acpitable' requires one of 'data' or 'file'")]
+    TableSource,
+    #[error("'-acpitable' requires at least one pathname")]
+    TableWithoutPath,
+    #[error("at most {0} tables with {1} files together")]
+    TooManyTables(usize, usize),
     // Monitors.
     #[error("mode=readline is not available: there is no human monitor; use mode=control")]
     ReadlineMonitor,

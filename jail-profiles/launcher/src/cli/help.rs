@@ -80,7 +80,7 @@ pub fn manual() -> String {
                 let _ = writeln!(text, "        - `{}`: {}", typed(param), param.help);
             }
         }
-        if matches!(spec.takes, Takes::Params(_) | Takes::Kinds(_)) {
+        if matches!(spec.takes, Takes::Params(_) | Takes::Unlisted(_) | Takes::Kinds(_)) {
             text.push('\n');
         }
     }
@@ -97,7 +97,7 @@ fn usages(spec: &Spec) -> impl Iterator<Item = String> {
 /// Names with types, and help, of an option's parameters.
 fn params(spec: &Spec) -> impl Iterator<Item = (String, &'static str)> {
     let params = match spec.takes {
-        Takes::Params(group) => group.params,
+        Takes::Params(group) | Takes::Unlisted(group) => group.params,
         Takes::Kinds(kinds) => kinds.common,
         Takes::Nothing | Takes::Text => &[],
     };
@@ -120,7 +120,7 @@ fn typed(param: &Param) -> String {
 fn sorts(spec: &Spec) -> &'static [Sort] {
     match spec.takes {
         Takes::Kinds(kinds) => kinds.groups,
-        Takes::Nothing | Takes::Text | Takes::Params(_) => &[],
+        Takes::Nothing | Takes::Text | Takes::Params(_) | Takes::Unlisted(_) => &[],
     }
 }
 

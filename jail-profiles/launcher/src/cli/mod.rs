@@ -119,7 +119,7 @@ fn take<'a>(
     let text = args.next().ok_or_else(|| Error::at(arg, Problem::RequiresArgument))?;
     let at = format!("{arg} {text}");
     let value = match spec.takes {
-        Takes::Params(group) => {
+        Takes::Params(group) | Takes::Unlisted(group) => {
             let parsed = Params::parse(group, text);
             Value::Params(parsed.map_err(|problem| Error { at: at.clone(), problem })?)
         }

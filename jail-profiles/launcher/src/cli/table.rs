@@ -37,6 +37,7 @@ pub enum Opt {
     NoGraphic,
     PidFile,
     AddFd,
+    AcpiTable,
     Device,
     Drive,
     BlockDev,
@@ -68,6 +69,8 @@ pub enum Takes {
     Text,
     /// `key=value,...`
     Params(&'static Group),
+    /// The same, of a group of which `query-command-line-options` names no parameter.
+    Unlisted(&'static Group),
     /// The same, where one key decides about the others.
     Kinds(&'static Kinds),
 }
@@ -120,6 +123,7 @@ pub fn find(name: &str) -> Option<&'static Spec> {
 pub fn groups() -> Vec<OptionGroup> {
     let groups = OPTIONS.iter().filter_map(|spec| match spec.takes {
         Takes::Params(group) => Some((group.name, group.params)),
+        Takes::Unlisted(group) => Some((group.name, &[][..])),
         Takes::Kinds(kinds) if kinds.listed => Some((kinds.name, &[][..])),
         Takes::Nothing | Takes::Text | Takes::Kinds(_) => None,
     });
@@ -255,6 +259,23 @@ pub static ADD_FD: Group = Group {
     ],
 };
 
+/// Parameters of an ACPI table. Its numbers are read where they are used, in another way than those of other options.
+pub static ACPI: Group = Group {
+    name: "acpi",
+    implied: Some("data"),
+    params: &[
+        param("sig", Kind::Text, "signature, 4 characters"),
+        param("rev", Kind::Text, "revision, a number of 8 bits"),
+        param("oem_id", Kind::Text, "who made the machine, 6 characters"),
+        param("oem_table_id", Kind::Text, "which machine, 8 characters"),
+        param("oem_rev", Kind::Text, "its revision, a number of 32 bits"),
+        param("asl_compiler_id", Kind::Text, "who made the table, 4 characters"),
+        param("asl_compiler_rev", Kind::Text, "the revision of that, a number of 32 bits"),
+        param("file", Kind::Text, "files with the table, its header included"),
+        param("data", Kind::Text, "files with the table but for its header, which is made"),
+    ],
+};
+
 const fn flag(opt: Opt, names: &'static [&'static str], help: &'static str) -> Spec {
     Spec { opt, names, takes: Takes::Nothing, syntax: "", help }
 }
@@ -313,7 +334,12 @@ pub static OPTIONS: &[Spec] = &[
         "Sets the guest's memory (default 128 MiB). Suffixes are b, k, M, G, T, P and E.",
     ),
     group(Opt::Name, &["name"], &NAME, "[guest=]string[,debug-threads=on|off]", "Names the VM."),
-    text(Opt::Uuid, &["uuid"], "uuid", "Sets the UUID of the VM (default all zero)."),
+    text(
+        Opt::Uuid,
+        &["uuid"],
+        "uuid",
+        "Sets the UUID of the VM (default all zero), which SMBIOS tells the guest.",
+    ),
     text(
         Opt::Kernel,
         &["kernel"],
@@ -322,6 +348,15 @@ pub static OPTIONS: &[Spec] = &[
     ),
     text(Opt::Initrd, &["initrd"], "file", "Gives the kernel this initial RAM disk."),
     text(Opt::Append, &["append"], "cmdline", "Gives the kernel, or the native guest, this command line."),
+    Spec {
+        opt: Opt::AcpiTable,
+        names: &["acpitable"],
+        takes: Takes::Unlisted(&ACPI),
+        syntax: "[sig=text][,rev=n][,oem_id=text][,oem_table_id=text][,oem_rev=n][,asl_compiler_id=text]\
+                 [,asl_compiler_rev=n],file=path[:path]... | [...,][data=]path[:path]...",
+        help: "Adds an ACPI table, whose contents are those of its files, one after the other. Fields of its header that are \
+               given replace those that it has; length and checksum are made right. A table has at most 65,535 bytes.",
+    },
     text(
         Opt::Serial,
         &["serial"],
@@ -391,7 +426,7 @@ pub static OPTIONS: &[Spec] = &[
         &["add-fd"],
         &ADD_FD,
         "fd=n,set=n[,opaque=text]",
-        "Adds an inherited descriptor to an fd set. The path /dev/fdset/N of a kernel, an initrd or a file of a character \
+        "Adds an inherited descriptor to an fd set. The path /dev/fdset/N of a kernel, an initrd, an ACPI table or a file of a character \
          device is the first member of set N that was opened in the same way (to read, or to write).",
     ),
     flag(Opt::Stopped, &["S"], "Does not start the vCPUs: QMP cont does."),
@@ -426,7 +461,7 @@ mod tests {
         assert_eq!(names.len(), count);
         for spec in OPTIONS {
             assert_eq!(spec.syntax.is_empty(), matches!(spec.takes, Takes::Nothing), "{spec:?}");
-            if let Takes::Params(group) = spec.takes {
+            if let Takes::Params(group) | Takes::Unlisted(group) = spec.takes {
                 assert!(group.implied.is_none_or(|name| group.params.iter().any(|p| p.name == name)));
                 for (i, param) in group.params.iter().enumerate() {
                     assert!(group.params.iter().skip(i + 1).all(|p| p.name != param.name));
@@ -449,13 +484,15 @@ mod tests {
             help: "number of vCPUs, 1 to 64".into(),
         };
         assert_eq!(smp.parameters.first(), Some(&first));
+        let acpi = groups.iter().find(|group| group.name == "acpi").unwrap();
+        assert!(acpi.parameters.is_empty());
         assert!(groups.iter().flat_map(|group| &group.parameters).all(|param| param.name != "id"));
     }
 
     #[test]
     fn every_parameter_is_in_the_syntax() {
         for spec in OPTIONS {
-            let Takes::Params(group) = spec.takes else { continue };
+            let (Takes::Params(group) | Takes::Unlisted(group)) = spec.takes else { continue };
             for param in group.params.iter().filter(|p| !matches!(p.name, "backend") && p.kind != Kind::Id) {
                 assert!(spec.syntax.contains(&format!("{}=", param.name)), "{} {}", spec.syntax, param.name);
             }

@@ -30,7 +30,15 @@ fn run_alone_boots_the_native_guest_on_the_terminal() {
         config::Core { ram: 128 << 20, cpus, no_reboot: false, no_shutdown: false, autostart: true }
     );
     let kernel = "the native guest".to_owned();
-    assert_eq!(plan.loader, config::Loader { kernel, initrd: None, cmdline: String::new(), cpus });
+    let loader = config::Loader {
+        kernel,
+        initrd: None,
+        cmdline: String::new(),
+        cpus,
+        uuid: [0; 16],
+        tables: Vec::new(),
+    };
+    assert_eq!(plan.loader, loader);
     let serial = Chardev { id: "serial0".into(), kind: ChardevKind::Stdio };
     assert_eq!(
         plan.console,
@@ -162,9 +170,34 @@ fn members_of_fd_sets_come_first() {
 }
 
 #[test]
+fn acpi_tables_are_the_loaders() {
+    let plan = planned("-acpitable sig=ABCD,data=a:b -acpitable file=/dev/fdset/1 -add-fd fd=9,set=1");
+    assert_eq!(
+        opened(&plan),
+        ["fdset.0", "stdio.in", "stdio.out", "kernel", "acpi.0.0", "acpi.0.1", "acpi.1.0", "kvm"]
+    );
+    assert_eq!(plan.opens[5].what, What::Table("b".into()));
+    let [first, second] = plan.loader.tables.as_slice() else { panic!("{:?}", plan.loader.tables) };
+    assert_eq!((first.at.as_str(), first.has_header), ("-acpitable sig=ABCD,data=a:b", false));
+    assert_eq!(first.files, ["acpi.0.0", "acpi.0.1"]);
+    assert_eq!((first.header.sig, second.has_header), (Some(*b"ABCD"), true));
+    assert_eq!(second.files, ["acpi.1.0"]);
+    // As many as the loader can hold.
+    let many = "-acpitable a ".repeat(32);
+    assert_eq!(planned(&many).loader.tables.len(), 32);
+    let files = format!("{}z", "a:".repeat(64));
+    for (line, last) in
+        [(format!("{many}-acpitable b"), "b"), (format!("-acpitable {files}"), files.as_str())]
+    {
+        let error = try_plan(&line).unwrap_err();
+        assert_eq!(error, format!("-acpitable {last}: at most 32 tables with 64 files together"));
+    }
+}
+
+#[test]
 fn every_descriptor_is_in_the_topology() {
     let plan = planned(
-        "-add-fd fd=9,set=3 -kernel k -initrd i -serial file:f -chardev socket,id=a,path=a -qmp unix:q,server=on -qmp stdio",
+        "-add-fd fd=9,set=3 -kernel k -initrd i -acpitable t -serial file:f -chardev socket,id=a,path=a -qmp unix:q,server=on -qmp stdio",
     );
     for open in plan.opens.iter() {
         assert!(bulkhead_jail::topology::PROCESSES.iter().any(|p| p.may_have(&open.name)), "{open:?}");

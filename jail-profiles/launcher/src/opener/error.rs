@@ -18,6 +18,10 @@ pub enum Error {
     NotRegular,
     #[error("Could not open '{0}': {1}")]
     Output(String, Cause),
+    #[error("can't open file {0}: {1}")]
+    Table(String, Cause),
+    #[error("can't read file {0}: not a regular file")]
+    TableNotRegular(String),
     #[error("'{0}' is neither a regular file nor a block device")]
     NotADisk(String),
     #[error("Failed to get \"{0}\" lock: is another process using the image [{1}]?")]
@@ -124,6 +128,15 @@ impl Error {
     pub fn in_a_unit(self) -> Self {
         match self {
             Self::TapPermission(name) => Self::TapPermissionInUnit(name),
+            other => other,
+        }
+    }
+
+    /// The same of a file of an ACPI table, in QEMU's words.
+    pub fn of_table(path: &str, error: Self) -> Self {
+        match error {
+            Self::Io(cause) => Self::Table(path.to_owned(), cause),
+            Self::NotRegular => Self::TableNotRegular(path.to_owned()),
             other => other,
         }
     }

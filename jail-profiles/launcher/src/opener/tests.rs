@@ -72,6 +72,29 @@ fn inputs_are_regular_files() {
 }
 
 #[test]
+fn files_of_tables_are_refused_in_qemus_words() {
+    let dir = Dir::new("table");
+    let refused = |path: &str| open_it(What::Table(path.to_owned())).unwrap_err();
+    let missing = dir.path("no");
+    assert_eq!(refused(&missing), format!("-opt: can't open file {missing}: No such file or directory"));
+    assert_eq!(refused(""), "-opt: can't open file : No such file or directory");
+    let set = "/dev/fdset/1";
+    assert_eq!(refused(set), format!("-opt: can't open file {set}: No such file or directory"));
+    let whole = dir.path("");
+    assert_eq!(refused(&whole), format!("-opt: can't read file {whole}: not a regular file"));
+    fs::write(dir.path("f"), "x").unwrap();
+    let mut text = String::new();
+    file_of(open_it(What::Table(dir.path("f"))).unwrap()).read_to_string(&mut text).unwrap();
+    assert_eq!(text, "x");
+    // The same where paths lead no further than a directory.
+    let root = fs::File::open(dir.path("")).unwrap();
+    let beneath = |path: &str| open_beneath(root.as_fd(), &request(What::Table(path.to_owned())));
+    assert!(beneath("f").is_ok());
+    assert_eq!(beneath("g").unwrap_err().to_string(), "-opt: can't open file g: No such file or directory");
+    assert!(beneath("../f").unwrap_err().to_string().starts_with("-opt: can't open file ../f: "));
+}
+
+#[test]
 fn outputs_truncate_or_append() {
     let dir = Dir::new("output");
     let path = dir.path("f");

@@ -283,6 +283,16 @@ mod tests {
     }
 
     #[test]
+    fn acpi_tables_are_texts_or_tables() {
+        let text = r#"acpitable = ["a:b", { sig = "TEST", rev = 2, file = "c,d" }]"#;
+        let tables = parse("vm1", text).unwrap().options.tables;
+        let files = |number: usize| tables[number].value.files.join(" ");
+        assert_eq!((files(0).as_str(), files(1).as_str(), tables.len()), ("a b", "c,d", 2));
+        assert!(!tables[0].value.has_header && tables[1].value.has_header);
+        assert_eq!((tables[1].value.header.sig, tables[1].value.header.rev), (Some(*b"TEST"), Some(2)));
+    }
+
+    #[test]
     fn an_empty_file_is_a_machine_with_sockets() {
         let options = parse("vm1", "").unwrap().options;
         let serial = options.serial.unwrap().value;
