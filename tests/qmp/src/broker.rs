@@ -180,7 +180,7 @@ impl Broker {
             autostart,
             preconfig,
             ram: 16 << 20,
-            options: vec![memory_options()],
+            options: vec![memory_options(), acpi_options()],
             back_ends: if devices == Some(true) { vec![back_end()] } else { Vec::new() },
             iothreads: vec![io_thread()],
             declared: if devices == Some(true) { declared() } else { Vec::new() },
@@ -265,6 +265,11 @@ fn back_end() -> config::Chardev {
     let (fd, address) = ("chardev.sk".to_owned(), "/sk".to_owned());
     let kind = config::ChardevKind::Socket { fd, address, server: false, wait: false };
     config::Chardev { id: "sk".to_owned(), kind }
+}
+
+/// A group that has no parameters.
+fn acpi_options() -> config::OptionGroup {
+    config::OptionGroup { name: "acpi".to_owned(), parameters: Vec::new() }
 }
 
 /// The parameters of `-m`.

@@ -10,13 +10,22 @@ use super::super::debian::Debian;
 /// User and group of L1's ordinary user; the group is that of /dev/kvm.
 const TESTER: (u32, u32) = (1000, 100);
 
+/// `-uuid` of a guest.
+const UUID: &str = "8d8b4d8e-5ac4-4ee1-8d3c-a4a9f0c4b9f2";
+
+/// What an ACPI table holds behind its header.
+const OWN_TABLE: &str = "a table of the user";
+
 /// Seconds by which the guest's clock may differ: reading it takes a moment, and both sides count whole ones.
 const CLOCK_SKEW: u64 = 2;
 
 pub fn one_cpu(journal: &mut Journal) -> Result<()> {
     // The later "loglevel" wins over "quiet": the whole boot log goes over the serial port.
     let mark = "loglevel=7 lab.mark=\"two words\"";
-    let mut guest = Debian::boot(journal, &["-m", "256M", "-smp", "1"], mark)?;
+    std::fs::write("/tmp/own-table", OWN_TABLE)?;
+    let table = "sig=OWNT,oem_id=LAB,data=/tmp/own-table";
+    let args = ["-m", "256M", "-smp", "1", "-uuid", UUID, "-acpitable", table];
+    let mut guest = Debian::boot(journal, &args, mark)?;
     guest.check(guest.vm.console().text().contains("Linux version"), "the boot log is not on the console")?;
     let cpus = guest.ask_number("nproc")?;
     guest.check(cpus == 1, &format!("{cpus} processors instead of 1"))?;
@@ -26,6 +35,12 @@ pub fn one_cpu(journal: &mut Journal) -> Result<()> {
     check_clock(&mut guest)?;
     let source = guest.ask("cat /sys/devices/system/clocksource/clocksource0/available_clocksource")?;
     guest.check(source.contains("kvm-clock"), &format!("clock sources without kvm-clock: {source}"))?;
+    let uuid = guest.ask("cat /sys/class/dmi/id/product_uuid")?;
+    guest.check(uuid == UUID, &format!("the guest's UUID is {uuid:?}"))?;
+    let names = guest.ask("cat /sys/class/dmi/id/sys_vendor /sys/class/dmi/id/product_name")?;
+    guest.check(names == "Bulkhead Bulkhead virtual machine", &format!("the machine is {names:?}"))?;
+    let table = guest.ask("tail -c +37 /sys/firmware/acpi/tables/OWNT")?;
+    guest.check(table == OWN_TABLE, &format!("the table of the user is {table:?}"))?;
     let complaints = guest.ask("dmesg | grep -E 'BUG|WARNING|Call Trace|ACPI Error|ACPI BIOS Error'")?;
     guest.check(complaints.is_empty(), &format!("the kernel complains: {complaints}"))?;
     guest.shell("poweroff -f")?;

@@ -120,7 +120,7 @@ pub const ALL: &[Case] = &[
     },
     Case {
         name: "boot-1-cpu-256m",
-        about: "1 vCPU and 256 MiB: command line, memory, clock, full boot log",
+        about: "1 vCPU and 256 MiB: command line, memory, clock, SMBIOS, an own ACPI table, full boot log",
         kind: Kind::Busybox,
         run: boot::one_cpu,
     },
