@@ -202,9 +202,10 @@ impl Around {
             let mut fds = vec![
                 PollFd::new(vhost, PollFlags::POLLIN),
                 PollFd::new(self.signals.as_fd(), PollFlags::POLLIN),
-                PollFd::new(self.side.poll_fd(), PollFlags::POLLIN),
                 PollFd::new(self.notices.as_fd(), PollFlags::POLLIN),
             ];
+            // Its door is never shut.
+            fds.extend(self.side.poll_fd().map(|fd| PollFd::new(fd, PollFlags::POLLIN)));
             // Nothing is read from the starter; its end shows itself.
             fds.extend(socket.map(|fd| PollFd::new(fd, PollFlags::empty())));
             // Half of what the starter allows (`WatchdogSec=`).
@@ -223,10 +224,10 @@ impl Around {
             if came(1) || came(4) {
                 return Ok(Ready::End);
             }
-            if came(2) {
+            if came(3) {
                 self.side.advance(&self.notices);
             }
-            if came(3) {
+            if came(2) {
                 self.side.speak(&self.notices);
             }
             if came(0) {

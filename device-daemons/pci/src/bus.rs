@@ -3,18 +3,21 @@
 //! There are no links and no memfds in here. An access changes functions at once; what must follow outside is
 //! collected until [`Bus::effects`].
 
+mod windows;
+
 use std::collections::{BTreeMap, BTreeSet};
 use std::os::fd::OwnedFd;
 use std::rc::Rc;
 use std::time::{Duration, Instant};
 
-use bulkhead_bus_api::pci::{Change, MAX_BELLS, MAX_VECTORS};
+use bulkhead_bus_api::pci::{Change, MAX_BELLS, MAX_VECTORS, MAX_WINDOWS};
 use bulkhead_bus_api::platform::{ECAM, PCI_MEM32, Range, pci_mem64};
 use bulkhead_bus_api::{Access, Op, Space as Addresses};
 use bulkhead_control_api::config::PciKind;
 use bulkhead_control_api::pci::{Event, Refusal};
 use bulkhead_jail::warn;
 
+use self::windows::Windows;
 use crate::function::{Function, Kind, Saved};
 use crate::msix::{Part, Route};
 use crate::place::{MAX_FUNCTIONS, Taken};
@@ -35,6 +38,8 @@ pub struct Effects {
     pub writes: Vec<(u64, Vec<u8>)>,
     /// Changes for core.
     pub changes: Vec<Change>,
+    /// The file of each window that is not of the configuration window's memory.
+    pub files: BTreeMap<u16, Rc<OwnedFd>>,
     /// Interrupts to raise then.
     pub raise: Vec<Rc<OwnedFd>>,
 }
@@ -55,8 +60,7 @@ pub struct Bus {
     /// Functions by page of the configuration window.
     pages: BTreeMap<u16, u16>,
     decoded: Vec<Decoded>,
-    /// Pages that core has mapped.
-    mapped: BTreeSet<u16>,
+    applied: Windows,
     /// What core has is not known: a predecessor may have told it.
     pub(crate) unknown: bool,
     /// Who answers where may have changed.
@@ -93,7 +97,7 @@ impl Bus {
             windows: [PCI_MEM32, pci_mem64(ram_end)],
             pages: BTreeMap::new(),
             decoded: Vec::new(),
-            mapped: BTreeSet::new(),
+            applied: Windows::default(),
             unknown: true,
             layout: true,
             moved: true,
@@ -600,6 +604,7 @@ impl Bus {
     /// Functions whose state may have changed since the last call, with what it is; none if the function is gone.
     pub fn take_touched(&mut self) -> Vec<(u16, Option<Saved>)> {
         let touched = std::mem::take(&mut self.touched);
+        touched.iter().for_each(|index| self.look_for_changes(*index));
         let save = |index: u16| (index, self.get(index).filter(|f| f.plugged).map(Function::save));
         touched.into_iter().map(save).collect()
     }
@@ -607,6 +612,11 @@ impl Bus {
     /// A device's state may have changed by what its back end said.
     pub fn touch(&mut self, index: u16) {
         self.touched.insert(index);
+    }
+
+    /// The same of all of them.
+    pub fn touch_all(&mut self) {
+        self.touched = self.functions().map(|(index, _)| index).collect();
     }
 
     /// A predecessor may have died between a change and the interrupt for it.
@@ -628,7 +638,9 @@ impl Bus {
         self.moved = false;
         let vector = |bus: &Self, index: u16| Some(Rc::clone(&bus.get(index)?.vectors.first()?.fd));
         let raise = std::mem::take(&mut self.raise).into_iter().filter_map(|index| vector(self, index));
-        Effects { writes, changes, raise: raise.collect() }
+        let placed = |change: &Change| matches!(change, Change::Window { to: Some(_), .. });
+        let files = if changes.iter().any(placed) { self.applied.files() } else { BTreeMap::new() };
+        Effects { writes, changes, files, raise: raise.collect() }
     }
 
     /// What has changed of the pages that the guest reads.
@@ -656,11 +668,6 @@ impl Bus {
             }
         }
         writes
-    }
-
-    fn wanted_pages(&self) -> BTreeSet<u16> {
-        let mapped = |index: &u16| self.get(*index).is_some_and(|function| !function.exits);
-        self.pages.iter().filter(|(_, index)| mapped(index)).map(|(page, _)| *page).collect()
     }
 
     /// The route that a vector is to have.
@@ -733,12 +740,9 @@ impl Bus {
             let (off, later) = self.bell_changes();
             changes.extend(off);
             on = later;
-            let wanted = self.wanted_pages();
-            let gone: Vec<u16> = self.mapped.difference(&wanted).copied().collect();
-            let new: Vec<u16> = wanted.difference(&self.mapped).copied().collect();
-            changes.extend(runs(&gone).into_iter().map(|(first, count)| pages(first, count, false)));
-            changes.extend(runs(&new).into_iter().map(|(first, count)| pages(first, count, true)));
-            self.mapped = wanted;
+            let (off, new) = self.window_changes();
+            changes.extend(off);
+            changes.extend(new);
         }
         changes.extend(self.vector_changes());
         changes.extend(on);
@@ -759,34 +763,15 @@ impl Bus {
             .collect();
         let others = (0..MAX_VECTORS).filter(|vector| !routed.contains(vector));
         changes.extend(others.map(|vector| Change::Vector { vector, to: None }));
-        let wanted = self.wanted_pages();
-        let absent: Vec<u16> = (0..=u16::MAX).filter(|page| !wanted.contains(page)).collect();
-        changes.extend(runs(&absent).into_iter().map(|(first, count)| pages(first, count, false)));
-        let present: Vec<u16> = wanted.iter().copied().collect();
-        changes.extend(runs(&present).into_iter().map(|(first, count)| pages(first, count, true)));
-        self.mapped = wanted;
+        let (_, new) = self.window_changes();
+        // What is there already stays there: a guest that reads it does not come out.
+        let absent = (0..MAX_WINDOWS).filter(|window| !self.applied.is_placed(*window));
+        changes.extend(absent.map(|window| Change::Window { window, to: None }));
+        changes.extend(new);
         changes.extend(vectors);
         changes.extend(on);
         changes
     }
-}
-
-const fn pages(first: u16, count: u16, mapped: bool) -> Change {
-    Change::Pages { first, count, mapped }
-}
-
-/// Ascending numbers as runs: first number and length.
-fn runs(numbers: &[u16]) -> Vec<(u16, u16)> {
-    let mut runs: Vec<(u16, u16)> = Vec::new();
-    for number in numbers {
-        match runs.last_mut() {
-            Some((first, count)) if *count < u16::MAX && first.checked_add(*count) == Some(*number) => {
-                *count += 1
-            }
-            _ => runs.push((*number, 1)),
-        }
-    }
-    runs
 }
 
 /// Page and offset of an address in the configuration window.

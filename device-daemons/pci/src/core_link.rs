@@ -71,8 +71,12 @@ impl CoreLink {
     /// # Errors
     /// [`CoreError`].
     pub fn send(&self, message: &ToCore) -> Result<(), CoreError> {
+        self.send_with(message, &[])
+    }
+
+    fn send_with(&self, message: &ToCore, fds: &[BorrowedFd<'_>]) -> Result<(), CoreError> {
         loop {
-            match self.link.send_with(message, &[], MsgFlags::MSG_DONTWAIT) {
+            match self.link.send_with(message, fds, MsgFlags::MSG_DONTWAIT) {
                 Err(LinkError::WouldBlock) => wait(&self.link, PollFlags::POLLOUT)?,
                 result => return Ok(result?),
             }
@@ -115,10 +119,10 @@ impl CoreLink {
     }
 
     /// Asks and waits for the answer. Commands that come meanwhile wait: core answers while it waits for them.
-    fn ask(&mut self, what: Ask) -> Result<Result<Vec<OwnedFd>, Refusal>, CoreError> {
+    fn ask(&mut self, what: Ask, fds: &[BorrowedFd<'_>]) -> Result<Result<Vec<OwnedFd>, Refusal>, CoreError> {
         self.last_id = self.last_id.wrapping_add(1);
         let id = self.last_id;
-        self.send(&ToCore::Ask { id, what })?;
+        self.send_with(&ToCore::Ask { id, what }, fds)?;
         loop {
             match self.next() {
                 Err(CoreError::Link(LinkError::WouldBlock)) => wait(&self.link, PollFlags::POLLIN)?,
@@ -145,7 +149,7 @@ impl CoreLink {
         let mut all = (Vec::new(), Vec::new());
         for (vectors, bells) in vectors.chain(bells) {
             let (of_bells, count) = (vectors.is_empty(), vectors.len() + bells.len());
-            match self.ask(Ask::Eventfds { vectors, bells })? {
+            match self.ask(Ask::Eventfds { vectors, bells }, &[])? {
                 Err(refusal) => return Ok(Err(refusal)),
                 Ok(fds) if fds.len() != count => return Err(LinkError::Malformed.into()),
                 Ok(fds) if of_bells => all.1.extend(fds),
@@ -155,22 +159,64 @@ impl CoreLink {
         Ok(Ok(all))
     }
 
-    /// Has core make changes. What it cannot do is logged: the guest's accesses exit then, or its interrupt is lost.
+    /// Has core make changes; `file` has the descriptor of each window. What core cannot do is logged: the guest's
+    /// accesses exit then, or its interrupt is lost. Returns the windows that it refused.
     ///
     /// # Errors
     /// [`CoreError`].
-    pub fn apply(&mut self, changes: &[Change]) -> Result<(), CoreError> {
+    pub fn apply<'a>(
+        &mut self,
+        changes: &[Change],
+        file: &dyn Fn(u16) -> BorrowedFd<'a>,
+    ) -> Result<Vec<u16>, CoreError> {
+        let mut refused = Vec::new();
         for part in changes.chunks(MAX_CHANGES) {
-            if self.ask(Ask::Apply(part.to_vec()))?.is_ok() {
+            if self.change(part, file)?.is_ok() {
                 continue;
             }
             // Which one it was, and the others nevertheless.
             for change in part {
-                if let Err(refusal) = self.ask(Ask::Apply(vec![*change]))? {
-                    error!("core: {refusal}: {change:?}");
+                match self.change(&[*change], file)? {
+                    Ok(()) => {}
+                    Err(_) if matches!(change, Change::Window { to: Some(_), .. }) => refused.push(*change),
+                    Err(refusal) => error!("core: {refusal}: {change:?}"),
                 }
             }
         }
-        Ok(())
+        self.place_again(&refused, file)
+    }
+
+    /// Windows that core has refused: what a predecessor has left may be in their way, as they may be in each other's.
+    fn place_again<'a>(
+        &mut self,
+        windows: &[Change],
+        file: &dyn Fn(u16) -> BorrowedFd<'a>,
+    ) -> Result<Vec<u16>, CoreError> {
+        let mut refused = Vec::new();
+        let number = |change: &Change| if let Change::Window { window, .. } = change { *window } else { 0 };
+        for window in windows.iter().map(number) {
+            // There is nothing to refuse in that.
+            self.change(&[Change::Window { window, to: None }], file)?.ok();
+        }
+        for change in windows {
+            if let Err(refusal) = self.change(&[*change], file)? {
+                error!("core: {refusal}: {change:?}");
+                refused.push(number(change));
+            }
+        }
+        Ok(refused)
+    }
+
+    fn change<'a>(
+        &mut self,
+        changes: &[Change],
+        file: &dyn Fn(u16) -> BorrowedFd<'a>,
+    ) -> Result<Result<(), Refusal>, CoreError> {
+        let placed = |change: &Change| match change {
+            Change::Window { window, to: Some(_) } => Some(file(*window)),
+            _ => None,
+        };
+        let fds: Vec<BorrowedFd<'_>> = changes.iter().filter_map(placed).collect();
+        Ok(self.ask(Ask::Apply(changes.to_vec()), &fds)?.map(drop))
     }
 }

@@ -108,6 +108,25 @@ pub trait Backed {
     fn inherit(&mut self, _kept: OwnedFd) {}
 }
 
+/// A piece of a file that the guest is to reach in a BAR without an exit. Its place holds whole pages.
+#[derive(Clone, Debug)]
+pub struct Shared {
+    /// Number that the device gives to no other one.
+    pub id: u64,
+    /// The BAR.
+    pub bar: u8,
+    /// Offset there.
+    pub offset: u64,
+    /// Length in bytes.
+    pub len: u64,
+    /// The file.
+    pub file: Rc<OwnedFd>,
+    /// Offset in it.
+    pub file_offset: u64,
+    /// The guest may write.
+    pub writable: bool,
+}
+
 /// Makes a device of the configuration; the text says why not.
 pub type Factory = Box<dyn Fn(&PciDevice, &Rc<Memory>) -> Result<Box<dyn Device>, String>>;
 
@@ -125,6 +144,20 @@ pub trait Device: Backed {
     }
     /// Its capabilities in order. Their offsets are told by [`Device::placed`].
     fn capabilities(&self) -> Vec<Capability>;
+    /// BARs and capabilities that it has beside those, once it knows its back end or is restored; the same from then on.
+    fn late(&self) -> (Vec<Bar>, Vec<Capability>) {
+        (Vec::new(), Vec::new())
+    }
+    /// What it shares with the guest.
+    fn shared(&self) -> &[Shared] {
+        &[]
+    }
+    /// Whether [`Device::late`] or [`Device::shared`] has changed since the last call.
+    fn take_changed(&mut self) -> bool {
+        false
+    }
+    /// What has changed is carried out, except for what could not be: `refused` tells that by id.
+    fn carried_out(&mut self, _refused: &dyn Fn(u64) -> bool) {}
     /// Where in configuration space its capabilities are, in the order of [`Device::capabilities`].
     fn placed(&mut self, offsets: &[u8]);
     /// BAR and offset of each doorbell.

@@ -20,7 +20,7 @@ use nix::poll::{PollFd, PollFlags};
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
 
 use self::link::{Channel, Got, Stream};
-use self::machine::Machine;
+use self::machine::{Asked, Machine};
 use crate::memory::Memory;
 
 /// The longest reason in [`Event::Lost`], in bytes; it is one line.
@@ -106,6 +106,8 @@ pub enum Event {
         /// The guest is to be told.
         changed: bool,
     },
+    /// The back end asks for something on its shared memory regions, see [`Frontend::asked`].
+    Asked,
     /// The back end uses the memory of the last [`Frontend::set_memory`] and no other.
     Memory,
     /// The connection is over; the device is to be connected anew. The text says why.
@@ -219,7 +221,7 @@ impl Frontend {
             let out = if sending { PollFlags::POLLOUT } else { PollFlags::empty() };
             list.push(PollFd::new(stream.fd(), PollFlags::POLLIN | out));
         }
-        if let Some(channel) = &self.channel {
+        if let Some(channel) = self.channel.as_ref().filter(|_| self.machine.asked().is_none()) {
             let what = if channel.is_full() { PollFlags::POLLOUT } else { PollFlags::POLLIN };
             list.push(PollFd::new(channel.fd(), what));
         }
@@ -281,24 +283,44 @@ impl Frontend {
 
     /// Serves the back end's requests; says whether there was anything.
     fn serve(&mut self, now: Instant) -> bool {
-        let Some(channel) = self.channel.as_mut().filter(|_| self.machine.is_connected()) else {
-            return false;
-        };
-        match channel.turn(now) {
+        let listens = self.machine.is_connected() && self.machine.asked().is_none();
+        let Some(channel) = self.channel.as_mut().filter(|_| listens) else { return false };
+        match channel.turn(now, self.machine.shares()) {
             Got::Nothing => return false,
             Got::Part => {}
             Got::Message(message) => {
-                if let Some(answer) = self.machine.request(&message) {
+                if let Some(answer) = self.machine.request(message) {
                     channel.answer(answer);
                 }
             }
             // It may do without.
             Got::Closed => self.channel = None,
             Got::Wrong(why) => self.machine.lose(why),
-            // None are taken.
-            Got::Foreign(_) => {}
+            Got::Foreign(fds) => {
+                self.foreign = fds;
+                self.machine.distrust();
+            }
         }
         true
+    }
+
+    /// What the back end asks on its shared memory regions. It is heard no further before [`Self::answer`].
+    #[must_use]
+    pub fn asked(&self) -> Option<&Asked> {
+        self.machine.asked()
+    }
+
+    /// Says whether that is done.
+    pub fn answer(&mut self, done: bool) {
+        if let (Some(packet), Some(channel)) = (self.machine.answer(done), &mut self.channel) {
+            channel.answer(packet);
+        }
+    }
+
+    /// The back end's shared memory regions, as of [`Event::Ready`]: id and length in bytes of each.
+    #[must_use]
+    pub fn shmem(&self) -> &[(u8, u64)] {
+        self.machine.shmem()
     }
 
     /// When [`Self::expire`] is due.

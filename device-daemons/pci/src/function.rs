@@ -6,9 +6,10 @@ use std::time::Instant;
 
 use bulkhead_bus_api::pci::Msi;
 use bulkhead_control_api::config::{PciDevice, PciKind, PciPlace};
+use bulkhead_jail::error;
 use serde::{Deserialize, Serialize};
 
-use crate::device::{Bar, Device, Identity, Wires};
+use crate::device::{Bar, Capability, Device, Identity, Wires};
 use crate::event::{drain, is_signalled};
 use crate::msix::{self, Table};
 use crate::port::{self, Port};
@@ -251,6 +252,24 @@ impl Function {
         Ok(new)
     }
 
+    /// Takes on what its device has beside the rest since it knows its back end.
+    pub fn grow(&mut self) {
+        let Some((bars, capabilities)) = self.device_ref().map(Device::late) else { return };
+        if bars.iter().all(|bar| self.bars.contains(bar)) {
+            return;
+        }
+        let all = [self.bars.clone(), bars.clone()].concat();
+        let add = |capability: &Capability| {
+            self.space.add_capability(capability.id, &capability.body, &capability.writable).is_some()
+        };
+        if check_bars(&all).is_err() || !capabilities.iter().all(add) {
+            error!("device {:?}: no room for what its back end adds", self.config.id);
+            return;
+        }
+        bars.iter().for_each(|bar| self.space.add_bar(bar));
+        self.bars = all;
+    }
+
     /// How many vectors and doorbells it needs.
     #[must_use]
     pub fn needs(&self) -> (usize, usize) {
@@ -361,20 +380,20 @@ impl Function {
         self.exits = saved.exits;
         self.kept = saved.kept;
         let table = self.msix.as_mut().is_none_or(|table| table.restore(&saved.table));
-        let space = self.space.restore(&saved.space);
-        let master = self.space.commands(crate::space::MASTER);
         let kind = match &mut self.kind {
             Kind::Host => true,
             Kind::Port(port) => {
                 port.saved = saved.port;
                 true
             }
-            Kind::Device(device) => {
-                let good = device.restore(&saved.device);
-                device.set_master(master);
-                good
-            }
+            Kind::Device(device) => device.restore(&saved.device),
         };
+        self.grow();
+        let space = self.space.restore(&saved.space);
+        let master = self.space.commands(crate::space::MASTER);
+        if let Some(device) = self.as_device() {
+            device.set_master(master);
+        }
         table && space && kind
     }
 }

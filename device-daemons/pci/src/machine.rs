@@ -6,7 +6,7 @@
 
 use std::collections::BTreeSet;
 use std::fs::File;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd as _, OwnedFd};
 use std::os::unix::fs::FileExt as _;
 use std::rc::Rc;
 use std::time::Instant;
@@ -284,7 +284,10 @@ impl Machine {
             let written = self.ecam.write_all_at(&bytes, offset);
             written.map_err(|error| Errno::from_raw(error.raw_os_error().unwrap_or(0)))?;
         }
-        self.core.apply(&effects.changes)?;
+        let (ecam, files) = (self.ecam.as_fd(), &effects.files);
+        let file = |window: u16| files.get(&window).map_or(ecam, |file| file.as_fd());
+        let refused = self.core.apply(&effects.changes, &file)?;
+        self.bus.carried_out(&refused);
         for fd in effects.raise {
             if let Err(error) = event::signal(&fd) {
                 error!("an interrupt of a port is lost: {error}");

@@ -25,7 +25,7 @@ use crate::place::MAX_FUNCTIONS;
 
 const MAGIC: [u8; 8] = *b"BLKHPCI\0";
 /// Version of everything in here, the devices' own states included.
-const VERSION: u32 = 1;
+const VERSION: u32 = 2;
 /// Magic, version, length of the content, life.
 const HEADER: usize = 24;
 const LIFE: usize = 16;

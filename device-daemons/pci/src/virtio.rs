@@ -15,6 +15,7 @@ mod common;
 mod kind;
 mod life;
 mod saved;
+mod shmem;
 mod side;
 mod sync;
 mod window;
@@ -30,10 +31,11 @@ use bulkhead_jail::warn;
 use nix::sys::eventfd::{EfdFlags, EventFd};
 
 use self::common::{Act, Common, NO_VECTOR, Offer, Shape, status};
+use self::shmem::{SHMEM_BAR, Shmem};
 use self::side::Side;
 use self::sync::Sync;
 use self::window::{BAR, MSIX_BAR, PENDING, Place, Window, data_byte, place};
-use crate::device::{Bar, Capability, Device, Identity, Msix, Wires};
+use crate::device::{Bar, Capability, Device, Identity, Msix, Shared, Wires};
 use crate::event;
 use crate::frontend::{Frontend, Spec};
 use crate::memory::Memory;
@@ -80,6 +82,7 @@ pub struct VirtioPci {
     /// Configuration space as the guest reads it.
     space: Vec<u8>,
     sync: Sync,
+    shmem: Shmem,
     isr: u8,
     /// The guest is to be interrupted for the configuration or the status.
     told: bool,
@@ -142,6 +145,7 @@ impl VirtioPci {
             common: Common::new(shape),
             space: config.config.clone(),
             sync: Sync::default(),
+            shmem: Shmem::default(),
             isr: 0,
             told: false,
             stale_calls: BTreeSet::new(),
@@ -276,6 +280,24 @@ impl Device for VirtioPci {
         window::capabilities(self.shape.queues, self.config.config.len())
     }
 
+    fn late(&self) -> (Vec<Bar>, Vec<Capability>) {
+        self.shmem.shape()
+    }
+
+    fn shared(&self) -> &[Shared] {
+        self.shmem.pieces()
+    }
+
+    fn take_changed(&mut self) -> bool {
+        self.shmem.take_changed()
+    }
+
+    fn carried_out(&mut self, refused: &dyn Fn(u64) -> bool) {
+        if let Some(done) = self.shmem.carried_out(refused) {
+            self.front.answer(done);
+        }
+    }
+
     fn placed(&mut self, offsets: &[u8]) {
         self.window = offsets.last().copied().unwrap_or(0);
     }
@@ -289,6 +311,10 @@ impl Device for VirtioPci {
     }
 
     fn read(&mut self, bar: u8, offset: u64, size: u8) -> u64 {
+        if bar == SHMEM_BAR && !self.shmem.offered().is_empty() {
+            // Where nothing of a shared memory region is mapped.
+            return crate::space::all_ones(size);
+        }
         if bar != BAR.index {
             return 0;
         }

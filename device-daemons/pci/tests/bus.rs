@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 use bulkhead_bus_api::pci::Msi;
 use bulkhead_control_api::pci::{Event, Refusal};
 use bulkhead_pci::bus::Bus;
+use bulkhead_pci::device::Shared;
 use bulkhead_pci::event::{is_signalled, signal};
 use bulkhead_pci::function::Function;
 use guest::{Core, Seen, add, config, device, insert, port};
@@ -133,6 +134,92 @@ fn of_two_bars_at_one_address_the_first_answers() {
     machine.write(config(0, 1, 0, 4), 2, 0);
     assert_eq!(machine.read(base + 12, 4), 1, "the port's MSI-X table");
     assert!(machine.core.bells.is_empty());
+}
+
+/// A piece of the disk's BAR 0.
+fn share(machine: &mut Machine, id: u64, offset: u64, len: u64) {
+    let mut disk = machine.disk.borrow_mut();
+    let (file_offset, writable) = (0x7000 * id, true);
+    disk.shared.push(Shared { id, bar: 0, offset, len, file: guest::eventfd(), file_offset, writable });
+    disk.changed = true;
+    drop(disk);
+    machine.bus.touch(1);
+    machine.bus.take_touched();
+    machine.settle();
+}
+
+fn shared(machine: &Machine) -> Vec<(u16, u64, u64)> {
+    let windows = machine.core.windows.iter().filter(|(_, window)| window.writable);
+    windows.map(|(number, window)| (*number, window.gpa, window.len)).collect()
+}
+
+#[test]
+fn what_a_device_shares_follows_its_bar() {
+    let mut machine = Machine::new();
+    share(&mut machine, 1, 0, 0x1000);
+    share(&mut machine, 2, 0x2000, 0x1000);
+    assert_eq!(shared(&machine), [], "memory is off");
+    let base = HIGH + 0x10_0000;
+    let place = |machine: &mut Machine, base: u64| {
+        machine.write(config(0, 1, 0, 0x10), 4, base & 0xffff_ffff);
+        machine.write(config(0, 1, 0, 0x14), 4, base >> 32);
+    };
+    place(&mut machine, base);
+    machine.write(config(0, 1, 0, 4), 2, 2);
+    let at = |base| vec![(256, base, 0x1000), (257, base + 0x2000, 0x1000)];
+    assert_eq!(shared(&machine), at(base));
+    // The second one is where the first one was.
+    place(&mut machine, base - 0x4000);
+    assert_eq!(shared(&machine), at(base - 0x4000));
+    place(&mut machine, 0x1000_0000);
+    assert_eq!(shared(&machine), [], "over RAM");
+    place(&mut machine, 0xd800_0000);
+    assert_eq!(shared(&machine), at(0xd800_0000));
+    // Where a port answers, too.
+    machine.write(config(0, 2, 0, 0x10), 4, 0xd800_2000);
+    machine.write(config(0, 2, 0, 4), 2, 2);
+    assert_eq!(shared(&machine), [(256, 0xd800_0000, 0x1000)]);
+    machine.write(config(0, 2, 0, 4), 2, 0);
+    machine.bus.carried_out(&[257]);
+    machine.bus.touch(1);
+    // One goes, another one comes with its number.
+    machine.disk.borrow_mut().shared.remove(0);
+    share(&mut machine, 3, 0x1000, 0x1000);
+    assert_eq!(shared(&machine), [(256, 0xd800_1000, 0x1000), (257, 0xd800_2000, 0x1000)]);
+    machine.write(config(0, 1, 0, 4), 2, 0);
+    assert_eq!(shared(&machine), []);
+    machine.write(config(0, 1, 0, 4), 2, 2);
+    assert_eq!(shared(&machine).len(), 2);
+    machine.bus.remove(1);
+    machine.settle();
+    assert_eq!(shared(&machine), []);
+}
+
+#[test]
+fn a_device_learns_which_of_its_pieces_core_has_refused() {
+    let mut machine = Machine::new();
+    share(&mut machine, 5, 0, 0x1000);
+    for (refused, expected) in [(vec![], false), (vec![255, 257], false), (vec![256], true)] {
+        machine.disk.borrow_mut().changed = true;
+        machine.bus.touch(1);
+        machine.bus.take_touched();
+        machine.settle();
+        machine.bus.carried_out(&refused);
+        machine.bus.carried_out(&refused);
+        assert_eq!(std::mem::take(&mut machine.disk.borrow_mut().carried_out), [expected]);
+    }
+    // More pieces than there are numbers for: the last one, which is asked about, has none.
+    let mut pieces: Vec<Shared> = (100..356).map(|id| Shared { id, ..piece() }).collect();
+    std::mem::swap(&mut machine.disk.borrow_mut().shared, &mut pieces);
+    share(&mut machine, 99, 0, 0x1000);
+    machine.disk.borrow_mut().shared.rotate_right(1);
+    machine.bus.carried_out(&[]);
+    assert_eq!(machine.disk.borrow().carried_out, [true], "there is no number for it");
+}
+
+fn piece() -> Shared {
+    let (bar, offset, len, file_offset, writable) = (0, 0, 0x1000, 0, false);
+    Shared { id: 0, bar, offset, len, file: guest::eventfd(), file_offset, writable }
 }
 
 #[test]

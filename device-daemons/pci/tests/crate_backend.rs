@@ -19,8 +19,11 @@ use bulkhead_framework::Scratch;
 use bulkhead_pci::frontend::{Event, Frontend, Spec};
 use bulkhead_pci::memory::{Memory, Region};
 use common::{BASE, LEN, Ram, VERSION_1, eventually, next};
-use vhost::vhost_user::message::VhostUserProtocolFeatures;
-use vhost::vhost_user::{Backend, Listener};
+use nix::sys::memfd::{MFdFlags, memfd_create};
+use vhost::vhost_user::message::{
+    VhostUserMMap, VhostUserMMapFlags, VhostUserProtocolFeatures, VhostUserShMemConfig,
+};
+use vhost::vhost_user::{Backend, Listener, VhostUserFrontendReqHandler as _};
 use vhost_user_backend::{VhostUserBackendMut, VhostUserDaemon, VringMutex, VringT};
 use virtio_queue::QueueT;
 use vm_memory::{
@@ -32,6 +35,8 @@ use vmm_sys_util::event::{EventConsumer, EventFlag, EventNotifier, new_event_con
 type Mapped = GuestMemoryAtomic<GuestMemoryMmap>;
 type Vring = VringMutex<Mapped>;
 const FILL: u8 = 0xa5;
+/// Length of its shared memory region, number 2.
+const REGION: u64 = 0x20_0000;
 
 /// A device that fills what it is offered.
 struct Filler {
@@ -39,6 +44,8 @@ struct Filler {
     config: Vec<u8>,
     resets: usize,
     pieces: usize,
+    /// The way for requests of its own.
+    requests: Option<Backend>,
     exit: (EventConsumer, EventNotifier),
 }
 
@@ -82,7 +89,14 @@ impl VhostUserBackendMut for Filler {
         Ok(())
     }
 
-    fn set_backend_req_fd(&mut self, _backend: Backend) {}
+    fn set_backend_req_fd(&mut self, backend: Backend) {
+        backend.set_shmem_flag(true);
+        self.requests = Some(backend);
+    }
+
+    fn get_shmem_config(&self) -> Result<VhostUserShMemConfig> {
+        Ok(VhostUserShMemConfig::new(1, &[0, 0, REGION]))
+    }
 
     fn update_memory(&mut self, memory: Mapped) -> Result<()> {
         self.pieces = memory.memory().num_regions();
@@ -126,7 +140,8 @@ fn rig() -> Rig {
     let mut listener = Listener::from(UnixListener::bind(&path).unwrap());
     let exit = new_event_consumer_and_notifier(EventFlag::empty()).unwrap();
     let config = (0..12).collect();
-    let filler = Arc::new(Mutex::new(Filler { memory: None, config, resets: 0, pieces: 0, exit }));
+    let filler =
+        Arc::new(Mutex::new(Filler { memory: None, config, resets: 0, pieces: 0, requests: None, exit }));
     let memory = GuestMemoryAtomic::new(GuestMemoryMmap::new());
     let mut daemon = VhostUserDaemon::new("filler".into(), Arc::clone(&filler), memory).unwrap();
     let thread = thread::spawn(move || {
@@ -224,6 +239,36 @@ fn configuration_space_is_written() {
     let config = vec![0, 1, 9, 8, 4, 5, 6, 7, 8, 9, 10, 11, 0, 0, 0, 0];
     assert_eq!(next(&mut front), [Event::Config { config, changed: false }]);
     assert_eq!(filler.lock().unwrap().config[..4], [0, 1, 9, 8]);
+    drop(front);
+    thread.join().unwrap();
+}
+
+#[test]
+fn files_are_mapped_and_unmapped() {
+    let Rig { _scratch, filler, mut front, thread } = rig();
+    assert_eq!(front.shmem(), [(2, REGION)]);
+    let requests = filler.lock().unwrap().requests.clone().unwrap();
+    let asks = |map: bool| {
+        let requests = requests.clone();
+        thread::spawn(move || {
+            let mut piece =
+                VhostUserMMap { shmid: 2, fd_offset: 0x1000, shm_offset: 0x8000, ..<_>::default() };
+            (piece.len, piece.flags) = (0x2000, VhostUserMMapFlags::WRITABLE.bits());
+            let file = memfd_create("shared", MFdFlags::MFD_CLOEXEC).unwrap();
+            if map { requests.shmem_map(&piece, &file) } else { requests.shmem_unmap(&piece) }.is_ok()
+        })
+    };
+    for (map, done) in [(true, true), (true, false), (false, true), (false, false)] {
+        let asking = asks(map);
+        assert_eq!(next(&mut front), [Event::Asked]);
+        let asked = front.asked().unwrap();
+        let piece = asked.piece;
+        assert_eq!((piece.region, piece.file_offset, piece.offset, piece.len), (2, 0x1000, 0x8000, 0x2000));
+        assert_eq!((piece.writable, asked.file.is_some()), (true, map));
+        front.answer(done);
+        assert_eq!(front.advance(), []);
+        assert_eq!(asking.join().unwrap(), done);
+    }
     drop(front);
     thread.join().unwrap();
 }

@@ -5,6 +5,7 @@
 //! See `docs/decisions/0001-start-contract.md`.
 
 pub mod alarm;
+pub mod door;
 pub mod footprint;
 pub mod keeper;
 pub mod link;

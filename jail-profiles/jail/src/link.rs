@@ -197,8 +197,8 @@ fn rights(mut control: &[u8]) -> Vec<RawFd> {
 }
 
 #[expect(unsafe_code, reason = "descriptors arrive as numbers")]
-fn own(fd: RawFd) -> OwnedFd {
-    // SAFETY: the kernel has just installed this descriptor for us by SCM_RIGHTS; nobody else in the
+pub(crate) fn own(fd: RawFd) -> OwnedFd {
+    // SAFETY: the kernel has just installed this descriptor for us by SCM_RIGHTS or `accept4`; nobody else in the
     // process knows its number, so it is ours alone and open.
     unsafe { OwnedFd::from_raw_fd(fd) }
 }

@@ -24,6 +24,7 @@ mod pvh;
 mod reset;
 mod rt;
 mod serial;
+mod shmem;
 mod smp;
 mod tables;
 mod tests;

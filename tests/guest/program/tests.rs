@@ -2,8 +2,8 @@
 
 use crate::pvh::StartInfo;
 use crate::{
-    balloon, bench, blk, chipset, console, hostile_pci, hostile_virtio, hotplug, io, irq, memory, pci, println, reset,
-    smp, tables, virtio,
+    balloon, bench, blk, chipset, console, hostile_pci, hostile_virtio, hotplug, io, irq, memory, pci, println,
+    reset, shmem, smp, tables, virtio,
 };
 
 type Test = fn(&StartInfo);
@@ -46,6 +46,7 @@ pub const ALL: &[(&str, Test)] = &[
     ("balloon-cheat", balloon::cheat),
     ("rng", virtio::rng),
     ("hotplug", hotplug::run),
+    ("shmem", shmem::run),
     ("hostile-pci", hostile_pci::run),
     ("hostile-virtio", hostile_virtio::run),
     ("internal-error", reset::internal_error),

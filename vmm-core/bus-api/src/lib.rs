@@ -17,7 +17,7 @@ pub mod pci;
 pub mod platform;
 
 /// Version of everything in this crate; both ends of a link must have the same.
-pub const VERSION: u16 = 4;
+pub const VERSION: u16 = 5;
 /// Length of a request without collected writes, in bytes.
 pub const REQUEST_LEN: usize = 24;
 /// Length of one collected write, in bytes.

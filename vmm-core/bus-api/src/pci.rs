@@ -16,8 +16,10 @@ pub const MAX_VECTORS: u16 = 1024;
 pub const MAX_BELLS: u16 = 900;
 /// The most numbers in one [`Ask::Eventfds`].
 pub const MAX_EVENTFDS: usize = 128;
-/// The most changes in one [`Ask::Apply`].
-pub const MAX_CHANGES: usize = 256;
+/// Windows of a VM, numbered from 0; core gives each a memory slot of KVM.
+pub const MAX_WINDOWS: u16 = 1024;
+/// The most changes in one [`Ask::Apply`]. Each may come with a descriptor, and a message has room for 253.
+pub const MAX_CHANGES: usize = 250;
 /// MSI messages go to this megabyte (Intel SDM volume 3, "Message Address Register Format").
 pub const MSI_WINDOW: u32 = 0xfee0_0000;
 /// Mask of [`MSI_WINDOW`].
@@ -41,6 +43,21 @@ pub struct Msi {
     pub data: u32,
 }
 
+/// A piece of a file that the guest reaches without an exit: core maps `len` bytes from `offset` at `gpa`. All three are
+/// multiples of 4,096. The file is a memfd or another regular file of at least `offset + len` bytes. One that is cut
+/// shorter later stops the machine when the guest touches what is gone (run state `internal-error`, as in QEMU).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Window {
+    /// Guest physical address, inside the configuration window or a PCI window; no two windows overlap.
+    pub gpa: u64,
+    /// Length in bytes.
+    pub len: u64,
+    /// Offset in the file.
+    pub offset: u64,
+    /// The guest may write, for which the descriptor must be open; else its writes exit.
+    pub writable: bool,
+}
+
 /// What core is to change.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Change {
@@ -59,15 +76,14 @@ pub enum Change {
         /// A guest physical address inside the PCI windows, or none.
         at: Option<u64>,
     },
-    /// Whether the guest reads pages of the configuration window from memory (writes exit) or by exits. A page
-    /// is a function: bus << 8 | device << 3 | function.
-    Pages {
-        /// First page.
-        first: u16,
-        /// Number of pages; `first + count` is at most 65,536.
-        count: u16,
-        /// Read from memory.
-        mapped: bool,
+    /// What the guest finds at a place instead of an exit. The same piece of the same file again changes nothing, not even
+    /// for a moment; another one replaces it.
+    Window {
+        /// Number of the window.
+        window: u16,
+        /// Its place, or none. One descriptor comes with the message for each change that has a place, in order; core
+        /// keeps none of them.
+        to: Option<Window>,
     },
 }
 
@@ -83,6 +99,15 @@ pub enum Ask {
     },
     /// Do all this in order. After an error none of the later ones is done.
     Apply(Vec<Change>),
+}
+
+impl Ask {
+    /// How many descriptors come with it: one for each window that is to be somewhere.
+    #[must_use]
+    pub fn descriptors(&self) -> usize {
+        let placed = |change: &&Change| matches!(change, Change::Window { to: Some(_), .. });
+        if let Self::Apply(changes) = self { changes.iter().filter(placed).count() } else { 0 }
+    }
 }
 
 /// Why core does not do what it was asked.

@@ -49,6 +49,13 @@ pub const fn pci_mem64(ram_end: u64) -> Range {
     Range { base: start.saturating_add(gib - 1) / gib * gib, len: PCI_MEM64_LEN }
 }
 
+/// Where pci decodes memory in a VM whose RAM ends at `ram_end`: the configuration window and both PCI windows. None of it
+/// is RAM, interrupt controllers or KVM's own.
+#[must_use]
+pub const fn pci_ranges(ram_end: u64) -> [Range; 3] {
+    [ECAM, PCI_MEM32, pci_mem64(ram_end)]
+}
+
 /// First serial port, a 16550A.
 pub const COM1: Range = Range { base: 0x3f8, len: 8 };
 /// Interrupt of COM1: ISA, edge.

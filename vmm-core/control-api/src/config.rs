@@ -45,6 +45,25 @@ impl CpuTopology {
     /// The most vCPUs of a VM.
     pub const MAX_CPUS: u32 = 64;
 
+    /// Says what is wrong with it, if it cannot be: too many vCPUs, or APIC ids of more than eight bits.
+    ///
+    /// # Errors
+    /// A text for the user.
+    pub fn check(&self) -> Result<(), &'static str> {
+        let by = [self.sockets, self.cores, self.threads];
+        let places = by.iter().try_fold(1u32, |n, by| n.checked_mul(*by)).unwrap_or(0);
+        if self.cpus == 0 || self.cpus > Self::MAX_CPUS {
+            Err("the number of vCPUs is not 1 to 64")
+        } else if places < self.cpus || self.core_bits() >= 8 {
+            // More places than vCPUs are fine as long as the APIC ids fit.
+            Err("sockets, cores and threads do not hold the vCPUs")
+        } else if self.place(self.cpus - 1).apic_id >= 255 {
+            Err("the topology needs APIC ids above 254")
+        } else {
+            Ok(())
+        }
+    }
+
     /// Width in bits of the thread field of an APIC id.
     #[must_use]
     pub const fn thread_bits(&self) -> u32 {

@@ -5,11 +5,11 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::time::{Duration, Instant};
 
 use bulkhead_control_api::loader::{Job, MAX_FAILURE, Mode, Outcome, Start};
+use bulkhead_jail::door::{Arrival, Door};
 use bulkhead_jail::link::LinkError;
 use bulkhead_jail::pace::Pace;
 use nix::sys::socket::MsgFlags;
 
-use crate::door::{Arrival, Door};
 use crate::memory::Ram;
 
 /// A loader run takes no longer; then the boot has failed.

@@ -4,7 +4,7 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use bulkhead_bus_api::platform::{COALESCED_PORT, CONSOLE_PORTS, ECAM, PCI_MEM32, Range, pci_mem64};
+use bulkhead_bus_api::platform::{COALESCED_PORT, CONSOLE_PORTS, Range, pci_ranges};
 use bulkhead_bus_api::{
     Access, Action, MAX_REQUEST_LEN, Op, REPLY_LEN, REQUEST_LEN, Reply, Request, Space, WRITE_LEN,
 };
@@ -240,7 +240,7 @@ impl Bus {
             pci: seat(Daemon::Pci),
             notices,
             coalescer,
-            windows: [ECAM, PCI_MEM32, pci_mem64(ram_end)],
+            windows: pci_ranges(ram_end),
             unclaimed: AtomicU64::new(0),
             forwarded: AtomicU64::new(0),
             collected: AtomicU64::new(0),

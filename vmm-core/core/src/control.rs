@@ -1,12 +1,11 @@
 //! The broker's link: requests, checked against the topology, and events.
 
 use bulkhead_control_api::core::{Event, FromCore, Op, Refusal, Request, RunState};
+use bulkhead_jail::door::{Arrival, Door};
 use bulkhead_jail::link::LinkError;
 use bulkhead_jail::topology::LINK_CONTROL_BROKER;
 use bulkhead_jail::warn;
 use nix::sys::socket::MsgFlags;
-
-use crate::door::{Arrival, Door};
 
 /// Whether the topology lets the broker ask `op` in `state`.
 pub fn permitted(op: Op, state: RunState) -> Result<(), Refusal> {

@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 use bulkhead_control_api::core::{
     Answer, Cause, Counters, Cpu, Event, FromCore, Op, Refusal, Request, RunState,
 };
+use bulkhead_jail::door::Arrival;
 use bulkhead_jail::{error, info};
 use kvm_bindings::kvm_clock_data;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
@@ -17,7 +18,6 @@ use crate::boot::{Boot, Phase};
 use crate::bus::{AccessLink, Flushed};
 use crate::coalesce::{IDLE_PERIODS, PERIOD_MS};
 use crate::control::{Broker, permitted};
-use crate::door::Arrival;
 use crate::error::{Error, Result, kvm, system};
 use crate::gate::lock;
 use crate::notice::{Notice, What};

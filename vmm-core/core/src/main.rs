@@ -9,7 +9,6 @@ mod bus;
 mod coalesce;
 mod control;
 mod cpuid;
-mod door;
 mod error;
 mod gate;
 mod machine;
@@ -28,6 +27,7 @@ mod tests;
 mod threads;
 mod vcpu;
 mod vm;
+mod windows;
 mod wiring;
 
 use std::process::ExitCode;

@@ -53,23 +53,30 @@ pub fn create(ram: u64) -> Result<Vec<Ram>> {
         return Err(Error::Config("guest RAM is not a positive multiple of 4096 bytes"));
     }
     let prot = ProtFlags::PROT_READ | ProtFlags::PROT_WRITE;
-    let name = |region: &Region| if region.gpa == 0 { c"ram-low" } else { c"ram-high" };
-    regions(ram).into_iter().map(|region| create_region(name(&region), region, prot, ram >> 20)).collect()
+    let make = |region: Region| {
+        let name = if region.gpa == 0 { c"ram-low" } else { c"ram-high" };
+        let fd = create_memfd(name, region.len, ram >> 20)?;
+        let mapping = Mapping::of_file(&fd, 0, region.len, prot);
+        let mapping = mapping.map_err(|errno| Error::Memory(ram >> 20, errno))?;
+        mapping.ask_huge();
+        Ok(Ram { region, fd, mapping })
+    };
+    regions(ram).into_iter().map(make).collect()
 }
 
-/// Makes the configuration window, empty, and maps it read-only: pci writes it.
+/// Makes the memory of the configuration window, empty: pci writes it, the guest reads it.
 ///
 /// # Errors
 /// As [`create`].
-pub fn create_ecam() -> Result<Ram> {
-    let region = Region { gpa: ECAM.base, len: ECAM.len };
-    create_region(c"ecam", region, ProtFlags::PROT_READ, ECAM.len >> 20)
+pub fn create_ecam() -> Result<OwnedFd> {
+    create_memfd(c"ecam", ECAM.len, ECAM.len >> 20)
 }
 
-fn create_region(name: &CStr, region: Region, prot: ProtFlags, mib: u64) -> Result<Ram> {
+/// A memfd of a fixed size; `mib` is what a failure names.
+fn create_memfd(name: &CStr, len: u64, mib: u64) -> Result<OwnedFd> {
     let fd = memfd_create(name, MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING)
         .map_err(system("memfd_create"))?;
-    let len = i64::try_from(region.len).map_err(|_| Error::Config("guest RAM is too large"))?;
+    let len = i64::try_from(len).map_err(|_| Error::Config("guest RAM is too large"))?;
     ftruncate(&fd, len).map_err(|errno| match errno {
         Errno::EFBIG => Error::FileSize(mib),
         other => Error::Memory(mib, other),
@@ -77,9 +84,7 @@ fn create_region(name: &CStr, region: Region, prot: ProtFlags, mib: u64) -> Resu
     // Nobody who gets the memfd can make another holder fault by changing its size.
     let seals = SealFlag::F_SEAL_SHRINK | SealFlag::F_SEAL_GROW | SealFlag::F_SEAL_SEAL;
     fcntl(&fd, FcntlArg::F_ADD_SEALS(seals)).map_err(system("F_ADD_SEALS"))?;
-    let len = usize::try_from(region.len).map_err(|_| Error::Config("guest RAM is too large"))?;
-    let mapping = Mapping::of_memfd(&fd, len, prot).map_err(|errno| Error::Memory(mib, errno))?;
-    Ok(Ram { region, fd, mapping })
+    Ok(fd)
 }
 
 #[cfg(test)]
@@ -111,11 +116,12 @@ mod tests {
     }
 
     #[test]
-    fn ram_may_be_in_huge_pages_and_the_window_may_not() {
+    fn ram_may_be_in_huge_pages_and_windows_may_not() {
         if !std::path::Path::new("/sys/kernel/mm/transparent_hugepage").exists() {
             return;
         }
-        let kept = (create(PAGE * 4).unwrap(), create_ecam().unwrap());
+        let window = Mapping::of_file(create_ecam().unwrap(), 0, PAGE, ProtFlags::PROT_READ).unwrap();
+        let kept = (create(PAGE * 4).unwrap(), window);
         let maps = std::fs::read_to_string("/proc/self/smaps").unwrap();
         let flags = |name| {
             let at = maps.find(&format!("/memfd:{name} ")).unwrap();

@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 use bulkhead_bus_api::main_link::{self, Command};
 use bulkhead_bus_api::pci::{Ask, FromCore, Memory, ToCore};
 use bulkhead_bus_api::platform::CONSOLE_GSIS;
+use bulkhead_jail::door::Door;
 use bulkhead_jail::link::LinkError;
 use bulkhead_jail::{error, info};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
@@ -14,7 +15,6 @@ use nix::sys::socket::MsgFlags;
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::bus::{self, MAX_WAIT_STEPS};
-use crate::door::Door;
 use crate::presence::{Daemon, Seat};
 use crate::sys;
 use crate::vm::Vm;
@@ -114,7 +114,7 @@ impl Peer {
                 link.send_with(&welcome, &fds, MsgFlags::MSG_DONTWAIT)
             }
             Gifts::Wiring(wiring) => {
-                fds.extend(vm.ram.iter().chain([&wiring.ecam]).map(|memory| memory.fd.as_fd()));
+                fds.extend(vm.ram.iter().map(|ram| &ram.fd).chain([&wiring.ecam]).map(AsFd::as_fd));
                 let memory = vm.ram.iter().map(|ram| Memory { base: ram.region.gpa, len: ram.region.len });
                 let welcome = FromCore::Welcome { vcpus: links, memory: memory.collect() };
                 link.send_with(&welcome, &fds, MsgFlags::MSG_DONTWAIT)
@@ -200,25 +200,28 @@ impl Peer {
     /// Takes one message, and does what it asks.
     fn listen(&mut self, vm: &Vm) -> std::result::Result<Heard, Fault> {
         let Some(link) = self.door.link() else { return Ok(Heard::Nothing) };
-        match link.recv() {
-            Ok(ToCore::Done { id }) => return Ok(Heard::Done(id)),
+        match link.recv_with(MsgFlags::empty()) {
+            Ok((ToCore::Done { id }, fds)) if fds.is_empty() => return Ok(Heard::Done(id)),
             Ok(_) if self.seat.daemon == Daemon::Console => {
                 return Err(Fault::Broke("it said what is not for it to say"));
             }
-            Ok(ToCore::Ready) => self.seat.arrive(),
-            Ok(ToCore::NotReady) => self.seat.leave(),
-            Ok(ToCore::Ask { id, what }) => self.serve(id, &what, vm)?,
+            Ok((ToCore::Ready, fds)) if fds.is_empty() => self.seat.arrive(),
+            Ok((ToCore::NotReady, fds)) if fds.is_empty() => self.seat.leave(),
+            Ok((ToCore::Ask { id, what }, fds)) if fds.len() == what.descriptors() => {
+                self.serve(id, what, fds, vm)?;
+            }
+            Ok(_) => return Err(Fault::Broke("it sent the wrong number of descriptors")),
             Err(LinkError::WouldBlock) => return Ok(Heard::Nothing),
             Err(error) => return Err(fault(&error)),
         }
         Ok(Heard::Settled)
     }
 
-    fn serve(&mut self, id: u32, what: &Ask, vm: &Vm) -> Result {
+    fn serve(&mut self, id: u32, what: Ask, fds: Vec<OwnedFd>, vm: &Vm) -> Result {
         let (Gifts::Wiring(wiring), Some(link)) = (&mut self.gifts, self.door.link()) else { return Ok(()) };
         let result = match what {
-            Ask::Eventfds { vectors, bells } => wiring.eventfds(vectors, bells),
-            Ask::Apply(changes) => wiring.apply(vm, changes).map(|()| Vec::new()),
+            Ask::Eventfds { vectors, bells } => wiring.eventfds(&vectors, &bells),
+            Ask::Apply(changes) => wiring.apply(vm, &changes, fds).map(|()| Vec::new()),
         };
         let (result, fds) = result.map_or_else(|refusal| (Err(refusal), Vec::new()), |fds| (Ok(()), fds));
         let answer = FromCore::Answer { id, result };

@@ -12,7 +12,6 @@ use crate::bus::{AccessLink, Bus, Links};
 use crate::coalesce::Coalescer;
 use crate::control::Broker;
 use crate::cpuid::Template;
-use crate::door::Door;
 use crate::error::{Error, Result, kvm, system};
 use crate::gate::{Gate, lock};
 use crate::machine::{Host, Machine, Now, PowerOn};
@@ -25,6 +24,7 @@ use crate::vcpu::{self, Shared, Vcpu};
 use crate::vm::{self, Vm};
 use crate::wiring::Wiring;
 use crate::{memory, signals, threads};
+use bulkhead_jail::door::Door;
 
 /// What core is started with.
 #[derive(Debug)]
@@ -53,7 +53,7 @@ pub struct Parts {
 pub fn power_on(parts: Parts) -> Result<Machine> {
     let signals = signals::set_up()?;
     let config = parts.config;
-    check(&config.cpus)?;
+    config.cpus.check().map_err(Error::Config)?;
     let ram = memory::create(config.ram)?;
     let loader = Door::new("loader", bulkhead_control_api::VERSION, parts.loader);
     let boot = Boot::new(loader, parts.boot).map_err(Error::Loader)?;
@@ -97,22 +97,6 @@ pub fn power_on(parts: Parts) -> Result<Machine> {
     })
 }
 
-fn check(cpus: &CpuTopology) -> Result<()> {
-    let places = [cpus.sockets, cpus.cores, cpus.threads].iter().try_fold(1u32, |n, by| n.checked_mul(*by));
-    if cpus.cpus == 0 || cpus.cpus > CpuTopology::MAX_CPUS {
-        return Err(Error::Config("the number of vCPUs is not 1 to 64"));
-    }
-    match places {
-        // More places than vCPUs are fine as long as the APIC ids fit eight bits.
-        Some(places) if places >= cpus.cpus && cpus.core_bits() < 8 => {}
-        _ => return Err(Error::Config("sockets, cores and threads do not hold the vCPUs")),
-    }
-    if cpus.place(cpus.cpus - 1).apic_id >= 255 {
-        return Err(Error::Config("the topology needs APIC ids above 254"));
-    }
-    Ok(())
-}
-
 fn make_vcpus(vm: &Vm, template: &Template, cpus: CpuTopology) -> Result<Vec<Arc<Vcpu>>> {
     let make = |index| {
         let place = cpus.place(index);
@@ -149,7 +133,7 @@ fn access_links(vcpus: usize) -> Result<(Vec<AccessLink>, Vec<OwnedFd>)> {
 fn make_pci(listener: OwnedFd, vm: &Vm, bus: &Bus, vcpus: usize) -> Result<(Peer, Vec<AccessLink>)> {
     let (links, ends) = access_links(vcpus)?;
     let door = Door::new("bus-pci", bulkhead_bus_api::VERSION, listener);
-    let wiring = Gifts::Wiring(Wiring::new(memory::create_ecam()?, vm.ram_end()));
+    let wiring = Gifts::Wiring(Wiring::new(memory::create_ecam()?, vm));
     Ok((Peer::new(door, Arc::clone(&bus.pci), ends, wiring), links))
 }
 

@@ -68,7 +68,12 @@ impl Seat {
 
     /// Gives the daemon up; the first reason counts.
     pub fn fail(&self, why: &'static str) {
-        if self.give_up() {
+        let mut first = false;
+        self.change(|_| {
+            first = true;
+            GIVEN_UP
+        });
+        if first {
             self.notices.post(Notice::PeerFailed(self.daemon, why));
         }
     }
@@ -151,16 +156,6 @@ impl Seat {
         self.change(|count| if is_there(count) { count.saturating_add(1) } else { count });
     }
 
-    /// It is given up; true the first time.
-    fn give_up(&self) -> bool {
-        let mut first = false;
-        self.change(|_| {
-            first = true;
-            GIVEN_UP
-        });
-        first
-    }
-
     /// From now on, or no longer, accesses that wait for an absent daemon are let go.
     pub fn set_discard(&self, discard: bool) {
         self.discard.store(discard, Ordering::SeqCst);
@@ -189,7 +184,8 @@ mod tests {
 
     #[test]
     fn waiting_ends_with_the_next_console_a_reset_or_the_end() {
-        let presence = Seat::new(Daemon::Pci, Arc::new(Notices::new().unwrap()));
+        let notices = Arc::new(Notices::new().unwrap());
+        let presence = Seat::new(Daemon::Pci, Arc::clone(&notices));
         presence.leave();
         presence.arrive();
         presence.arrive();
@@ -205,7 +201,9 @@ mod tests {
         presence.set_discard(true);
         assert_eq!((presence.wait(3), presence.wait(1)), (Wait::Discarded, Wait::There(3)));
         presence.set_discard(false);
-        assert!(presence.give_up() && !presence.give_up());
+        presence.fail("first");
+        presence.fail("second");
+        assert_eq!(notices.take(), [Notice::PeerFailed(Daemon::Pci, "first")]);
         presence.arrive();
         presence.leave();
         assert!(presence.is_given_up());

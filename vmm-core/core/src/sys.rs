@@ -2,7 +2,6 @@
 #![expect(unsafe_code, reason = "mmap, KVM structures with unions, tgkill, mallopt")]
 
 use std::num::NonZeroUsize;
-use std::ops::Range;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, IntoRawFd, OwnedFd};
 use std::ptr::NonNull;
 use std::sync::atomic::{AtomicU8, AtomicU32, Ordering};
@@ -35,13 +34,6 @@ pub fn adopt_kvm(fd: OwnedFd) -> Kvm {
     unsafe { Kvm::from_raw_fd(fd.into_raw_fd()) }
 }
 
-/// Takes over a descriptor that the kernel has just made.
-pub fn own(fd: std::os::fd::RawFd) -> OwnedFd {
-    // SAFETY: the caller passes the number that `accept4` has just returned to it and keeps no other
-    // owner of it.
-    unsafe { OwnedFd::from_raw_fd(fd) }
-}
-
 /// The descriptor of an eventfd.
 pub fn borrow(event: &EventFd) -> BorrowedFd<'_> {
     // SAFETY: the eventfd is open as long as it is borrowed.
@@ -69,42 +61,41 @@ impl Mapping {
         Ok(Self { addr, len })
     }
 
-    /// Maps `len` bytes of a memfd, left out of core dumps; in huge pages where it is writable and the host grants them to
-    /// those who ask (`shmem_enabled`).
-    pub fn of_memfd(fd: impl AsFd, len: usize, prot: ProtFlags) -> Result<Self, Errno> {
-        let mapping = Self::new(fd, len, 0, prot, MapFlags::MAP_NORESERVE)?;
+    /// Maps `len` bytes of a file from `offset` on, left out of core dumps.
+    pub fn of_file(fd: impl AsFd, offset: u64, len: u64, prot: ProtFlags) -> Result<Self, Errno> {
+        let (Ok(offset), Ok(len)) = (offset.try_into(), len.try_into()) else { return Err(Errno::EINVAL) };
+        let mapping = Self::new(fd, len, offset, prot, MapFlags::MAP_NORESERVE)?;
         // SAFETY: the range is exactly the mapping made above; DONTDUMP does not change its content.
         unsafe { madvise(mapping.addr, len, MmapAdvise::MADV_DONTDUMP) }?;
-        // SAFETY: as above, HUGEPAGE neither; a kernel without huge pages refuses, and nothing is lost.
-        let _ = prot.contains(ProtFlags::PROT_WRITE)
-            && unsafe { madvise(mapping.addr, len, MmapAdvise::MADV_HUGEPAGE) }.is_ok();
         Ok(mapping)
     }
 
-    /// Length in bytes.
-    pub fn len(&self) -> u64 {
-        self.len as u64
+    /// Asks for huge pages, where the host grants them to those who ask (`shmem_enabled`).
+    pub fn ask_huge(&self) {
+        // SAFETY: the range is exactly this mapping; HUGEPAGE does not change its content. A kernel without huge pages
+        // refuses, and nothing is lost.
+        let _ = unsafe { madvise(self.addr, self.len, MmapAdvise::MADV_HUGEPAGE) };
     }
 
-    /// Makes `part` of the mapping (offsets in bytes) slot `slot` of the VM at guest physical `gpa`; an empty part
-    /// takes the slot away. The caller keeps the mapping as long as the VM.
+    /// Makes the first `len` bytes slot `slot` of the VM at guest physical `gpa`; a length of 0 takes the slot away. The
+    /// caller keeps the mapping as long as the slot.
     pub fn set_slot(
         &self,
         vm: &VmFd,
         slot: u32,
         gpa: u64,
-        part: Range<u64>,
+        len: u64,
         readonly: bool,
     ) -> Result<(), kvm_ioctls::Error> {
-        if part.start > part.end || part.end > self.len() {
+        if len > self.len as u64 {
             return Err(kvm_ioctls::Error::new(libc::EINVAL));
         }
         let region = kvm_userspace_memory_region {
             slot,
             flags: if readonly { KVM_MEM_READONLY } else { 0 },
             guest_phys_addr: gpa,
-            memory_size: part.end - part.start,
-            userspace_addr: self.addr.as_ptr() as u64 + part.start,
+            memory_size: len,
+            userspace_addr: self.addr.as_ptr() as u64,
         };
         // SAFETY: the range lies in this live mapping of shared memory (checked above), to which Rust holds no
         // reference; when it is unmapped KVM is told (MMU notifier) and the guest's access fails.

@@ -2,6 +2,7 @@
 
 use std::os::fd::OwnedFd;
 
+use bulkhead_bus_api::pci::MAX_WINDOWS;
 use bulkhead_bus_api::platform::{KVM_IDENTITY_MAP, KVM_TSS, pci_mem64};
 use kvm_bindings::{
     KVM_API_VERSION, KVM_IRQ_ROUTING_IRQCHIP, KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER,
@@ -17,8 +18,6 @@ use crate::sys;
 
 /// Pins of the I/O APIC; each is the GSI of the same number.
 pub const IOAPIC_PINS: u32 = 24;
-/// The most pieces of the configuration window that are mapped, each in a slot of its own.
-pub const MAX_WINDOWS: usize = 500;
 /// Slots of RAM.
 const RAM_SLOTS: usize = 2;
 /// ISA interrupts, which the two PICs see as well.
@@ -54,8 +53,8 @@ pub fn open(fd: OwnedFd, cpus: u32) -> Result<Kvm> {
     if let Some((_, name)) = NEEDED.iter().find(|(cap, _)| !host.check_extension(*cap)) {
         return Err(Error::Capability(name));
     }
-    if host.get_nr_memslots() < RAM_SLOTS + MAX_WINDOWS {
-        return Err(Error::Capability("KVM_CAP_NR_MEMSLOTS of 502"));
+    if host.get_nr_memslots() < RAM_SLOTS + usize::from(MAX_WINDOWS) {
+        return Err(Error::Capability("KVM_CAP_NR_MEMSLOTS of 1026"));
     }
     let max = host.get_max_vcpus();
     if usize::try_from(cpus).is_ok_and(|n| n <= max) { Ok(host) } else { Err(Error::TooManyCpus(max)) }
@@ -79,7 +78,7 @@ impl Vm {
         // Before the chips: after their ports are registered KVM takes milliseconds for a slot.
         for (slot, ram) in (0..).zip(&ram) {
             ram.mapping
-                .set_slot(&fd, slot, ram.region.gpa, 0..ram.region.len, false)
+                .set_slot(&fd, slot, ram.region.gpa, ram.region.len, false)
                 .map_err(kvm("KVM_SET_USER_MEMORY_REGION"))?;
         }
         let tss = usize::try_from(KVM_TSS).map_err(|_| Error::Config("TSS address"))?;

@@ -1,24 +1,24 @@
-//! What pci asks of KVM: interrupt routes of its vectors, doorbells, and which pages of configuration space the guest
-//! reads without an exit.
+//! What pci asks of KVM: interrupt routes of its vectors, doorbells, and windows.
 //!
 //! Nothing here knows PCI. Numbers and addresses are checked; what is in range is as harmless as what the guest
 //! itself may do to its interrupts and addresses.
 
 use std::collections::BTreeMap;
 use std::collections::btree_map::Entry;
-use std::os::fd::BorrowedFd;
+use std::os::fd::{BorrowedFd, OwnedFd};
 
 use bulkhead_bus_api::pci::{
-    Change, MAX_BELLS, MAX_CHANGES, MAX_EVENTFDS, MAX_VECTORS, MSI_WINDOW, MSI_WINDOW_MASK, Msi, Refusal,
+    Change, MAX_BELLS, MAX_CHANGES, MAX_EVENTFDS, MAX_VECTORS, MAX_WINDOWS, MSI_WINDOW, MSI_WINDOW_MASK, Msi,
+    Refusal,
 };
-use bulkhead_bus_api::platform::{PCI_MEM32, Range, pci_mem64};
+use bulkhead_bus_api::platform::{ECAM, pci_ranges};
 use kvm_bindings::{KVM_IRQ_ROUTING_MSI, kvm_irq_routing_entry, kvm_irq_routing_msi};
 use kvm_ioctls::{IoEventAddress, NoDatamatch};
 use vmm_sys_util::eventfd::EventFd;
 
-use crate::memory::{PAGE, Ram};
 use crate::sys;
-use crate::vm::{IOAPIC_PINS, MAX_WINDOWS, Vm};
+use crate::vm::{IOAPIC_PINS, Vm};
+use crate::windows::Windows;
 
 type Result<T> = std::result::Result<T, Refusal>;
 
@@ -34,21 +34,17 @@ struct Wire<T> {
     live: bool,
 }
 
-/// The wires of one VM, and its configuration window.
+/// The wires of one VM, and its windows.
 #[derive(Debug)]
 pub struct Wiring {
-    /// The configuration window.
-    pub ecam: Ram,
+    /// The memfd of the configuration window.
+    pub ecam: OwnedFd,
     vectors: BTreeMap<u16, Wire<Msi>>,
     bells: BTreeMap<u16, Wire<u64>>,
-    /// Where bells may be.
-    ranges: [Range; 2],
     /// A vector has another message than KVM knows.
     routes_due: bool,
-    /// Each page of the window: whether pci wants it read from memory.
-    pages: Vec<bool>,
-    /// What is mapped: first page and number of pages, by slot.
-    windows: BTreeMap<u32, (u64, u64)>,
+    /// What the guest reaches without an exit, and where bells may be.
+    windows: Windows,
 }
 
 fn host(error: kvm_ioctls::Error) -> Refusal {
@@ -78,29 +74,13 @@ fn route(vector: u16, msi: &Msi) -> kvm_irq_routing_entry {
     entry
 }
 
-/// First page and number of pages of each run of mapped pages.
-fn runs(pages: &[bool]) -> impl Iterator<Item = (u64, u64)> {
-    let mut end = 0;
-    pages.chunk_by(|a, b| a == b).filter_map(move |run| {
-        let (first, count) = (end, run.len() as u64);
-        end += count;
-        run.first().is_some_and(|mapped| *mapped).then_some((first, count))
-    })
-}
-
 impl Wiring {
     /// Nothing is wired, nothing is mapped.
-    pub fn new(ecam: Ram, ram_end: u64) -> Self {
-        let pages = usize::try_from(ecam.region.len / PAGE).unwrap_or(0);
-        Self {
-            ecam,
-            vectors: BTreeMap::new(),
-            bells: BTreeMap::new(),
-            ranges: [PCI_MEM32, pci_mem64(ram_end)],
-            routes_due: false,
-            pages: vec![false; pages],
-            windows: BTreeMap::new(),
-        }
+    pub fn new(ecam: OwnedFd, vm: &Vm) -> Self {
+        let first_slot = u32::try_from(vm.ram.len()).unwrap_or(0);
+        let windows = Windows::new(first_slot, MAX_WINDOWS, pci_ranges(vm.ram_end()).to_vec());
+        let (vectors, bells, routes_due) = Default::default();
+        Self { ecam, vectors, bells, routes_due, windows }
     }
 
     /// The eventfds of vectors and bells.
@@ -116,24 +96,21 @@ impl Wiring {
         Ok(vectors.chain(bells).map(sys::borrow).collect())
     }
 
-    /// Makes changes in order, up to the first that fails.
-    pub fn apply(&mut self, vm: &Vm, changes: &[Change]) -> Result<()> {
+    /// Makes changes in order, up to the first that fails; with the descriptors that come with them.
+    pub fn apply(&mut self, vm: &Vm, changes: &[Change], fds: Vec<OwnedFd>) -> Result<()> {
         if changes.len() > MAX_CHANGES {
             return Err(Refusal::NotPermitted);
         }
+        let mut fds = fds.into_iter();
         let changed = changes.iter().try_for_each(|change| match *change {
             Change::Vector { vector, to } => self.set_vector(vm, vector, to),
             Change::Bell { bell, at } => self.set_bell(vm, bell, at),
-            Change::Pages { first, count, mapped } => {
-                let (first, count) = (usize::from(first), usize::from(count));
-                let pages = self.pages.get_mut(first..first + count).ok_or(Refusal::NotPermitted)?;
-                pages.fill(mapped);
-                Ok(())
+            Change::Window { window, to } => {
+                self.windows.set(&vm.fd, window, to.and_then(|to| Some((to, fds.next()?))))
             }
         });
         // Also after an error: what came before it is done.
-        let settled = self.settle_vectors(vm).and_then(|()| self.settle_pages(vm));
-        changed.and(settled)
+        changed.and(self.settle_vectors(vm))
     }
 
     fn set_vector(&mut self, vm: &Vm, vector: u16, to: Option<Msi>) -> Result<()> {
@@ -171,7 +148,7 @@ impl Wiring {
     }
 
     fn set_bell(&mut self, vm: &Vm, bell: u16, at: Option<u64>) -> Result<()> {
-        let inside = |at| self.ranges.iter().any(|range| range.contains(at, 1));
+        let inside = |at| self.windows.permits(at, 1) && !ECAM.contains(at, 1);
         let taken = |at| self.bells.iter().any(|(other, wire)| *other != bell && wire.to == Some(at));
         if bell >= MAX_BELLS || at.is_some_and(|at| !inside(at) || taken(at)) {
             return Err(Refusal::NotPermitted);
@@ -190,36 +167,13 @@ impl Wiring {
         }
         Ok(())
     }
-
-    /// Changes the slots that differ. A slot cannot grow: while a run changes, its pages are read by exits.
-    fn settle_pages(&mut self, vm: &Vm) -> Result<()> {
-        // What is beyond the bound is read by exits, which is slower and not wrong.
-        let wanted: Vec<_> = runs(&self.pages).take(MAX_WINDOWS).collect();
-        let Ram { region, mapping, .. } = &self.ecam;
-        for (slot, run) in self.windows.clone() {
-            if !wanted.contains(&run) {
-                mapping.set_slot(&vm.fd, slot, region.gpa, 0..0, true).map_err(host)?;
-                self.windows.remove(&slot);
-            }
-        }
-        let first_slot = u32::try_from(vm.ram.len()).unwrap_or(0);
-        for run in wanted {
-            if self.windows.values().any(|mapped| *mapped == run) {
-                continue;
-            }
-            let Some(slot) = (first_slot..).find(|slot| !self.windows.contains_key(slot)) else { break };
-            let part = run.0 * PAGE..(run.0 + run.1) * PAGE;
-            mapping.set_slot(&vm.fd, slot, region.gpa + part.start, part, true).map_err(host)?;
-            self.windows.insert(slot, run);
-        }
-        Ok(())
-    }
 }
 
 #[cfg(test)]
 mod tests {
     use std::time::{Duration, Instant};
 
+    use bulkhead_bus_api::pci::Window;
     use kvm_ioctls::{Kvm, VcpuFd};
 
     use super::*;
@@ -237,7 +191,7 @@ mod tests {
         let mut lapic = vcpu.get_lapic().unwrap();
         lapic.regs[0xf1] |= 1;
         vcpu.set_lapic(&lapic).unwrap();
-        let wiring = Wiring::new(crate::memory::create_ecam().unwrap(), vm.ram_end());
+        let wiring = Wiring::new(crate::memory::create_ecam().unwrap(), &vm);
         (host, vm, vcpu, wiring)
     }
 
@@ -255,7 +209,7 @@ mod tests {
     }
 
     fn set(wiring: &mut Wiring, vm: &Vm, vector: u16, to: Option<Msi>) {
-        wiring.apply(vm, &[Change::Vector { vector, to }]).unwrap();
+        wiring.apply(vm, &[Change::Vector { vector, to }], vec![]).unwrap();
     }
 
     #[test]
@@ -299,11 +253,11 @@ mod tests {
         let (_host, vm, vcpu, mut wiring) = machine();
         set(&mut wiring, &vm, 0, Some(MESSAGE));
         let go = [Change::Vector { vector: 0, to: None }, Change::Vector { vector: 0, to: Some(OTHER) }];
-        wiring.apply(&vm, &go).unwrap();
+        wiring.apply(&vm, &go, vec![]).unwrap();
         wiring.vectors[&0].event.write(1).unwrap();
         wait_requested(&vcpu, &OTHER);
         let back = [go[1], go[0]];
-        wiring.apply(&vm, &back).unwrap();
+        wiring.apply(&vm, &back, vec![]).unwrap();
         wiring.vectors[&0].event.write(1).unwrap();
         assert_eq!(wiring.vectors[&0].event.read().unwrap(), 1);
     }
@@ -311,32 +265,17 @@ mod tests {
     #[test]
     fn what_came_before_an_error_is_done() {
         let (_host, vm, vcpu, mut wiring) = machine();
-        let page = Change::Pages { first: 3, count: 1, mapped: true };
+        let window = Window { gpa: ECAM.base + 0x3000, len: 0x1000, offset: 0x3000, writable: false };
+        let page = Change::Window { window: 7, to: Some(window) };
         let vector = Change::Vector { vector: 0, to: Some(MESSAGE) };
         let late = Change::Vector { vector: 1, to: Some(OTHER) };
         let bad = Change::Bell { bell: 0, at: Some(0) };
-        assert_eq!(wiring.apply(&vm, &[page, vector, bad, late]), Err(Refusal::NotPermitted));
+        let changes = [page, vector, bad, late];
+        let one = vec![wiring.ecam.try_clone().unwrap()];
+        assert_eq!(wiring.apply(&vm, &changes, one), Err(Refusal::NotPermitted));
         wiring.vectors[&0].event.write(1).unwrap();
         wait_requested(&vcpu, &MESSAGE);
-        assert!(wiring.windows.values().eq(&[(3, 1)]));
+        assert_eq!(wiring.windows.count(), 1);
         assert!(!wiring.vectors.contains_key(&1) && !wiring.bells.contains_key(&0));
-    }
-
-    #[test]
-    fn pages_side_by_side_are_one_slot() {
-        let (_host, vm, _vcpu, mut wiring) = machine();
-        let mut pages = |first, count, mapped| {
-            wiring.apply(&vm, &[Change::Pages { first, count, mapped }]).unwrap();
-            wiring.windows.clone().into_iter().collect::<Vec<_>>()
-        };
-        assert_eq!(pages(8, 1, true), [(1, (8, 1))]);
-        assert_eq!(pages(16, 2, true), [(1, (8, 1)), (2, (16, 2))]);
-        assert_eq!(pages(9, 1, true), [(1, (8, 2)), (2, (16, 2))]);
-        assert_eq!(pages(10, 6, true), [(1, (8, 10))]);
-        assert_eq!(pages(12, 1, false), [(1, (8, 4)), (2, (13, 5))]);
-        assert_eq!(pages(8, 4, false), [(2, (13, 5))]);
-        assert_eq!(pages(65535, 1, true), [(1, (65535, 1)), (2, (13, 5))]);
-        assert_eq!(pages(0, 65535, false), [(1, (65535, 1))]);
-        assert_eq!(pages(0, 65535, true), [(1, (0, 65536))]);
     }
 }

@@ -126,7 +126,7 @@ pub struct Channel {
 impl Channel {
     /// On this side of a pair of sockets.
     pub fn new(fd: OwnedFd, now: Instant) -> Self {
-        Self { stream: Stream::new(fd, 0), answers: VecDeque::new(), since: now, requests: 0 }
+        Self { stream: Stream::new(fd, 1), answers: VecDeque::new(), since: now, requests: 0 }
     }
 
     /// To be watched.
@@ -145,7 +145,7 @@ impl Channel {
     }
 
     /// Sends answers, then receives at most one request.
-    pub fn turn(&mut self, now: Instant) -> Got {
+    pub fn turn(&mut self, now: Instant, takes_fds: bool) -> Got {
         while let Some(packet) = self.answers.front_mut() {
             match self.stream.send(packet) {
                 Ok(len) => drop(packet.bytes.drain(..len.min(packet.bytes.len()))),
@@ -156,7 +156,7 @@ impl Channel {
                 self.answers.pop_front();
             }
         }
-        let got = self.stream.receive(false);
+        let got = self.stream.receive(takes_fds);
         if let Got::Message(message) = &got {
             if now.duration_since(self.since) >= Duration::from_secs(1) {
                 (self.since, self.requests) = (now, 0);

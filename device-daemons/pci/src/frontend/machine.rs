@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use nix::sys::stat::{SFlag, fstat};
 
 use super::script::{self, Expect, Step, Why};
-use super::wire::{self, Message, Packet, Request, protocol};
+use super::wire::{self, Message, Packet, Piece, Request, protocol};
 use super::{Event, Inflight, Ring, Spec, StartError};
 use crate::event;
 use crate::memory::{Memory, Region};
@@ -41,6 +41,19 @@ struct Offer {
     queues: u16,
     slots: usize,
     config: Vec<u8>,
+    shmem: Vec<(u8, u64)>,
+}
+
+/// A request of the back end on its shared memory regions.
+#[derive(Debug)]
+pub struct Asked {
+    /// SHMEM_MAP or SHMEM_UNMAP.
+    request: u32,
+    need_reply: bool,
+    /// What it is about.
+    pub piece: Piece,
+    /// The file to map; none: the piece is to go.
+    pub file: Option<Rc<OwnedFd>>,
 }
 
 /// State of one front end.
@@ -73,6 +86,8 @@ pub struct Machine {
     channel: Option<Rc<OwnedFd>>,
     /// No back end of this device is asked for memory any more.
     distrusted: bool,
+    /// What it has asked and is not answered.
+    asked: Option<Asked>,
 }
 
 impl Machine {
@@ -96,6 +111,7 @@ impl Machine {
             events: Vec::new(),
             channel: None,
             distrusted: false,
+            asked: None,
         }
     }
 
@@ -120,6 +136,7 @@ impl Machine {
         self.bases.clear();
         self.changed = false;
         (self.out, self.waiting, self.deadline, self.channel) = (None, None, None, None);
+        self.asked = None;
     }
 
     /// The connection is over.
@@ -139,6 +156,11 @@ impl Machine {
     /// Whether the answer that is awaited brings memory along.
     pub fn awaits_memory(&self) -> bool {
         self.out.is_none() && matches!(self.waiting, Some((_, Expect::Inflight(..))))
+    }
+
+    /// Whether the back end may have memory of its own mapped for the guest.
+    pub fn shares(&self) -> bool {
+        self.has(protocol::SHMEM)
     }
 
     /// The back end has sent something else in place of memory.
@@ -308,6 +330,9 @@ impl Machine {
         (self.waiting, self.deadline) = (None, None);
         let done = match (expect, fd) {
             (Expect::Config { len, why }, _) => self.take_config(&message.payload, len, why),
+            (Expect::Shmem, _) => {
+                wire::as_shmem_config(&message.payload).map(|regions| self.offer.shmem = regions)
+            }
             (Expect::Base(index), _) => self.take_base(&message.payload, index),
             (Expect::Inflight(queues, size), Some(fd)) => {
                 self.take_inflight(&message.payload, fd, (queues, size))
@@ -342,13 +367,17 @@ impl Machine {
         }
     }
 
-    fn take_protocol(&mut self, offered: u64) {
+    fn take_protocol(&mut self, mut offered: u64) {
         let mut wanted = offered & protocol::WANTED;
         if self.distrusted {
             wanted &= !protocol::INFLIGHT_SHMFD;
+            offered &= !protocol::SHMEM;
         }
         if self.channel.is_none() {
             wanted &= !protocol::BACKEND_REQ;
+        }
+        if wanted & protocol::BACKEND_REQ != 0 && offered & protocol::SHMEM != 0 {
+            wanted |= offered & (protocol::SHMEM | protocol::BACKEND_SEND_FD);
         }
         self.offer.protocol = wanted;
         let payload = wanted.to_ne_bytes().to_vec();
@@ -372,6 +401,9 @@ impl Machine {
         let len = usize::from(self.spec.config_len).min(wire::MAX_CONFIG);
         if len > 0 && self.has(protocol::CONFIG) {
             self.push(Step::config(len, Why::Handshake));
+        }
+        if self.has(protocol::SHMEM) {
+            self.push(Step::ask(Request::GET_SHMEM_CONFIG, Vec::new(), Expect::Shmem));
         }
         self.push(Step::Ready);
     }
@@ -417,13 +449,44 @@ impl Machine {
     }
 
     /// A request of the back end on its channel; returns what to answer, if it wants an answer.
-    pub fn request(&mut self, message: &Message) -> Option<Packet> {
+    /// One on shared memory regions waits for [`Self::answer`] with what it is answered; nothing else is read meanwhile.
+    pub fn request(&mut self, mut message: Message) -> Option<Packet> {
+        let maps = message.request == wire::SHMEM_MAP;
+        let (shmem, fd) = (self.has(protocol::SHMEM), message.fds.pop());
+        if fd.is_some() && !(shmem && maps) {
+            self.lose(wire::Malformed::Descriptors.to_string());
+            return None;
+        }
+        if shmem && (maps || message.request == wire::SHMEM_UNMAP) && self.phase == Phase::Ready {
+            if let Some(piece) = wire::as_piece(&message.payload).filter(|_| fd.is_some() == maps) {
+                let Message { request, need_reply, .. } = message;
+                self.asked = Some(Asked { request, need_reply, piece, file: fd.map(Rc::new) });
+                self.events.push(Event::Asked);
+                return None;
+            }
+        }
         let known = message.request == wire::CONFIG_CHANGE && message.payload.is_empty();
         if known && !self.changed {
             self.changed = true;
             self.push(Step::Reread(Why::Changed));
         }
         message.need_reply.then(|| Packet::answer(message.request, u64::from(!known)))
+    }
+
+    /// See [`super::Frontend::asked`].
+    pub fn asked(&self) -> Option<&Asked> {
+        self.asked.as_ref()
+    }
+
+    /// Ends what is asked; returns what to answer, if the back end wants an answer.
+    pub fn answer(&mut self, done: bool) -> Option<Packet> {
+        let asked = self.asked.take()?;
+        asked.need_reply.then(|| Packet::answer(asked.request, u64::from(!done)))
+    }
+
+    /// See [`super::Frontend::shmem`].
+    pub fn shmem(&self) -> &[(u8, u64)] {
+        &self.offer.shmem
     }
 
     /// See [`super::Frontend::start`].

@@ -35,6 +35,8 @@ pub enum Expect {
     Base(u16),
     /// Memory for what is in flight, for this many queues of this size.
     Inflight(u16, u16),
+    /// Shared memory regions.
+    Shmem,
     /// Virtio features, of no interest: all that was asked before is done.
     Barrier,
 }

@@ -13,8 +13,12 @@ pub const BIAS: u64 = 1 << 46;
 
 /// Bytes of a header.
 pub const HEADER: usize = 12;
-/// The longest payload that is taken, in bytes: a reply to GET_CONFIG.
-pub const MAX_PAYLOAD: usize = CONFIG_HEADER + MAX_CONFIG;
+/// The longest payload that is taken, in bytes: a reply to GET_SHMEM_CONFIG.
+pub const MAX_PAYLOAD: usize = 8 + 8 * MAX_SHMEM;
+/// Shared memory regions that the protocol has room for.
+pub const MAX_SHMEM: usize = 256;
+/// The largest shared memory region that is believed, in bytes.
+const MAX_SHMEM_LEN: u64 = 1 << 40;
 /// Bytes of offset, size and flags before the bytes of configuration space.
 pub const CONFIG_HEADER: usize = 12;
 /// Bytes of configuration space in one message (the spec's limit for all of it).
@@ -53,10 +57,15 @@ pub enum Request {
     GET_MAX_MEM_SLOTS = 36,
     ADD_MEM_REG = 37,
     REM_MEM_REG = 38,
+    GET_SHMEM_CONFIG = 44,
 }
 
 /// Request of the back end: its configuration space has changed.
 pub const CONFIG_CHANGE: u32 = 2;
+/// Request of the back end: a piece of the file that comes along is to be in a shared memory region.
+pub const SHMEM_MAP: u32 = 9;
+/// Request of the back end: it is to be there no more.
+pub const SHMEM_UNMAP: u32 = 10;
 
 /// Virtio feature bits that are the protocol's own: logging and protocol features.
 pub const LOG_ALL: u64 = 1 << 26;
@@ -73,12 +82,16 @@ pub mod protocol {
     pub const BACKEND_REQ: u64 = 1 << 5;
     /// Configuration space is the back end's.
     pub const CONFIG: u64 = 1 << 9;
+    /// Requests of the back end may come with a descriptor.
+    pub const BACKEND_SEND_FD: u64 = 1 << 10;
     /// Memory that notes what is in flight.
     pub const INFLIGHT_SHMFD: u64 = 1 << 12;
     /// A device reset.
     pub const RESET_DEVICE: u64 = 1 << 13;
     /// Memory is added and removed piece by piece.
     pub const CONFIGURE_MEM_SLOTS: u64 = 1 << 15;
+    /// Shared memory regions.
+    pub const SHMEM: u64 = 1 << 22;
     /// What this front end wants. Not STATUS: the `vhost-user-backend` crate ends a connection that uses it.
     pub const WANTED: u64 =
         MQ | REPLY_ACK | BACKEND_REQ | CONFIG | INFLIGHT_SHMFD | RESET_DEVICE | CONFIGURE_MEM_SLOTS;
@@ -201,6 +214,49 @@ pub fn as_config(payload: &[u8], len: usize) -> Option<Vec<u8>> {
 pub fn as_inflight(payload: &[u8]) -> Option<(u64, u64)> {
     let [size, offset] = [payload.get(..8)?, payload.get(8..16)?].map(as_u64);
     matches!(payload.len(), 20 | 24).then_some((size?, offset?))
+}
+
+/// Shared memory regions in a reply to GET_SHMEM_CONFIG: id and length of each that there is. The count at its start is
+/// of those, too, and of no use. All lengths are whole pages.
+#[must_use]
+pub fn as_shmem_config(payload: &[u8]) -> Option<Vec<(u8, u64)>> {
+    let (head, sizes) = payload.split_at_checked(8)?;
+    let count = u32_at(head, 0)? as usize;
+    let regions: Vec<(u8, u64)> =
+        (0u8..=u8::MAX).zip(sizes.chunks_exact(8).filter_map(as_u64)).filter(|(_, len)| *len > 0).collect();
+    let good = |len: &u64| len.is_multiple_of(4096) && *len <= MAX_SHMEM_LEN;
+    let whole = sizes.len().is_multiple_of(8) && sizes.len() <= 8 * MAX_SHMEM && count <= MAX_SHMEM;
+    (whole && regions.iter().all(|(_, len)| good(len))).then_some(regions)
+}
+
+/// What a back end asks to be mapped, or no more.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Piece {
+    /// Id of the shared memory region.
+    pub region: u8,
+    /// Offset in the file, in bytes.
+    pub file_offset: u64,
+    /// Offset in the region, in bytes.
+    pub offset: u64,
+    /// Length in bytes.
+    pub len: u64,
+    /// The guest may write.
+    pub writable: bool,
+}
+
+/// The payload of SHMEM_MAP and SHMEM_UNMAP: id, padding, offset in the file, offset in the region, length, flags.
+#[must_use]
+pub fn as_piece(payload: &[u8]) -> Option<Piece> {
+    let number = |at: usize| payload.get(8 * at..8 * at + 8).and_then(as_u64);
+    let (region, flags) = (*payload.first()?, number(4)?);
+    let (file_offset, offset, len) = (number(1)?, number(2)?, number(3)?);
+    (payload.len() == 40 && flags <= 1).then_some(Piece {
+        region,
+        file_offset,
+        offset,
+        len,
+        writable: flags == 1,
+    })
 }
 
 /// A message to send.

@@ -51,7 +51,9 @@ impl Server {
     /// Sees to it that devices get the connections that they lack, and that what is theirs is kept.
     fn keep_connections(&mut self, now: Instant) -> Result<(), ServerError> {
         let Stage::Serving(machine) = &mut self.stage else { return Ok(()) };
-        for index in std::mem::take(&mut machine.changed) {
+        let changed = std::mem::take(&mut machine.changed);
+        let any = !changed.is_empty();
+        for index in changed {
             let Some(function) = machine.bus.get_mut(index) else { continue };
             let Some(device) = function.as_device() else { continue };
             self.wanted.retain(|_, device| *device != index);
@@ -79,9 +81,11 @@ impl Server {
                 }
                 function.connected = Some(connected);
             }
+            machine.bus.touch(index);
             keep_fd(machine, &mut self.keeper, index, now)?;
         }
-        Ok(())
+        // A back end may have said what it is as soon as it was connected.
+        if any { Ok(machine.settle()?) } else { Ok(()) }
     }
 
     fn ask_opener(&mut self, now: Instant) {
@@ -160,6 +164,9 @@ impl Server {
         let awaited: Vec<String> =
             machine.bus.functions().filter(unknown).map(|(_, f)| f.config.id.clone()).collect();
         if awaited.is_empty() {
+            // What a back end adds to its device is there before the guest looks.
+            machine.bus.touch_all();
+            machine.settle()?;
             machine.core.send(&ToCore::Ready)?;
             self.ready = true;
             self.begun = None;

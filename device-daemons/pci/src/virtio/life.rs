@@ -9,6 +9,7 @@ use nix::poll::PollFd;
 
 use super::common::{NO_VECTOR, Offer, status};
 use super::side::Side;
+use super::window::most_regions;
 use super::{Stage, VirtioPci, kind, ring};
 use crate::device::Backed;
 use crate::frontend::{Event, Ring, StartError};
@@ -47,6 +48,8 @@ impl VirtioPci {
     fn end_reset(&mut self) {
         if std::mem::take(&mut self.used) {
             self.front.reset();
+            // It knows from the reset, or from its queues' end, that nothing is mapped any more.
+            self.shmem.clear();
         }
         (self.resumed, self.noted) = (false, false);
         self.common.end_reset();
@@ -229,6 +232,7 @@ impl VirtioPci {
                 }
             }
             Event::Started { .. } | Event::Memory => {}
+            Event::Asked => self.on_asked(),
             Event::Stopped { ring: Some(index), .. } => self.common.end_queue_reset(index),
             Event::Stopped { ring: None, bases } => self.on_stopped(&bases),
             Event::Config { config, changed } => {
@@ -250,6 +254,9 @@ impl VirtioPci {
             self.front.disconnect();
             return self.on_lost("offers no virtio 1.0");
         }
+        if !self.fit_regions() {
+            return;
+        }
         let queues = kind::queues(&self.config, queues);
         let offer = Offer { features: kind::features(&self.config, features, queues), queues };
         self.offer = Some(offer);
@@ -258,6 +265,30 @@ impl VirtioPci {
         }
         self.sync.connected(!config.is_empty());
         self.take_config(config);
+    }
+
+    /// Shows the guest the back end's shared memory regions; later ones must be the same. The connection is ended if they
+    /// cannot be.
+    fn fit_regions(&mut self) -> bool {
+        let regions = self.front.shmem().to_vec();
+        let why = if self.shown.is_some() {
+            (regions != self.shmem.offered()).then_some("has other shared memory regions than before")
+        } else {
+            let fits = self.shmem.show(&regions, most_regions(self.space.len()));
+            (!fits).then_some("has more shared memory regions, or larger ones, than a function has room for")
+        };
+        if let Some(why) = why {
+            self.front.disconnect();
+            self.on_lost(why);
+        }
+        why.is_none()
+    }
+
+    /// What the back end had mapped for the guest is no more, and the guest does not know.
+    pub(super) fn lose_shared(&mut self) {
+        if self.common.has(status::DRIVER_OK) && !self.common.resetting {
+            self.needs_reset("what its back end had mapped into its shared memory is gone");
+        }
     }
 
     fn on_stopped(&mut self, bases: &[(u16, u16)]) {
@@ -286,6 +317,9 @@ impl VirtioPci {
         self.complain(&format!("its back end {why}"));
         self.offer = None;
         self.sync.lost();
+        if self.shmem.clear() {
+            self.lose_shared();
+        }
         if !matches!(self.stage, Stage::Running | Stage::Stopping) {
             return;
         }

@@ -8,6 +8,7 @@ use serde::{Deserialize, Serialize};
 
 use super::common::{Common, Offer};
 use super::sync::Span;
+use super::window::most_regions;
 use super::{Stage, VirtioPci};
 use crate::frontend::Inflight;
 
@@ -28,6 +29,9 @@ struct Saved {
     orphaned: bool,
     noted: bool,
     inflight: Option<Room>,
+    /// Its shared memory regions, and whether the back end has had something mapped there.
+    regions: Vec<(u8, u64)>,
+    mapped: bool,
 }
 
 impl VirtioPci {
@@ -46,6 +50,8 @@ impl VirtioPci {
             orphaned: self.orphaned,
             noted: self.noted,
             inflight: self.front.inflight().map(room),
+            regions: self.shmem.offered(),
+            mapped: !self.shmem.pieces().is_empty(),
         };
         // It is shorter than a message by far.
         encode(&saved).unwrap_or_default()
@@ -55,7 +61,11 @@ impl VirtioPci {
     pub(super) fn take_over(&mut self, saved: &[u8]) -> bool {
         let inherited = self.inherited.take();
         let Ok(saved) = decode::<Saved>(saved) else { return false };
-        if !saved.common.fits(self.shape) || saved.space.len() != self.space.len() {
+        let most = most_regions(saved.space.len());
+        if !saved.common.fits(self.shape)
+            || saved.space.len() != self.space.len()
+            || !self.shmem.show(&saved.regions, most)
+        {
             return false;
         }
         self.shown = saved.shown;
@@ -73,6 +83,10 @@ impl VirtioPci {
         if let (Some(fd), Some((size, offset, queues, queue_size))) = (inherited, saved.inflight) {
             let inflight = Inflight { fd: Rc::new(fd), size, offset, queues, queue_size };
             self.front.set_inflight(Some(inflight));
+        }
+        if saved.mapped {
+            // The connection on which it asked for that is no more.
+            self.lose_shared();
         }
         self.settle();
         true

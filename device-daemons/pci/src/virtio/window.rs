@@ -28,6 +28,7 @@ const CFG_NOTIFY: u8 = 2;
 const CFG_ISR: u8 = 3;
 const CFG_DEVICE: u8 = 4;
 const CFG_PCI: u8 = 5;
+const CFG_SHARED_MEMORY: u8 = 8;
 
 /// A place in [`BAR`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -73,6 +74,25 @@ fn capability(kind: u8, place: (u32, u32), more: &[u8], writable: &[u8]) -> Capa
     body.extend(place.1.to_le_bytes());
     body.extend(more);
     Capability { id: VENDOR_CAPABILITY, body, writable: writable.to_vec() }
+}
+
+/// How many shared memory regions configuration space has room for, beside the other capabilities.
+#[must_use]
+pub const fn most_regions(config: usize) -> usize {
+    if config > 0 { 1 } else { 2 }
+}
+
+/// The capability of a shared memory region (4.1.4.7): the upper halves of offset and length follow.
+#[must_use]
+pub fn shmem_capability(bar: u8, id: u8, offset: u64, len: u64) -> Capability {
+    let halves = |value: u64| {
+        let [a, b, c, d, e, f, g, h] = value.to_le_bytes();
+        ([a, b, c, d], [e, f, g, h])
+    };
+    let (offset, len) = (halves(offset), halves(len));
+    let mut body = vec![CAP_LEN + 8, CFG_SHARED_MEMORY, bar, id, 0, 0];
+    [offset.0, len.0, offset.1, len.1].iter().for_each(|half| body.extend(half));
+    Capability { id: VENDOR_CAPABILITY, body, writable: Vec::new() }
 }
 
 /// The capabilities of a device with so many queues and bytes of configuration space; the last one is the window.

@@ -6,14 +6,15 @@ use std::collections::VecDeque;
 use std::rc::Rc;
 use std::time::{Duration, Instant};
 
-use bulkhead_pci::frontend::wire::{CONFIG_CHANGE, protocol};
+use bulkhead_pci::frontend::wire::{CONFIG_CHANGE, SHMEM_MAP, SHMEM_UNMAP, protocol};
 use bulkhead_pci::frontend::{Event, Frontend, MAX_REASON};
 
-use super::peer::{Peer, memory, send, spec};
+use super::peer::{Peer, memory, piece, send, shmem_request, spec};
 use super::{Ram, VERSION_1, eventfd};
 
 /// What a call of `advance` may report at most: it works off a bounded number of steps.
 const EVENTS: usize = 64 * 257;
+const SHMEM: u64 = protocol::SHMEM | protocol::BACKEND_SEND_FD;
 /// Turns that a script has.
 const TURNS: usize = 200;
 
@@ -55,7 +56,7 @@ enum Due {
 pub fn drive(input: &[u8]) -> (usize, usize) {
     let mut script = Script(input);
     let mut front = Frontend::new(spec());
-    let peer = Peer::with(&mut front, script.byte().into());
+    let peer = Peer::with(&mut front, u64::from(script.byte()) | SHMEM);
     let mut play = Play { front, peer, ram: Ram::new(), due: [Due::Ready].into(), lost: 0, done: 0 };
     for _ in 0..TURNS {
         if script.0.is_empty() {
@@ -114,7 +115,16 @@ impl Play {
         if let Some(channel) = &self.peer.channel {
             let right = [CONFIG_CHANGE, 1, 0].map(u32::to_ne_bytes).concat();
             let len = script.byte();
-            let _gone = send(channel, if len < 64 { &right } else { script.bytes(len.into()) }, &[]);
+            let mut number = || u64::from(script.byte()) << 8;
+            let piece = piece(0, number(), number(), number(), number() >> 8 & 1);
+            let (map, unmap) = (shmem_request(SHMEM_MAP, &piece), shmem_request(SHMEM_UNMAP, &piece));
+            let _gone = match len {
+                0..64 => send(channel, &right, &[]),
+                64..96 => send(channel, &map, &[memory(4096)]),
+                96..104 => send(channel, &map, &[]),
+                104..128 => send(channel, &unmap, &[]),
+                _ => send(channel, script.bytes(len.into()), &[]),
+            };
         }
         self.front.advance()
     }
@@ -160,7 +170,7 @@ impl Play {
                 return events;
             }
             _ => {
-                let features = u64::from(script.byte()) << 8 | u64::from(script.byte());
+                let features = u64::from(script.byte()) << 8 | u64::from(script.byte()) | SHMEM;
                 self.peer = Peer::with(front, features | protocol::CONFIG);
                 self.due = [Due::Ready].into();
             }
@@ -207,6 +217,13 @@ impl Play {
                     Due::Stopped(ring)
                 }
                 Event::Memory => Due::Memory,
+                Event::Asked => {
+                    let asks = self.front.asked().is_some();
+                    assert!(asks || i + 2 == count, "nothing is asked");
+                    self.front.answer(count.is_multiple_of(2));
+                    assert!(self.front.asked().is_none());
+                    continue;
+                }
             };
             assert_eq!(self.due.pop_front(), Some(done));
             self.done += 1;

@@ -93,6 +93,8 @@ pub struct Peer {
     pub config: Vec<u8>,
     pub queues: u64,
     pub slots: u64,
+    /// Its shared memory regions: id and length.
+    pub shmem: Vec<(u8, u64)>,
     /// The back end's side of the channel for its requests.
     pub channel: Option<OwnedFd>,
     /// Requests that it got, in order.
@@ -129,6 +131,7 @@ impl Peer {
             config: (1..=u8::try_from(CONFIG_LEN).unwrap()).collect(),
             queues: 2,
             slots: 4,
+            shmem: vec![(0, 0x10_0000)],
             channel: None,
             log: Vec::new(),
             asks: Vec::new(),
@@ -156,6 +159,8 @@ impl Peer {
             number(self.slots)
         } else if is(Request::GET_VRING_BASE) {
             Some([asked.payload[..4].to_vec(), STOPPED_AT.to_ne_bytes().to_vec()].concat())
+        } else if is(Request::GET_SHMEM_CONFIG) {
+            Some(shmem_config(&self.shmem))
         } else if is(Request::GET_CONFIG) {
             let asked_len = asked.payload.len() - 12;
             let known = self.config.get(..asked_len);
@@ -195,6 +200,25 @@ impl Peer {
         events.extend(front.advance());
         events
     }
+}
+
+/// The payload of a reply to GET_SHMEM_CONFIG.
+pub fn shmem_config(regions: &[(u8, u64)]) -> Vec<u8> {
+    let mut sizes = [0u64; 256];
+    regions.iter().for_each(|(id, len)| sizes[usize::from(*id)] = *len);
+    let count = u64::try_from(regions.len()).unwrap();
+    [&[count], &sizes[..]].concat().into_iter().flat_map(u64::to_ne_bytes).collect()
+}
+
+/// A request of the back end on a shared memory region: what is in the message after its header.
+pub fn piece(region: u8, file_offset: u64, offset: u64, len: u64, flags: u64) -> Vec<u8> {
+    [region.into(), file_offset, offset, len, flags].into_iter().flat_map(u64::to_ne_bytes).collect()
+}
+
+/// The whole message; an answer is wanted.
+pub fn shmem_request(request: u32, payload: &[u8]) -> Vec<u8> {
+    let size = u32::try_from(payload.len()).unwrap();
+    [[request, 9, size].map(u32::to_ne_bytes).concat(), payload.to_vec()].concat()
 }
 
 pub fn memory(len: i64) -> OwnedFd {

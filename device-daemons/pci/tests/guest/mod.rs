@@ -11,12 +11,12 @@ use std::os::fd::OwnedFd;
 use std::rc::Rc;
 use std::time::Instant;
 
-use bulkhead_bus_api::pci::{Change, Msi};
+use bulkhead_bus_api::pci::{Change, MAX_WINDOWS, Msi, Window};
 use bulkhead_bus_api::platform::ECAM;
 use bulkhead_bus_api::{Access, Op, Space};
 use bulkhead_control_api::config::{PciDevice, PciKind, PciPlace, Virtio};
 use bulkhead_pci::bus::{Bus, Effects};
-use bulkhead_pci::device::{Backed, Bar, Capability, Device, Identity, Msix, Wires};
+use bulkhead_pci::device::{Backed, Bar, Capability, Device, Identity, Msix, Shared, Wires};
 use bulkhead_pci::function::Function;
 use nix::poll::PollFd;
 use nix::sys::eventfd::{EfdFlags, EventFd};
@@ -38,6 +38,11 @@ pub struct Seen {
     /// It comes to rest with a new connection only.
     pub stubborn: bool,
     pub kept: Option<Rc<OwnedFd>>,
+    pub shared: Vec<Shared>,
+    /// What it shares has changed.
+    pub changed: bool,
+    /// Whether core refused the first piece, by call.
+    pub carried_out: Vec<bool>,
     /// Known once it has inherited something.
     pub inherits: bool,
 }
@@ -46,6 +51,8 @@ pub struct Seen {
 /// capability makes reads of its configuration space exit, or not.
 pub struct Mock {
     pub seen: Rc<RefCell<Seen>>,
+    /// What it shares, as of its last change.
+    pub shared: Vec<Shared>,
     pub vectors: u16,
     pub bells: u64,
     /// Of BAR 0.
@@ -55,7 +62,7 @@ pub struct Mock {
 impl Mock {
     pub fn new() -> (Self, Rc<RefCell<Seen>>) {
         let seen = Rc::new(RefCell::new(Seen { quiet: true, known: true, ..Seen::default() }));
-        (Self { seen: Rc::clone(&seen), vectors: 3, bells: 2, size: 0x4000 }, seen)
+        (Self { seen: Rc::clone(&seen), shared: vec![], vectors: 3, bells: 2, size: 0x4000 }, seen)
     }
 }
 
@@ -122,6 +129,19 @@ impl Device for Mock {
     }
     fn capabilities(&self) -> Vec<Capability> {
         vec![Capability { id: 9, body: vec![0; 14], writable: vec![0xff; 14] }]
+    }
+    fn shared(&self) -> &[Shared] {
+        &self.shared
+    }
+    fn take_changed(&mut self) -> bool {
+        let mut seen = self.seen.borrow_mut();
+        self.shared = seen.shared.clone();
+        std::mem::take(&mut seen.changed)
+    }
+    fn carried_out(&mut self, refused: &dyn Fn(u64) -> bool) {
+        let mut seen = self.seen.borrow_mut();
+        let first = seen.shared.first().is_some_and(|piece| refused(piece.id));
+        seen.carried_out.push(first);
     }
     fn placed(&mut self, offsets: &[u8]) {
         self.seen.borrow_mut().placed = offsets.to_vec();
@@ -215,6 +235,7 @@ pub struct Core {
     pub mapped: BTreeSet<u16>,
     pub routes: BTreeMap<u16, Msi>,
     pub bells: BTreeMap<u16, u64>,
+    pub windows: BTreeMap<u16, Window>,
     /// Interrupts that were raised by the bus.
     pub raised: usize,
     /// Accesses that exited.
@@ -249,16 +270,21 @@ impl Core {
                 self.bells.insert(bell, at);
             }
             Change::Bell { bell, at: None } => drop(self.bells.remove(&bell)),
-            Change::Pages { first, count, mapped } => {
-                assert!(u32::from(first) + u32::from(count) <= 1 << 16);
-                for page in (u32::from(first)..).take(usize::from(count)) {
-                    let page = u16::try_from(page).unwrap();
-                    if mapped {
-                        self.mapped.insert(page);
-                    } else {
-                        self.mapped.remove(&page);
-                    }
+            Change::Window { window, to } => {
+                assert!(window < MAX_WINDOWS);
+                let page = |window: &Window| {
+                    let at = window.gpa.checked_sub(ECAM.base).filter(|at| *at < ECAM.len)?;
+                    assert_eq!((window.len, window.offset, window.writable), (0x1000, at, false));
+                    u16::try_from(at >> 12).ok()
+                };
+                if let Some(old) = self.windows.remove(&window) {
+                    page(&old).map(|page| self.mapped.remove(&page));
                 }
+                let Some(to) = to else { return };
+                let over = |other: &Window| to.gpa < other.gpa + other.len && other.gpa < to.gpa + to.len;
+                assert!(!self.windows.values().any(over), "{to:x?} is over another window");
+                self.windows.insert(window, to);
+                self.mapped.extend(page(&to));
             }
         }
     }

@@ -126,7 +126,7 @@ impl Host {
         let inner = Arc::clone(&self.inner);
         thread::spawn(move || {
             let mut link = Link::accept(ours, VERSION).unwrap();
-            while let Ok(message) = link.recv::<ToCore>() {
+            while let Ok((message, _)) = link.recv_with::<ToCore>(MsgFlags::empty()) {
                 if let ToCore::Ask { id, what } = message
                     && !inner.lock().unwrap().answer(&link, id, what)
                 {

@@ -1,7 +1,7 @@
 //! Core with a pci daemon, played by the test.
 
 use std::fs::File;
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::FileExt;
 use std::sync::atomic::Ordering;
 use std::thread;
@@ -9,12 +9,14 @@ use std::time::Duration;
 
 use bulkhead_bus_api::main_link::Command;
 use bulkhead_bus_api::pci::{
-    Ask, Change, FromCore, MAX_BELLS, MAX_CHANGES, MAX_EVENTFDS, MAX_VECTORS, Memory, Msi, Refusal, ToCore,
+    Ask, Change, FromCore, MAX_BELLS, MAX_CHANGES, MAX_EVENTFDS, MAX_VECTORS, MAX_WINDOWS, Memory, Msi,
+    Refusal, ToCore, Window,
 };
 use bulkhead_bus_api::platform::{ECAM, PCI_MEM32};
 use bulkhead_bus_api::{Access, Action, MAX_REQUEST_LEN, Op as BusOp, Reply, Request, Space};
 use bulkhead_control_api::core::{Answer, Cause, Event, Op, RunState};
 use bulkhead_jail::link::{Link, LinkError};
+use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::sys::socket::{MsgFlags, recv, send, setsockopt, sockopt};
 use nix::sys::time::{TimeVal, TimeValLike};
 
@@ -63,10 +65,15 @@ impl Pci {
         self.main.send(&ToCore::Ready).unwrap();
     }
 
-    /// Asks; carries out commands that come before the answer.
     fn ask(&mut self, what: Ask) -> (Result<(), Refusal>, Vec<OwnedFd>) {
+        self.ask_with(what, &[])
+    }
+
+    /// Asks; carries out commands that come before the answer.
+    fn ask_with(&mut self, what: Ask, fds: &[BorrowedFd<'_>]) -> (Result<(), Refusal>, Vec<OwnedFd>) {
         self.last_id += 1;
-        self.main.send(&ToCore::Ask { id: self.last_id, what }).unwrap();
+        let ask = ToCore::Ask { id: self.last_id, what };
+        self.main.send_with(&ask, fds, MsgFlags::empty()).unwrap();
         loop {
             match self.main.recv_with::<FromCore>(MsgFlags::empty()).unwrap() {
                 (FromCore::Answer { id, result }, fds) => {
@@ -79,8 +86,17 @@ impl Pci {
         }
     }
 
+    /// Has core make changes; windows are of the configuration window's memory.
     fn apply(&mut self, changes: &[Change]) -> Result<(), Refusal> {
-        let (result, fds) = self.ask(Ask::Apply(changes.to_vec()));
+        let file = self.ecam.try_clone().unwrap();
+        self.apply_with(changes, &file)
+    }
+
+    /// The same with windows of another file.
+    fn apply_with(&mut self, changes: &[Change], file: &File) -> Result<(), Refusal> {
+        let ask = Ask::Apply(changes.to_vec());
+        let fds = vec![file.as_fd(); ask.descriptors()];
+        let (result, fds) = self.ask_with(ask, &fds);
         assert!(fds.is_empty());
         result
     }
@@ -138,6 +154,13 @@ impl Pci {
 fn count(mut event: &File) -> u64 {
     let mut count = [0; 8];
     std::io::Read::read_exact(&mut event, &mut count).map_or(0, |()| u64::from_ne_bytes(count))
+}
+
+/// Pages of configuration space, read from memory.
+fn pages(window: u16, first: u64, count: u64) -> Change {
+    let (offset, len) = (first << 12, count << 12);
+    let to = Some(Window { gpa: ECAM.base + offset, len, offset, writable: false });
+    Change::Window { window, to }
 }
 
 /// A machine with console and pci that is started.
@@ -255,16 +278,182 @@ fn a_page_of_configuration_space_is_read_without_an_exit_and_written_by_one() {
     pci.serve(page, 4, BusOp::Read, 1);
     pci.serve(page + 4, 4, BusOp::Write(9), 0);
     let asked = pci.access(0);
-    assert_eq!(pci.apply(&[Change::Pages { first: 8, count: 1, mapped: true }]), Ok(()));
+    assert_eq!(pci.apply(&[pages(8, 8, 1)]), Ok(()));
     pci.reply(0, asked, 2);
     pci.serve(page + 4, 4, BusOp::Write(9), 0);
     pci.serve(page + 4, 4, BusOp::Write(9), 0);
     rig.wait_result(0, |n| n >= 3);
     assert_eq!(rig.result(4), 0x1234_5678);
     let asked = pci.access(0);
-    assert_eq!(pci.apply(&[Change::Pages { first: 0, count: 256, mapped: false }]), Ok(()));
+    assert_eq!(pci.apply(&[Change::Window { window: 8, to: None }]), Ok(()));
     pci.reply(0, asked, 0);
     pci.serve(page, 4, BusOp::Read, 3);
+    rig.quit();
+}
+
+/// A memfd of so many pages, each of which begins with its number from 1.
+fn memory(count: u64) -> File {
+    let file = File::from(memfd_create(c"test", MFdFlags::MFD_CLOEXEC).unwrap());
+    file.set_len(count << 12).unwrap();
+    for page in 0..count {
+        file.write_all_at(&u32::try_from(page + 1).unwrap().to_le_bytes(), page << 12).unwrap();
+    }
+    file
+}
+
+fn word(file: &File, at: u64) -> u32 {
+    let mut bytes = [0; 4];
+    file.read_exact_at(&mut bytes, at).unwrap();
+    u32::from_le_bytes(bytes)
+}
+
+const WINDOW: Window = Window { gpa: BAR as u64, len: 0x2000, offset: 0x1000, writable: true };
+
+fn at(to: Window) -> Change {
+    Change::Window { window: 300, to: Some(to) }
+}
+
+const GONE: Change = Change::Window { window: 300, to: None };
+
+#[test]
+fn a_window_is_memory_until_it_is_taken_away() {
+    let program = Program::default().load(BAR, 4).poke(BAR + 0x1008, 9).count(0).load(CONFIG, 8).again();
+    let (rig, mut pci) = started(program);
+    let file = memory(3);
+    pci.serve(BAR.into(), 4, BusOp::Read, 77);
+    pci.serve(u64::from(BAR) + 0x1008, 4, BusOp::Write(9), 0);
+    assert_eq!(rig.wait_result(4, |word| word == 77), 77);
+    let mut asked = pci.access(0);
+    // Now and from elsewhere in the file, read-only, and nothing.
+    assert_eq!(pci.apply_with(&[at(WINDOW)], &file), Ok(()));
+    pci.reply(0, asked, 0);
+    asked = pci.access(0);
+    assert_eq!((asked.access.addr, rig.result(4), word(&file, 0x2008)), (CONFIG.into(), 2, 9));
+    assert_eq!(pci.apply_with(&[at(WINDOW), at(Window { offset: 0, ..WINDOW })], &file), Ok(()));
+    pci.reply(0, asked, 0);
+    asked = pci.access(0);
+    assert_eq!((asked.access.addr, rig.result(4), word(&file, 0x1008)), (CONFIG.into(), 1, 9));
+    // Another file at the same place.
+    let other = memory(3);
+    other.write_all_at(&[5], 0x1000).unwrap();
+    assert_eq!(pci.apply_with(&[at(Window { writable: false, ..WINDOW })], &other), Ok(()));
+    pci.reply(0, asked, 0);
+    pci.serve(u64::from(BAR) + 0x1008, 4, BusOp::Write(9), 0);
+    asked = pci.access(0);
+    assert_eq!((asked.access.addr, rig.result(4)), (CONFIG.into(), 5));
+    assert_eq!(pci.apply(&[GONE, GONE]), Ok(()));
+    pci.reply(0, asked, 0);
+    pci.serve(BAR.into(), 4, BusOp::Read, 78);
+    pci.serve(u64::from(BAR) + 0x1008, 4, BusOp::Write(9), 0);
+    rig.quit();
+}
+
+#[test]
+fn a_window_that_is_asked_for_again_is_not_away_for_a_moment() {
+    let (rig, mut pci) = started(Program::default().load(BAR, 4).count(0).again());
+    let asked = pci.access(0);
+    let file = memory(3);
+    assert_eq!(pci.apply_with(&[at(WINDOW)], &file), Ok(()));
+    pci.reply(0, asked, 0);
+    for _ in 0..500 {
+        assert_eq!(pci.apply_with(&[at(WINDOW)], &file), Ok(()));
+    }
+    let before = rig.result(0);
+    rig.wait_result(0, |n| n != before);
+    // Nor by what is refused.
+    for bad in [Window { offset: 0x2000, ..WINDOW }, Window { gpa: 0, ..WINDOW }] {
+        assert_eq!(pci.apply_with(&[at(bad)], &file), Err(Refusal::NotPermitted));
+    }
+    let before = rig.result(0);
+    rig.wait_result(0, |n| n != before);
+    let mut byte = [0];
+    let flags = MsgFlags::MSG_DONTWAIT;
+    assert!(recv(pci.links[0].as_raw_fd(), &mut byte, flags).is_err(), "the guest has come out");
+    rig.quit();
+}
+
+#[test]
+fn windows_are_checked() {
+    let (rig, mut pci) = started(Program::default().count(0).again());
+    let file = memory(4);
+    let high = 0x1_0000_0000;
+    let other = Change::Window { window: 301, to: Some(Window { gpa: high + 0x5000, ..WINDOW }) };
+    assert_eq!(pci.apply_with(&[at(WINDOW), other], &file), Ok(()));
+    let bad = [
+        // Not pages.
+        Window { gpa: WINDOW.gpa + 8, ..WINDOW },
+        Window { len: 0x1800, ..WINDOW },
+        Window { offset: 0x800, ..WINDOW },
+        Window { len: 0, ..WINDOW },
+        // Beyond the end of the file.
+        Window { offset: 0x3000, ..WINDOW },
+        Window { offset: u64::MAX - 0xfff, ..WINDOW },
+        Window { offset: 1 << 63, ..WINDOW },
+        // Not, or not wholly, in one of pci's ranges.
+        Window { gpa: 0, ..WINDOW },
+        Window { gpa: PCI_MEM32.base - 0x1000, ..WINDOW },
+        Window { gpa: ECAM.base - 0x1000, ..WINDOW },
+        Window { gpa: ECAM.base + ECAM.len - 0x1000, ..WINDOW },
+        Window { gpa: 0xfee0_0000, ..WINDOW },
+        Window { gpa: high - 0x1000, ..WINDOW },
+        Window { gpa: high + (32 << 30) - 0x1000, ..WINDOW },
+        Window { gpa: u64::MAX - 0xfff, ..WINDOW },
+        Window { len: u64::MAX - 0xfff, ..WINDOW },
+        // Over another one.
+        Window { gpa: high + 0x4000, ..WINDOW },
+        Window { gpa: high + 0x6000, ..WINDOW },
+        Window { gpa: high + 0x5000, len: 0x1000, ..WINDOW },
+        Window { gpa: high + 0x4000, len: 0x4000, offset: 0, ..WINDOW },
+    ];
+    for window in bad {
+        assert_eq!(pci.apply_with(&[at(window)], &file), Err(Refusal::NotPermitted), "{window:x?}");
+    }
+    // Beside it.
+    for gpa in [high + 0x3000, high + 0x7000] {
+        assert_eq!(pci.apply_with(&[at(Window { gpa, ..WINDOW })], &file), Ok(()));
+    }
+    // No regular file, and one that is not open for writing.
+    let (end, _other) = std::io::pipe().unwrap();
+    let pipe = File::from(OwnedFd::from(end));
+    for file in [File::open("/dev/zero").unwrap(), File::open("/").unwrap(), pipe] {
+        assert_eq!(pci.apply_with(&[at(WINDOW)], &file), Err(Refusal::NotPermitted));
+    }
+    let path = format!("/proc/self/fd/{}", file.as_raw_fd());
+    let readable = File::open(path).unwrap();
+    assert!(matches!(pci.apply_with(&[at(WINDOW)], &readable), Err(Refusal::Host(_))));
+    assert_eq!(pci.apply_with(&[at(Window { writable: false, ..WINDOW })], &readable), Ok(()));
+    rig.quit();
+}
+
+#[test]
+fn a_file_that_shrinks_below_its_window_stops_the_machine_and_a_reset_helps() {
+    // The guest runs in the window: what KVM reads for its own emulation may end as an exit instead.
+    let (mut rig, mut pci) = started(Program::default().load(BAR, 4).jump(BAR + 0x1000));
+    let asked = pci.access(0);
+    let file = memory(3);
+    let code = Program::default().count(0).again();
+    file.write_all_at(code.bytes(), 0x2000).unwrap();
+    assert_eq!(pci.apply_with(&[at(WINDOW)], &file), Ok(()));
+    pci.reply(0, asked, 0);
+    rig.wait_result(0, |count| count > 2);
+    file.set_len(0).unwrap();
+    pci.obey(Command::Pause);
+    assert_eq!(rig.event(), (Event::Stop, RunState::InternalError));
+    assert_eq!(rig.ask(Op::Cont).0, Err(bulkhead_control_api::core::Refusal::ResetRequired));
+    let reset = thread::spawn(move || (rig.ask(Op::Reset).0, rig));
+    pci.obey(Command::Reset);
+    let (answer, mut rig) = reset.join().unwrap();
+    assert_eq!((answer, rig.status()), (Ok(Answer::Done), RunState::Prelaunch));
+    let good = memory(3);
+    good.write_all_at(code.bytes(), 0x2000).unwrap();
+    assert_eq!(pci.apply_with(&[at(WINDOW)], &good), Ok(()));
+    let before = rig.result(0);
+    let go = thread::spawn(move || (rig.ask(Op::Cont).0, rig));
+    pci.obey(Command::Resume);
+    let (answer, rig) = go.join().unwrap();
+    assert_eq!(answer, Ok(Answer::Done));
+    rig.wait_result(0, |count| count > before);
+    assert_eq!(rig.result(4), 2);
     rig.quit();
 }
 
@@ -286,7 +475,9 @@ fn what_is_not_pcis_to_ask_is_refused_and_nothing_else() {
         Change::Bell { bell: 0, at: Some(0x1_0000_0000 - 1) },
         Change::Bell { bell: 0, at: Some(0x1_0000_0000 + (32 << 30)) },
         Change::Bell { bell: 0, at: Some(u64::MAX) },
-        Change::Pages { first: u16::MAX, count: 2, mapped: true },
+        pages(0, 0xffff, 2),
+        pages(MAX_WINDOWS, 0, 1),
+        Change::Window { window: MAX_WINDOWS, to: None },
     ];
     for change in bad {
         assert_eq!(pci.apply(&[good, change]), Err(Refusal::NotPermitted), "{change:?}");
@@ -303,8 +494,7 @@ fn what_is_not_pcis_to_ask_is_refused_and_nothing_else() {
         Change::Bell { bell: MAX_BELLS - 1, at: Some(0x1_0000_0000 + (32 << 30) - 1) },
         Change::Bell { bell: MAX_BELLS - 2, at: Some(ECAM.base - 1) },
         Change::Vector { vector: MAX_VECTORS - 1, to: msi(0xfeef_fffc) },
-        Change::Pages { first: u16::MAX, count: 1, mapped: true },
-        Change::Pages { first: 0, count: 0, mapped: true },
+        pages(MAX_WINDOWS - 1, 0xffff, 1),
     ];
     assert_eq!(pci.apply(&last), Ok(()));
     let before = rig.result(0);
@@ -314,7 +504,7 @@ fn what_is_not_pcis_to_ask_is_refused_and_nothing_else() {
 }
 
 #[test]
-fn all_wires_that_there_are_and_pages_one_by_one() {
+fn all_wires_and_windows_that_there_are() {
     let (rig, mut pci) = started(Program::default().count(0).again());
     let all: Vec<u16> = (0..MAX_VECTORS).collect();
     let bells: Vec<u16> = (0..MAX_BELLS).collect();
@@ -326,13 +516,15 @@ fn all_wires_that_there_are_and_pages_one_by_one() {
         let bells = bells.iter().map(|bell| Change::Bell { bell: *bell, at: at(*bell) });
         assert_eq!(pci.apply(&vectors.chain(bells).collect::<Vec<_>>()), Ok(()));
     }
-    // More pieces than slots: the rest is read by exits.
-    for first in (0..2000).step_by(2 * MAX_CHANGES) {
-        let pages = (first..first + 512).step_by(2);
-        let pages = pages.map(|first| Change::Pages { first, count: 1, mapped: true });
-        assert_eq!(pci.apply(&pages.collect::<Vec<_>>()), Ok(()));
+    let windows: Vec<Change> = (0..MAX_WINDOWS).map(|n| pages(n, u64::from(n) * 2, 1)).collect();
+    for windows in windows.chunks(MAX_CHANGES) {
+        assert_eq!(pci.apply(windows), Ok(()));
     }
-    assert_eq!(pci.apply(&[Change::Pages { first: 0, count: u16::MAX, mapped: true }]), Ok(()));
+    let gone: Vec<Change> = (0..MAX_WINDOWS).map(|window| Change::Window { window, to: None }).collect();
+    for gone in gone.chunks(MAX_CHANGES) {
+        assert_eq!(pci.apply(gone), Ok(()));
+    }
+    assert_eq!(pci.apply(&[pages(0, 0, 0x10000)]), Ok(()));
     rig.quit();
 }
 
@@ -352,7 +544,10 @@ fn a_daemon_that_breaks_the_protocol_is_sent_away_and_the_next_one_comes() {
         let fd = std::os::fd::AsFd::as_fd(&pci.ecam);
         pci.main.send_with(&ask, &[fd], MsgFlags::empty()).unwrap();
     };
-    let breaches: [&dyn Fn(&Pci); 4] = [&done, &garbage, &out_of_order, &descriptor];
+    let no_descriptor = |pci: &Pci| {
+        pci.main.send(&ToCore::Ask { id: 1, what: Ask::Apply(vec![pages(0, 0, 1)]) }).unwrap();
+    };
+    let breaches: [&dyn Fn(&Pci); 5] = [&done, &garbage, &out_of_order, &descriptor, &no_descriptor];
     for breach in breaches {
         breach(&pci);
         assert_eq!(pci.main.recv::<FromCore>().unwrap(), FromCore::Leave);
@@ -394,7 +589,7 @@ fn pci_asks_while_it_is_told_to_pause_and_while_vcpus_wait_for_it() {
     });
     thread::sleep(Duration::from_millis(200));
     // Core waits for the vCPU, the vCPU for pci, pci for core.
-    let change = [Change::Pages { first: 8, count: 1, mapped: true }];
+    let change = [pages(8, 8, 1)];
     assert_eq!(pci.apply(&change), Ok(()));
     assert!(!stop.is_finished());
     pci.reply(0, asked, 1);
@@ -426,7 +621,7 @@ fn a_reset_takes_nothing_away_that_pci_has_asked_for() {
     let bells = pci.eventfds(&[], &[0]);
     let wired = [
         Change::Bell { bell: 0, at: Some(BAR.into()) },
-        Change::Pages { first: 0, count: 1, mapped: true },
+        pages(0, 0, 1),
         Change::Vector { vector: 5, to: Some(Msi { address: 0xfee0_0000, data: 0x41 }) },
     ];
     assert_eq!(pci.apply(&wired), Ok(()));

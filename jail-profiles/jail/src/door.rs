@@ -3,13 +3,12 @@
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::time::{Duration, Instant};
 
-use bulkhead_jail::link::{Link, LinkError};
-use bulkhead_jail::warn;
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-use nix::sys::socket::{SockFlag, accept4};
+use nix::sys::socket::{MsgFlags, SockFlag, accept4};
 
-use crate::sys;
+use crate::link::{self, Link, LinkError};
+use crate::warn;
 
 /// A peer that has connected says hello within this time. The starter connects before it starts the
 /// process, which on a loaded host takes seconds to get to its hello.
@@ -47,11 +46,13 @@ pub enum Arrival {
 
 impl Door {
     /// A door with nobody in it.
+    #[must_use]
     pub fn new(name: &'static str, version: u16, listener: OwnedFd) -> Self {
         Self { name, version, listener, peer: Peer::Nobody }
     }
 
     /// What to poll.
+    #[must_use]
     pub fn poll_fd(&self) -> Option<BorrowedFd<'_>> {
         match &self.peer {
             Peer::Nobody => Some(self.listener.as_fd()),
@@ -62,6 +63,7 @@ impl Door {
     }
 
     /// Whether [`Self::advance`] would do something now.
+    #[must_use]
     pub fn is_readable(&self) -> bool {
         let Some(fd) = self.poll_fd() else { return false };
         poll(&mut [PollFd::new(fd, PollFlags::POLLIN)], PollTimeout::ZERO).is_ok_and(|count| count > 0)
@@ -76,11 +78,13 @@ impl Door {
     }
 
     /// Whether a peer is there.
+    #[must_use]
     pub fn is_linked(&self) -> bool {
         matches!(self.peer, Peer::Linked(_))
     }
 
     /// Whether a peer has connected and not yet said hello.
+    #[must_use]
     pub fn is_greeting(&self) -> bool {
         matches!(self.peer, Peer::Greeting(..))
     }
@@ -100,12 +104,12 @@ impl Door {
         let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
         match std::mem::replace(&mut self.peer, Peer::Nobody) {
             Peer::Nobody => match accept4(self.listener.as_raw_fd(), flags) {
-                Ok(fd) => self.peer = Peer::Greeting(sys::own(fd), Instant::now()),
+                Ok(fd) => self.peer = Peer::Greeting(link::own(fd), Instant::now()),
                 // The starter has taken the connection back: its owner has died.
                 Err(Errno::EAGAIN) => {}
                 Err(errno) => warn!("{}: accept: {errno}", self.name),
             },
-            Peer::Greeting(fd, _) => match Link::accept(fd, self.version) {
+            Peer::Greeting(fd, _) => match self.greet(fd) {
                 Ok(link) => {
                     self.peer = Peer::Linked(link);
                     return Arrival::Connected;
@@ -122,6 +126,13 @@ impl Door {
         Arrival::Nothing
     }
 
+    /// The peer's hello is there. Ours goes out whatever it says, so that the other side can say what is wrong, too.
+    fn greet(&self, fd: OwnedFd) -> Result<Link, LinkError> {
+        let mut link = Link::begin(fd, self.version)?;
+        link.finish(self.version, MsgFlags::MSG_DONTWAIT)?;
+        Ok(link)
+    }
+
     /// Drops a peer that does not say hello.
     pub fn expire(&mut self) {
         if matches!(&self.peer, Peer::Greeting(_, since) if since.elapsed() > GREETING) {
@@ -133,14 +144,24 @@ impl Door {
 
 #[cfg(test)]
 mod tests {
+    use nix::sys::socket::{
+        AddressFamily, Backlog, SockType, UnixAddr, bind, connect, getsockname, listen, socket,
+    };
+
     use super::*;
-    use crate::tests::rig::{connect_to, listener};
+
+    fn packets() -> OwnedFd {
+        socket(AddressFamily::Unix, SockType::SeqPacket, SockFlag::SOCK_CLOEXEC, None).unwrap()
+    }
 
     #[test]
     fn a_peer_that_is_slow_to_start_is_let_in() {
-        let (fd, addr) = listener();
+        let (fd, peer) = (packets(), packets());
+        bind(fd.as_raw_fd(), &UnixAddr::new_unnamed()).unwrap();
+        let addr = getsockname::<UnixAddr>(fd.as_raw_fd()).unwrap();
+        listen(&fd, Backlog::new(1).unwrap()).unwrap();
         let mut door = Door::new("test", 1, fd);
-        let peer = connect_to(&addr);
+        connect(peer.as_raw_fd(), &addr).unwrap();
         assert_eq!(door.advance(), Arrival::Nothing);
         std::thread::sleep(Duration::from_millis(2500));
         door.expire();
