@@ -76,7 +76,9 @@ impl Network {
     fn new() -> Result<Self, String> {
         let fail =
             |step: &str, e: &dyn std::fmt::Display| format!("cannot make a network namespace: {step}: {e}");
-        let current = || File::open("/proc/self/ns/net").map_err(|e| fail("/proc/self/ns/net", &e));
+        // A thread has a network, and only this one changes.
+        let path = "/proc/thread-self/ns/net";
+        let current = || File::open(path).map_err(|e| fail(path, &e));
         let host = current()?;
         unshare(CloneFlags::CLONE_NEWNET).map_err(|e| fail("unshare", &format!("{e}{}", remedy(e))))?;
         let empty = current();

@@ -314,20 +314,20 @@ impl Supervisor {
         Ok(())
     }
 
+    /// Whether no process of a compartment is left: of a daemon that is ended for another device the next one waits for that,
+    /// which takes as long as storage holds it.
+    fn is_gone(&self, key: Key) -> bool {
+        !self.running.iter().any(|running| running.part.key() == key)
+    }
+
     /// Starts compartments anew that have died. Whatever hinders that is said, and it is tried again.
     fn start_again(&mut self) {
         let now = Instant::now();
         let is_due = |again: &Again| again.when(now) == Some(now);
         let due: Vec<Key> =
             self.again.iter().filter(|(_, again)| is_due(again)).map(|(key, _)| *key).collect();
-        // Of a daemon that is ended for another device the next one waits until it is gone.
-        let is_gone = |part: &Part| !self.running.iter().any(|running| running.part.key() == part.key());
-        let parts: Vec<Part> = self
-            .residents
-            .iter()
-            .copied()
-            .filter(|part| due.contains(&part.key()) && is_gone(part))
-            .collect();
+        let is_due = |part: &Part| due.contains(&part.key()) && self.is_gone(part.key());
+        let parts: Vec<Part> = self.residents.iter().copied().filter(is_due).collect();
         for part in parts {
             let label = self.label(part);
             if let Some(again) = self.again.get_mut(&part.key()) {
@@ -445,7 +445,8 @@ impl Supervisor {
             fds.extend(running.notify.as_ref().map(|notify| on(notify.as_fd())));
             fds.extend(running.opener.as_ref().map(Asker::poll_fd));
         }
-        let again = self.again.values().filter_map(|again| again.when(Instant::now())).min();
+        let again = self.again.iter().filter(|(key, _)| self.is_gone(**key));
+        let again = again.filter_map(|(_, again)| again.when(Instant::now())).min();
         let boot = if self.boot_wanted { self.boots.next() } else { None };
         let next = [self.deadline, self.core_exit, boot, again].into_iter().flatten().min();
         let timeout = next.map_or(PollTimeout::NONE, |at| {
