@@ -22,6 +22,8 @@ const DAEMON: Duration = Duration::from_secs(5);
 const GLANCE: Duration = Duration::from_millis(20);
 /// The most functions that are believed: 255 of devices, 32 of ports, the host bridge and room to spare.
 const MAX_TOTAL: usize = 512;
+/// How often a list that changes is read: each change is a device that comes or goes.
+const READINGS: usize = 16;
 /// The most buses below each other that are shown.
 pub(crate) const MAX_DEPTH: u32 = 8;
 
@@ -55,6 +57,15 @@ const CLASSES: [(u16, &str); 24] = [
 
 pub(crate) fn unexpected() -> Error {
     Error::generic("pci answered something else")
+}
+
+/// Whether two functions are the same one, whatever the guest has set in it.
+fn is_same(one: &Function, other: &Function) -> bool {
+    let of = |function: &Function| {
+        let socket = function.back_end.as_ref().map(|end| end.socket.clone());
+        (function.parent, function.slot, function.function, function.qdev_id.clone(), socket)
+    };
+    of(one) == of(other)
 }
 
 fn int(value: u64) -> i64 {
@@ -186,8 +197,24 @@ impl Hub {
         reply(all)
     }
 
-    /// All functions; none in a machine without a bus.
+    /// All functions; none in a machine without a bus. A list that takes several requests is read until two readings have the
+    /// same functions: of one that loses something meanwhile a reading leaves out what is still there.
     pub(crate) async fn functions(&self) -> Result<Vec<Function>, Error> {
+        let mut former: Option<Vec<Function>> = None;
+        for _ in 0..READINGS {
+            let all = self.read_functions().await?;
+            let same = |former: &Vec<Function>| {
+                former.len() == all.len() && former.iter().zip(&all).all(|(one, other)| is_same(one, other))
+            };
+            if all.len() <= MAX_FUNCTIONS && former.is_none() || former.as_ref().is_some_and(same) {
+                return Ok(all);
+            }
+            former = Some(all);
+        }
+        Err(Error::generic("the PCI bus changes too often to be looked at"))
+    }
+
+    async fn read_functions(&self) -> Result<Vec<Function>, Error> {
         let mut all = Vec::new();
         while self.pci.exists() && all.len() < MAX_TOTAL {
             let from = u16::try_from(all.len()).unwrap_or(u16::MAX);

@@ -31,6 +31,8 @@ struct State {
     pending: Vec<String>,
     /// Devices that were added, in order.
     added: Vec<config::PciDevice>,
+    /// The device that goes once the first part of a long list has been given.
+    leaving: Option<String>,
     target: Option<u64>,
     stats: balloon::Stats,
     /// What the opener was told of names.
@@ -220,6 +222,18 @@ impl Bus {
         send(state.pci.as_ref(), &FromPci::Event(event));
     }
 
+    /// Makes the list of functions one that takes several requests, by disks in front of what is there; the first of them
+    /// goes between the next two requests. Returns how many are left.
+    pub fn fill(&self) -> usize {
+        let mut state = self.state();
+        let disks =
+            (0..MAX_FUNCTIONS).map(|number| virtio(8, &format!("x{number}"), "virtio-blk-pci", 0x0100));
+        let end = state.functions.len() - 1;
+        state.functions.splice(end..end, disks);
+        state.leaving = Some("x0".to_owned());
+        state.functions.len() - 1
+    }
+
     /// The devices that were added.
     #[must_use]
     pub fn added(&self) -> Vec<config::PciDevice> {
@@ -244,7 +258,11 @@ impl State {
             Op::Functions { from } => {
                 let mut rest = self.functions.iter().skip(from.into()).cloned();
                 let functions: Vec<_> = rest.by_ref().take(MAX_FUNCTIONS).collect();
-                Ok(Answer::Functions { functions, more: rest.next().is_some() })
+                let more = rest.next().is_some();
+                if let Some(id) = self.leaving.take_if(|_| more) {
+                    self.functions.retain(|function| function.qdev_id != id);
+                }
+                Ok(Answer::Functions { functions, more })
             }
             Op::Thread { .. } => Ok(Answer::Thread),
             Op::Add(device) => {

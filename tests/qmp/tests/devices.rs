@@ -222,6 +222,21 @@ fn a_device_comes_with_its_daemon_and_goes() -> Result<()> {
 }
 
 /// A node has one writer, and says so in other words than a drive.
+/// What is behind it in the list moves up, and is not overlooked.
+#[test]
+fn a_device_that_goes_while_a_long_list_is_read_hides_no_other() -> Result<()> {
+    let broker = Broker::with_devices()?;
+    let bus = broker.bus.clone().ok_or("no bus")?;
+    let mut wire = negotiated(&broker)?;
+    let count = bus.fill();
+    let reply = wire.ask("{'execute': 'query-pci'}")?;
+    let devices = reply.pointer("/return/0/devices").and_then(Value::as_array).ok_or("no devices")?;
+    let ids: Vec<&str> = devices.iter().filter_map(|device| device.get("qdev_id")?.as_str()).collect();
+    assert_eq!(ids.len(), count, "{ids:?}");
+    assert!(!ids.contains(&"x0") && ids.contains(&"x28"), "{ids:?}");
+    Ok(())
+}
+
 #[test]
 fn a_node_has_one_writer() -> Result<()> {
     let broker = Broker::with_devices()?;
