@@ -8,7 +8,8 @@ use bulkhead_qapi::types::control::{
 };
 use bulkhead_qapi::types::machine::{CpuInfoArch, CpuInfoFast, CpuInstanceProperties, SysEmuTarget};
 use bulkhead_qapi::types::misc::{
-    AddClientArg, HumanMonitorCommandArg, KvmInfo, MemoryInfo, NameInfo, QueryCommandLineOptionsArg, UuidInfo,
+    AddClientArg, HumanMonitorCommandArg, KvmInfo, MemoryInfo, NameInfo, QueryCommandLineOptionsArg,
+    UuidInfo, XenSetGlobalDirtyLogArg,
 };
 use bulkhead_qapi::types::run_state::{RunState, StatusInfo};
 use bulkhead_qapi::{Error, introspect};
@@ -118,6 +119,9 @@ pub fn begin(call: Call, known: &Known<'_>, mode: &mut Mode) -> Step {
         }),
         Handler::Change => with(call.args, |args| Step::Reply(Err(absent::change(&args)))),
         Handler::SystemWakeup => Step::Reply(Err(absent::wakeup())),
+        Handler::XenSetGlobalDirtyLog => {
+            with(call.args, |args: XenSetGlobalDirtyLogArg| Step::Core(core::Op::LogDirty(args.enable)))
+        }
         Handler::XenLoadDevicesState => {
             with(call.args, |args| Step::Reply(Err(absent::load_devices(&args, known.state))))
         }
@@ -193,7 +197,8 @@ fn answer(query: Handler, known: &Known<'_>) -> Reply {
         | Handler::QueryCommandLineOptions
         | Handler::Change
         | Handler::SystemWakeup
-        | Handler::XenLoadDevicesState => Err(Error::generic("not a query that the broker answers itself")),
+        | Handler::XenLoadDevicesState
+        | Handler::XenSetGlobalDirtyLog => Err(Error::generic("not a query that the broker answers itself")),
     }
 }
 

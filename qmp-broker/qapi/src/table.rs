@@ -68,6 +68,7 @@ pub enum Handler {
     Change,
     SystemWakeup,
     XenLoadDevicesState,
+    XenSetGlobalDirtyLog,
     QueryPci,
     QueryBalloon,
     Balloon,
@@ -274,6 +275,13 @@ pub static COMMANDS: &[Command] = &[
         "Loads the state of devices from a file. No file is within reach.",
     )
     .args(misc::XenLoadDevicesStateArg::DESCRIPTION),
+    Command::new(
+        "xen-set-global-dirty-log",
+        Handler::XenSetGlobalDirtyLog,
+        Role::Operator,
+        "Makes KVM note which pages of RAM the guest writes, or no longer.",
+    )
+    .args(misc::XenSetGlobalDirtyLogArg::DESCRIPTION),
     Command::new(
         "query-pci",
         Handler::QueryPci,

@@ -290,3 +290,15 @@ fn a_stopped_core_does_not_stop_the_broker() -> Result<()> {
     is_well(&guest)?;
     guest.quit()
 }
+
+#[test]
+fn the_dirty_log_goes_on_and_off_while_the_guest_runs() -> Result<()> {
+    let guest = counting(&["-m", "4G"])?;
+    let mut qmp = guest.qmp()?;
+    for enable in [true, true, false, false] {
+        let reply = qmp.execute("xen-set-global-dirty-log", json!({"enable": enable}))?;
+        guest.check(reply == json!({}), &reply.to_string())?;
+        is_well(&guest)?;
+    }
+    guest.quit()
+}

@@ -31,7 +31,7 @@ pub(crate) fn status(name: &str) -> Value {
 /// All cases.
 #[must_use]
 pub fn all() -> Vec<Case> {
-    [queries(), run_state(), options(), absent(), surplus_arguments()].concat()
+    [queries(), run_state(), dirty_log(), options(), absent(), surplus_arguments()].concat()
 }
 
 fn cpu(index: u32) -> Value {
@@ -114,6 +114,29 @@ fn run_state() -> Vec<Case> {
             [event("RESUME"), done(), status("running"), done(), event("POWERDOWN")],
         )
         .stopped(),
+    ]
+}
+
+/// On or off, running or not, once or twice.
+fn dirty_log() -> Vec<Case> {
+    let command = "xen-set-global-dirty-log";
+    let log = |arguments: Value| json!({ "execute": command, "arguments": arguments }).to_string();
+    let [on, off] = [true, false].map(|enable| log(json!({ "enable": enable })));
+    let twice = format!("{on}{on}{off}{off}");
+    let done_four_times = [done(), done(), done(), done()];
+    vec![
+        Case::new(&twice, done_four_times.clone()).stopped(),
+        Case::new(
+            format!("{}{twice}{}", execute("cont"), execute("stop")),
+            [&[event("RESUME"), done()][..], &done_four_times, &[event("STOP"), done()]].concat(),
+        )
+        .stopped(),
+        Case::new(execute(command), [error("Parameter 'enable' is missing")]),
+        Case::new(
+            log(json!({ "enable": 1 })),
+            [error("Invalid parameter type for 'enable', expected: boolean")],
+        ),
+        Case::new(log(json!({ "enable": true, "surplus": 1 })), [error("Parameter 'surplus' is unexpected")]),
     ]
 }
 

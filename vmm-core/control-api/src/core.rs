@@ -80,6 +80,8 @@ pub enum Op {
     Cpus,
     /// Counters of the bus: [`Answer::Counters`].
     Counters,
+    /// Note which pages of RAM the guest writes (KVM's dirty log), or stop that.
+    LogDirty(bool),
 }
 
 impl Op {
@@ -96,6 +98,7 @@ impl Op {
             Self::InjectNmi => "inject-nmi",
             Self::Cpus => "cpus",
             Self::Counters => "counters",
+            Self::LogDirty(_) => "log-dirty",
         }
     }
 }

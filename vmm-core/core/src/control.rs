@@ -72,6 +72,7 @@ mod tests {
             Op::InjectNmi,
             Op::Cpus,
             Op::Counters,
+            Op::LogDirty(true),
         ];
         for op in ops {
             assert_eq!(permitted(op, RunState::Running), Ok(()), "{op:?}");

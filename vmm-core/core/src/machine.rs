@@ -509,6 +509,13 @@ impl Machine {
             }
             Op::Reset => self.apply(|state, out| state.reset(Cause::HostQmpSystemReset, out))?,
             Op::Quit => self.apply(|state, out| state.shutdown(Cause::HostQmpQuit, out))?,
+            Op::LogDirty(on) => {
+                let Self { vm, peers, .. } = self;
+                let logged =
+                    vm.log_dirty(on).and_then(|()| peers.iter_mut().try_for_each(|p| p.log_dirty(vm, on)));
+                let logged = logged.map_err(|error| Refusal::Kvm(error.errno()));
+                return Ok(Some(logged.map(|()| Answer::Done)));
+            }
             Op::InjectNmi => {
                 self.vcpus.iter().for_each(|vcpu| vcpu.request_nmi());
                 self.kick_all();

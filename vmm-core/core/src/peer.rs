@@ -217,6 +217,14 @@ impl Peer {
         Ok(Heard::Settled)
     }
 
+    /// KVM notes from now on which pages of the daemon's windows the guest writes, or no longer.
+    pub fn log_dirty(&mut self, vm: &Vm, on: bool) -> std::result::Result<(), kvm_ioctls::Error> {
+        match &mut self.gifts {
+            Gifts::Wiring(wiring) => wiring.windows.log_dirty(&vm.fd, on),
+            Gifts::Interrupts(_) => Ok(()),
+        }
+    }
+
     fn serve(&mut self, id: u32, what: Ask, fds: Vec<OwnedFd>, vm: &Vm) -> Result {
         let (Gifts::Wiring(wiring), Some(link)) = (&mut self.gifts, self.door.link()) else { return Ok(()) };
         let result = match what {

@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicU8, AtomicU32, Ordering};
 
 use bulkhead_bus_api::Space;
 use kvm_bindings::{
-    KVM_COALESCED_MMIO_PAGE_OFFSET, KVM_MEM_READONLY, Xsave, kvm_coalesced_mmio, kvm_coalesced_mmio_ring,
+    KVM_COALESCED_MMIO_PAGE_OFFSET, Xsave, kvm_coalesced_mmio, kvm_coalesced_mmio_ring,
     kvm_userspace_memory_region,
 };
 use kvm_ioctls::{Kvm, VcpuExit, VcpuFd, VmFd};
@@ -77,22 +77,22 @@ impl Mapping {
         let _ = unsafe { madvise(self.addr, self.len, MmapAdvise::MADV_HUGEPAGE) };
     }
 
-    /// Makes the first `len` bytes slot `slot` of the VM at guest physical `gpa`; a length of 0 takes the slot away. The
-    /// caller keeps the mapping as long as the slot.
+    /// Makes the first `len` bytes slot `slot` of the VM at guest physical `gpa`, with flags of KVM (`KVM_MEM_*`); a length of
+    /// 0 takes the slot away. The caller keeps the mapping as long as the slot.
     pub fn set_slot(
         &self,
         vm: &VmFd,
         slot: u32,
         gpa: u64,
         len: u64,
-        readonly: bool,
+        flags: u32,
     ) -> Result<(), kvm_ioctls::Error> {
         if len > self.len as u64 {
             return Err(kvm_ioctls::Error::new(libc::EINVAL));
         }
         let region = kvm_userspace_memory_region {
             slot,
-            flags: if readonly { KVM_MEM_READONLY } else { 0 },
+            flags,
             guest_phys_addr: gpa,
             memory_size: len,
             userspace_addr: self.addr.as_ptr() as u64,

@@ -6,8 +6,8 @@ use bulkhead_bus_api::pci::MAX_WINDOWS;
 use bulkhead_bus_api::platform::{KVM_IDENTITY_MAP, KVM_TSS, pci_mem64};
 use kvm_bindings::{
     KVM_API_VERSION, KVM_IRQ_ROUTING_IRQCHIP, KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER,
-    KVM_IRQCHIP_PIC_SLAVE, KVM_PIT_SPEAKER_DUMMY, KvmIrqRouting, kvm_irq_routing_entry,
-    kvm_irq_routing_irqchip, kvm_pit_config,
+    KVM_IRQCHIP_PIC_SLAVE, KVM_MEM_LOG_DIRTY_PAGES, KVM_PIT_SPEAKER_DUMMY, KvmIrqRouting,
+    kvm_irq_routing_entry, kvm_irq_routing_irqchip, kvm_pit_config,
 };
 use kvm_ioctls::{Cap, Kvm, VmFd};
 use vmm_sys_util::eventfd::EventFd;
@@ -76,11 +76,7 @@ impl Vm {
     pub fn new(host: &Kvm, ram: Vec<Ram>) -> Result<Self> {
         let fd = host.create_vm().map_err(kvm("KVM_CREATE_VM"))?;
         // Before the chips: after their ports are registered KVM takes milliseconds for a slot.
-        for (slot, ram) in (0..).zip(&ram) {
-            ram.mapping
-                .set_slot(&fd, slot, ram.region.gpa, ram.region.len, false)
-                .map_err(kvm("KVM_SET_USER_MEMORY_REGION"))?;
-        }
+        set_ram(&fd, &ram, 0).map_err(kvm("KVM_SET_USER_MEMORY_REGION"))?;
         let tss = usize::try_from(KVM_TSS).map_err(|_| Error::Config("TSS address"))?;
         fd.set_identity_map_address(KVM_IDENTITY_MAP).map_err(kvm("KVM_SET_IDENTITY_MAP_ADDR"))?;
         fd.set_tss_address(tss).map_err(kvm("KVM_SET_TSS_ADDR"))?;
@@ -91,6 +87,11 @@ impl Vm {
         let vm = Self { fd, ram, xsave_size };
         vm.route_interrupts([]).map_err(kvm("KVM_SET_GSI_ROUTING"))?;
         Ok(vm)
+    }
+
+    /// KVM notes from now on which pages of RAM the guest writes, or no longer.
+    pub fn log_dirty(&self, on: bool) -> std::result::Result<(), kvm_ioctls::Error> {
+        set_ram(&self.fd, &self.ram, if on { KVM_MEM_LOG_DIRTY_PAGES } else { 0 })
     }
 
     /// Sets all interrupt routes: each GSI to its I/O APIC pin, the ISA ones to the PICs as well, and `others`.
@@ -126,6 +127,14 @@ impl Vm {
     }
 }
 
+/// Makes the slots of RAM, or changes their flags.
+fn set_ram(vm: &VmFd, ram: &[Ram], flags: u32) -> std::result::Result<(), kvm_ioctls::Error> {
+    let set = |(slot, Ram { region, mapping, .. }): (u32, &Ram)| {
+        mapping.set_slot(vm, slot, region.gpa, region.len, flags)
+    };
+    (0..).zip(ram).try_for_each(set)
+}
+
 /// As the ACPI tables say: GSI n is pin n of the I/O APIC, except that the timer (ISA interrupt 0) is
 /// on pin 2, where the PICs are cascaded.
 fn default_routes() -> Vec<kvm_irq_routing_entry> {
@@ -146,6 +155,8 @@ fn default_routes() -> Vec<kvm_irq_routing_entry> {
 mod tests {
     use std::fs::File;
 
+    use kvm_ioctls::{VcpuExit, VcpuFd};
+
     use super::*;
 
     fn machine() -> (Kvm, Vm) {
@@ -161,6 +172,41 @@ mod tests {
         let routes = default_routes();
         assert_eq!(routes.len(), 15 + 23);
         assert!(routes.iter().all(|r| r.gsi != 2 && r.type_ == KVM_IRQ_ROUTING_IRQCHIP));
+    }
+
+    /// The guest writes at 0x5000 and 0x7000, and says so at a port.
+    fn write(vcpu: &mut VcpuFd) {
+        let mut sregs = vcpu.get_sregs().unwrap();
+        (sregs.cs.base, sregs.cs.selector) = (0, 0);
+        vcpu.set_sregs(&sregs).unwrap();
+        let regs = kvm_bindings::kvm_regs { rip: 0x1000, rflags: 2, ..Default::default() };
+        vcpu.set_regs(&regs).unwrap();
+        while !matches!(vcpu.run().unwrap(), VcpuExit::IoOut(0x80, _)) {}
+    }
+
+    #[test]
+    fn the_dirty_log_has_what_the_guest_writes_while_it_is_on() {
+        let (_host, vm) = machine();
+        let mut vcpu = vm.fd.create_vcpu(0).unwrap();
+        // mov byte [0x5000], 1; mov byte [0x7000], 1; out 0x80, al
+        let code = [0xc6, 0x06, 0, 0x50, 1, 0xc6, 0x06, 0, 0x70, 1, 0xe6, 0x80];
+        nix::sys::uio::pwrite(&vm.ram[0].fd, &code, 0x1000).unwrap();
+        let log = || vm.fd.get_dirty_log(0, 1 << 20).map_err(|e| e.errno());
+        write(&mut vcpu);
+        assert_eq!(log(), Err(libc::ENOENT));
+        for _ in 0..2 {
+            vm.log_dirty(true).unwrap();
+            write(&mut vcpu);
+        }
+        let written = |log: Vec<u64>| (log[0] & 0xffff, log[1..].iter().all(|pages| *pages == 0));
+        assert_eq!(log().map(written), Ok((1 << 5 | 1 << 7, true)));
+        // Nothing since.
+        assert_eq!(log().map(written), Ok((0, true)));
+        for _ in 0..2 {
+            vm.log_dirty(false).unwrap();
+            write(&mut vcpu);
+            assert_eq!(log(), Err(libc::ENOENT));
+        }
     }
 
     #[test]

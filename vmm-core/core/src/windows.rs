@@ -8,6 +8,7 @@ use std::os::fd::OwnedFd;
 
 use bulkhead_bus_api::pci::{Refusal, Window};
 use bulkhead_bus_api::platform::Range;
+use kvm_bindings::{KVM_MEM_LOG_DIRTY_PAGES, KVM_MEM_READONLY};
 use kvm_ioctls::VmFd;
 use nix::sys::mman::ProtFlags;
 use nix::sys::stat::{SFlag, fstat};
@@ -28,12 +29,14 @@ pub struct Windows {
     /// Where they may be.
     ranges: Vec<Range>,
     mapped: BTreeMap<u16, (Window, File, Mapping)>,
+    /// Flags of the slots that the guest may write.
+    flags: u32,
 }
 
 impl Windows {
     /// No window yet; at most `most`, in KVM's slots from `first_slot` on.
     pub fn new(first_slot: u32, most: u16, ranges: Vec<Range>) -> Self {
-        Self { first_slot, most, ranges, mapped: BTreeMap::new() }
+        Self { first_slot, most, ranges, mapped: BTreeMap::new(), flags: 0 }
     }
 
     /// Whether the peer may have something at these addresses.
@@ -63,14 +66,25 @@ impl Windows {
         let slot = self.first_slot + u32::from(number);
         let host = |error: kvm_ioctls::Error| Refusal::Host(error.errno());
         if let Some((old, _, mapping)) = self.mapped.get(&number) {
-            mapping.set_slot(vm, slot, old.gpa, 0, false).map_err(host)?;
+            mapping.set_slot(vm, slot, old.gpa, 0, 0).map_err(host)?;
             self.mapped.remove(&number);
         }
         if let Some((window, file, mapping)) = new {
-            mapping.set_slot(vm, slot, window.gpa, window.len, !window.writable).map_err(host)?;
+            let flags = if window.writable { self.flags } else { KVM_MEM_READONLY };
+            mapping.set_slot(vm, slot, window.gpa, window.len, flags).map_err(host)?;
             self.mapped.insert(number, (window, file, mapping));
         }
         Ok(())
+    }
+
+    /// KVM notes from now on, or no longer, which pages of its windows the guest writes, also of those that come.
+    pub fn log_dirty(&mut self, vm: &VmFd, on: bool) -> std::result::Result<(), kvm_ioctls::Error> {
+        self.flags = if on { KVM_MEM_LOG_DIRTY_PAGES } else { 0 };
+        let mut written = self.mapped.iter().filter(|(_, (window, ..))| window.writable);
+        written.try_for_each(|(number, (window, _, mapping))| {
+            let slot = self.first_slot + u32::from(*number);
+            mapping.set_slot(vm, slot, window.gpa, window.len, self.flags)
+        })
     }
 
     #[cfg(test)]

@@ -44,7 +44,7 @@ pub struct Wiring {
     /// A vector has another message than KVM knows.
     routes_due: bool,
     /// What the guest reaches without an exit, and where bells may be.
-    windows: Windows,
+    pub windows: Windows,
 }
 
 fn host(error: kvm_ioctls::Error) -> Refusal {
@@ -277,5 +277,26 @@ mod tests {
         wait_requested(&vcpu, &MESSAGE);
         assert_eq!(wiring.windows.count(), 1);
         assert!(!wiring.vectors.contains_key(&1) && !wiring.bells.contains_key(&0));
+    }
+
+    #[test]
+    fn the_dirty_log_is_of_all_windows_that_the_guest_writes() {
+        let (_host, vm, _vcpu, mut wiring) = machine();
+        let base = pci_ranges(vm.ram_end())[1].base;
+        let map = |wiring: &mut Wiring, number: u16, writable| {
+            let window = Window { gpa: base + u64::from(number) * 0x1000, len: 0x1000, offset: 0, writable };
+            let fd = vec![wiring.ecam.try_clone().unwrap()];
+            wiring.apply(&vm, &[Change::Window { window: number, to: Some(window) }], fd).unwrap();
+        };
+        let first_slot = u32::try_from(vm.ram.len()).unwrap();
+        let logged = || [0, 1, 2].map(|window| vm.fd.get_dirty_log(first_slot + window, 0x1000).is_ok());
+        map(&mut wiring, 0, true);
+        map(&mut wiring, 1, false);
+        assert_eq!(logged(), [false; 3]);
+        wiring.windows.log_dirty(&vm.fd, true).unwrap();
+        map(&mut wiring, 2, true);
+        assert_eq!(logged(), [true, false, true]);
+        wiring.windows.log_dirty(&vm.fd, false).unwrap();
+        assert_eq!(logged(), [false; 3]);
     }
 }

@@ -187,6 +187,14 @@ qapi_struct! {
 }
 
 qapi_struct! {
+    /// Arguments of `xen-set-global-dirty-log`.
+    XenSetGlobalDirtyLogArg {
+        /// On or off.
+        "enable" enable: bool,
+    }
+}
+
+qapi_struct! {
     /// Arguments of `xen-load-devices-state`.
     XenLoadDevicesStateArg {
         /// The file with the state.

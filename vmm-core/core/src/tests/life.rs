@@ -131,6 +131,19 @@ fn an_nmi_reaches_the_first_processor_only() {
 }
 
 #[test]
+fn the_dirty_log_goes_on_and_off_under_a_running_guest_and_over_a_reset() {
+    let mut rig = Rig::started(config(1), Program::default().count(0).again(), plain_console());
+    for on in [true, true, false, false, true] {
+        assert_eq!(rig.ask(Op::LogDirty(on)), (Ok(Answer::Done), vec![]));
+        let before = rig.result(0);
+        rig.wait_result(0, |count| count != before);
+    }
+    rig.ask(Op::Reset).0.unwrap();
+    rig.ask(Op::LogDirty(false)).0.unwrap();
+    rig.quit();
+}
+
+#[test]
 fn no_reboot_turns_a_reset_into_a_shutdown() {
     let config = Core { no_reboot: true, ..config(1) };
     let rig = Rig::started(config, Program::default().triple_fault(), plain_console());
