@@ -422,7 +422,8 @@ mod tests {
         let dir = std::env::temp_dir().join(format!("bulkhead-life-{}", std::process::id()));
         fs::create_dir_all(dir.join("others")).unwrap();
         let null = || OwnedFd::from(fs::File::open("/dev/null").unwrap());
-        let mut store = BTreeMap::from([("given.disk.d0".to_owned(), null())]);
+        let opened = ["given.disk.d0", "given.acpi.0.0"];
+        let mut store: BTreeMap<_, _> = opened.map(|name| (name.to_owned(), null())).into();
         for (process, config) in configs(&old).unwrap() {
             store.insert(configured(&process), config);
         }
@@ -445,6 +446,7 @@ mod tests {
             given.into_iter().map(|(name, _)| name).collect::<Vec<_>>()
         };
         assert_eq!(given("block-d0"), ["config", "side", "vhost", "disk"]);
+        assert_eq!(given("loader"), ["config", "core", "acpi.0.0"]);
         assert_eq!(given("pci"), ["config", "core", "broker"]);
         assert!(life.for_process(&Member::find("net-n0").unwrap(), &places).is_err());
         assert!(life.back_end("vhost.d0", &places).is_ok() && life.back_end("side.d0", &places).is_ok());
