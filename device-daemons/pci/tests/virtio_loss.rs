@@ -17,7 +17,7 @@ use common::peer::{Answer, Peer};
 use transport::*;
 
 /// The back end breaks the protocol, so that it is given up; it keeps its side of the connection.
-fn give_up(bench: &mut Bench) -> common::peer::Peer {
+fn give_up(bench: &mut Bench) -> Peer {
     let peer = bench.peer.take().unwrap();
     peer.send(&Answer::new(Request::GET_QUEUE_NUM as u32, &[]));
     bench.device.advance();
@@ -25,12 +25,18 @@ fn give_up(bench: &mut Bench) -> common::peer::Peer {
     peer
 }
 
-#[test]
-fn a_reset_is_not_over_while_a_back_end_that_was_given_up_may_write_memory() {
+/// A back end that is given up while the guest resets its device.
+fn given_up_in_a_reset() -> (Bench, Peer) {
     let mut bench = Bench::running();
     bench.write(STATUS, 1, 0);
     bench.device.advance();
-    let _alive = give_up(&mut bench);
+    let alive = give_up(&mut bench);
+    (bench, alive)
+}
+
+#[test]
+fn a_reset_is_not_over_while_a_back_end_that_was_given_up_may_write_memory() {
+    let (mut bench, _alive) = given_up_in_a_reset();
     assert_eq!(bench.status(), READY);
     assert!(!bench.device.is_quiet());
     // The next answer says that it is done with the old connection.
@@ -39,10 +45,7 @@ fn a_reset_is_not_over_while_a_back_end_that_was_given_up_may_write_memory() {
     assert!(bench.device.is_quiet());
 
     // So does its end of that one.
-    let mut bench = Bench::running();
-    bench.write(STATUS, 1, 0);
-    bench.device.advance();
-    let alive = give_up(&mut bench);
+    let (mut bench, alive) = given_up_in_a_reset();
     bench.device.advance();
     assert_eq!((bench.status(), bench.device.deadline()), (READY, None));
     drop(alive);
@@ -50,10 +53,7 @@ fn a_reset_is_not_over_while_a_back_end_that_was_given_up_may_write_memory() {
     assert_eq!(bench.status(), 0);
     assert!(bench.device.is_quiet());
     // A connection that comes to nothing does not.
-    let mut bench = Bench::running();
-    bench.write(STATUS, 1, 0);
-    bench.device.advance();
-    let alive = give_up(&mut bench);
+    let (mut bench, alive) = given_up_in_a_reset();
     let (peer, stream) = Peer::pair(protocol::WANTED);
     bench.device.connected(&virtio().socket, stream);
     drop(peer);

@@ -226,10 +226,15 @@ impl Hub {
         })
     }
 
-    /// Has a daemon ended that no device has. The next sweep makes up for what fails.
-    pub(crate) async fn end_daemon(&self, key: &str) {
-        if let Err(Failed::Refused(errno)) = self.opener.end_daemon(key).await {
-            warn!("the daemon of {key:?} is not ended: {errno}");
+    /// Has a daemon ended that no device has; false if the opener is there and has not answered.
+    pub(crate) async fn end_daemon(&self, key: &str) -> bool {
+        match self.opener.end_daemon(key).await {
+            Ok(()) => true,
+            Err(Failed::Refused(errno)) => {
+                warn!("the daemon of {key:?} is not ended: {errno}");
+                true
+            }
+            Err(Failed::Away) => self.opener.link().is_none(),
         }
     }
 
@@ -243,7 +248,7 @@ impl Hub {
         }
     }
 
-    /// False if pci could not be asked.
+    /// False if pci could not be asked, or the opener did not answer.
     async fn swept(&self) -> bool {
         if self.config.declared.is_empty() {
             return true;
@@ -251,8 +256,8 @@ impl Hub {
         let _turn = self.device_turn.lock().await;
         let Ok(functions) = self.functions().await else { return false };
         for Declared { key, .. } in &self.config.declared {
-            if user(key, &functions).is_none() {
-                self.end_daemon(key).await;
+            if user(key, &functions).is_none() && !self.end_daemon(key).await {
+                return false;
             }
         }
         true

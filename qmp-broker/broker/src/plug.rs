@@ -236,8 +236,10 @@ impl Hub {
         match self.ask_pci(Op::Add(Box::new(device.clone()))).await {
             Ok(Ok(_)) => Ok(json!({})),
             Ok(Err(refusal)) => {
-                if let Some(wanted) = &daemon {
-                    self.end_daemon(&wanted.key).await;
+                if let Some(wanted) = &daemon
+                    && !self.end_daemon(&wanted.key).await
+                {
+                    self.to_sweep.notify_one();
                 }
                 Err(refused(refusal, &device, &functions))
             }

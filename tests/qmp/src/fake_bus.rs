@@ -39,6 +39,10 @@ struct State {
     defined: BTreeMap<String, String>,
     /// The daemons that it was to start, and not yet to end.
     begun: BTreeMap<String, Settings>,
+    /// The daemon whose next end the opener does not hear of.
+    missed: Option<String>,
+    /// How often it was told of an end.
+    ends: usize,
     pci: Option<OwnedFd>,
     balloon: Option<OwnedFd>,
 }
@@ -152,6 +156,10 @@ impl Bus {
                         FromOpener::Defined { name }
                     }
                     Ok(ToOpener::End { name }) => {
+                        bus.state().ends += 1;
+                        if bus.state().missed.take_if(|missed| *missed == name).is_some() {
+                            continue;
+                        }
                         bus.state().begun.remove(&name);
                         FromOpener::Defined { name }
                     }
@@ -172,6 +180,17 @@ impl Bus {
     #[must_use]
     pub fn begun(&self, key: &str) -> Option<Settings> {
         self.state().begun.get(key).cloned()
+    }
+
+    /// How often the opener was told that a daemon is to end.
+    #[must_use]
+    pub fn ends(&self) -> usize {
+        self.state().ends
+    }
+
+    /// The opener does not hear of the next end of a daemon.
+    pub fn miss_an_end(&self, key: &str) {
+        self.state().missed = Some(key.to_owned());
     }
 
     fn serve_balloon(&self, fd: OwnedFd) {

@@ -7,6 +7,7 @@ use bulkhead_control_api::pci::Event;
 use bulkhead_control_api::plug::Settings;
 use bulkhead_framework::{Result, Vm};
 use bulkhead_qmp_tests::broker::{Broker, Kind};
+use bulkhead_qmp_tests::fake_bus::Bus;
 use bulkhead_qmp_tests::vms_run_here;
 use bulkhead_qmp_tests::wire::Wire;
 use serde_json::{Value, json};
@@ -160,6 +161,20 @@ fn a_device_comes_with_its_character_device_and_goes() -> Result<()> {
     Ok(())
 }
 
+/// Whether something is so soon.
+fn soon(is_so: impl Fn() -> bool) -> bool {
+    let end = Instant::now() + Duration::from_secs(30);
+    while !is_so() && Instant::now() < end {
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    is_so()
+}
+
+/// Whether the opener is told soon that a daemon is to end.
+fn is_ended(bus: &Bus, key: &str) -> bool {
+    soon(|| bus.begun(key).is_none())
+}
+
 /// A daemon of ours is started for its device, with what that says of it, and ended when it is gone, or does not come.
 #[test]
 fn a_device_comes_with_its_daemon_and_goes() -> Result<()> {
@@ -167,13 +182,6 @@ fn a_device_comes_with_its_daemon_and_goes() -> Result<()> {
     let bus = broker.bus.clone().ok_or("no bus")?;
     let mut wire = negotiated(&broker)?;
     let done = json!({ "return": {} });
-    let ended = |key: &str| {
-        let end = Instant::now() + Duration::from_secs(10);
-        while bus.begun(key).is_some() && Instant::now() < end {
-            std::thread::sleep(Duration::from_millis(5));
-        }
-        bus.begun(key).is_none()
-    };
     let thread = json!({ "qom-type": "iothread", "id": "t", "poll-max-ns": 9 });
     assert_eq!(execute(&mut wire, "object-add", thread)?, done);
     let disk = json!({
@@ -207,7 +215,7 @@ fn a_device_comes_with_its_daemon_and_goes() -> Result<()> {
     assert_eq!(execute(&mut wire, "device_del", json!({ "id": "h" }))?, done);
     bus.event(Event::Deleted { id: "h".to_owned() });
     assert_eq!(wire.line()?["event"], "DEVICE_DELETED");
-    assert!(ended("hd"), "the daemon runs on");
+    assert!(is_ended(&bus, "hd"), "the daemon runs on");
     assert!(bus.begun("hn").is_some(), "another one was ended");
     assert_eq!(execute(&mut wire, "object-del", json!({ "id": "t" }))?, done);
     let mut again = disk;
@@ -221,7 +229,23 @@ fn a_device_comes_with_its_daemon_and_goes() -> Result<()> {
     Ok(())
 }
 
-/// A node has one writer, and says so in other words than a drive.
+/// A launcher that is held up, and answers too late or never, is told again.
+#[test]
+fn a_daemon_ends_also_if_the_opener_does_not_answer_at_first() -> Result<()> {
+    let broker = Broker::with_devices()?;
+    let bus = broker.bus.clone().ok_or("no bus")?;
+    let mut wire = negotiated(&broker)?;
+    // A broker that finds pci looks after all three that no device has.
+    assert!(soon(|| bus.ends() == 3), "{}", bus.ends());
+    let disk = json!({ "driver": "virtio-blk-pci", "id": "h", "bus": "rp0", "drive": "hd" });
+    assert_eq!(execute(&mut wire, "device_add", disk)?, json!({ "return": {} }));
+    assert!(bus.begun("hd").is_some());
+    bus.miss_an_end("hd");
+    bus.event(Event::Deleted { id: "h".to_owned() });
+    assert!(is_ended(&bus, "hd"), "the daemon runs on");
+    Ok(())
+}
+
 /// What is behind it in the list moves up, and is not overlooked.
 #[test]
 fn a_device_that_goes_while_a_long_list_is_read_hides_no_other() -> Result<()> {
@@ -237,6 +261,7 @@ fn a_device_that_goes_while_a_long_list_is_read_hides_no_other() -> Result<()> {
     Ok(())
 }
 
+/// A node has one writer, and says so in other words than a drive.
 #[test]
 fn a_node_has_one_writer() -> Result<()> {
     let broker = Broker::with_devices()?;
