@@ -120,6 +120,7 @@ fn process(out: &mut String, root: &Path, process: &Process, all: &[Gap]) -> Res
     let boots = match process.boots.as_str() {
         "vm" => "Boots::Vm",
         "boot" => "Boots::Boot",
+        "job" => "Boots::Job",
         other => return Err(format!("{}: boots {other}", process.name).into()),
     };
     let restart = match process.restart.as_str() {

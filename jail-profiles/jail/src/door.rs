@@ -6,6 +6,8 @@ use std::time::{Duration, Instant};
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::socket::{MsgFlags, SockFlag, accept4};
+use serde::Serialize;
+use serde::de::DeserializeOwned;
 
 use crate::link::{self, Link, LinkError};
 use crate::warn;
@@ -131,6 +133,38 @@ impl Door {
         let mut link = Link::begin(fd, self.version)?;
         link.finish(self.version, MsgFlags::MSG_DONTWAIT)?;
         Ok(link)
+    }
+
+    /// The next message, once the door is readable. `welcome` is for a peer that has just said hello.
+    pub fn receive<T: DeserializeOwned>(&mut self, welcome: impl FnOnce(&mut Self)) -> Option<T> {
+        match self.advance() {
+            Arrival::Nothing => return None,
+            Arrival::Connected => welcome(self),
+            Arrival::Message => {}
+        }
+        match self.link()?.recv() {
+            Ok(message) => return Some(message),
+            Err(LinkError::WouldBlock) => {}
+            Err(error) => self.end(&error),
+        }
+        None
+    }
+
+    /// Sends without waiting: a peer that does not read loses its link, not this process its time.
+    pub fn send(&mut self, message: &impl Serialize, fds: &[BorrowedFd<'_>]) {
+        let Some(link) = self.link() else { return };
+        if let Err(error) = link.send_with(message, fds, MsgFlags::MSG_DONTWAIT) {
+            self.end(&error);
+        }
+    }
+
+    fn end(&mut self, error: &LinkError) {
+        match error {
+            LinkError::Closed => {}
+            LinkError::WouldBlock => warn!("{}: it does not read; the link is closed", self.name),
+            error => warn!("{}: {error}; the link is closed", self.name),
+        }
+        self.close();
     }
 
     /// Drops a peer that does not say hello.

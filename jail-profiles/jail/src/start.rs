@@ -16,7 +16,7 @@ use serde::de::DeserializeOwned;
 
 use crate::link::{Link, LinkError};
 use crate::starter::Starter;
-use crate::topology::{Boots, Process};
+use crate::topology::Process;
 use crate::{footprint, log, sandbox, surroundings};
 
 /// First inherited descriptor (`sd_listen_fds(3)`).
@@ -130,8 +130,8 @@ impl Start {
         };
         start.starter.watchdog = watchdog.map(Duration::from_micros);
         // The word that asked for this process: left in its FIFO it would ask for another one.
-        if let Some(boot) = start.fds.get("boot").filter(|_| process.boots == Boots::Boot) {
-            let _ = nix::unistd::read(boot, &mut [0; 64]);
+        if let Some(trigger) = process.boots.trigger().and_then(|name| start.fds.get(name)) {
+            let _ = nix::unistd::read(trigger, &mut [0; 64]);
         }
         start.ask_opener(&starter)?;
         for rule in process.fds.iter().filter(|r| !r.ends_with('?') && !r.ends_with('*')) {

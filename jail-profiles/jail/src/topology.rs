@@ -42,6 +42,21 @@ pub enum Boots {
     Vm,
     /// Anew for each boot and reset.
     Boot,
+    /// Anew for each job.
+    Job,
+}
+
+impl Boots {
+    /// What asks for a process that is started anew: the name of the asker's descriptor, and under systemd of the
+    /// process's own.
+    #[must_use]
+    pub const fn trigger(self) -> Option<&'static str> {
+        match self {
+            Self::Vm => None,
+            Self::Boot => Some("boot"),
+            Self::Job => Some("job"),
+        }
+    }
 }
 
 /// What happens when a process dies after its first READY=1.

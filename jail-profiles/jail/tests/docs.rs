@@ -14,6 +14,7 @@ fn process(out: &mut String, process: &Process) -> fmt::Result {
         Boots::Vm if process.per_device => "with the VM, one for each device that needs one",
         Boots::Vm => "with the VM",
         Boots::Boot => "anew for each boot and reset",
+        Boots::Job => "anew for each job",
     };
     let fsize = match process.limits.fsize {
         FileSize::Bytes(bytes) => format!("{bytes} bytes"),

@@ -115,7 +115,7 @@ fn unit_section(process: &Process) -> String {
                 "After=bulkhead-limits@%i.service {opener} bulkhead-broker@%i.service bulkhead-console@%i.service"
             );
         }
-        "loader" => {
+        "loader" | "dump" => {
             let _ = writeln!(out, "After={opener}\nStartLimitIntervalSec=0");
         }
         _ => {
@@ -133,6 +133,8 @@ fn service(process: &Process) -> String {
         Boots::Vm => out.push_str("Type=notify\nNotifyAccess=main\nTimeoutStartSec=30s\n"),
         // One that hangs is ended before core gives it up.
         Boots::Boot => out.push_str("Type=oneshot\nTimeoutStartSec=50s\n"),
+        // One takes as long as its output; it ends with the client, the broker and core.
+        Boots::Job => out.push_str("Type=oneshot\nTimeoutStartSec=infinity\n"),
     }
     match process.restart {
         Restart::Never => out.push_str("Restart=no\n"),
@@ -148,7 +150,7 @@ fn service(process: &Process) -> String {
         // They end when core has ended, and have nothing to say to a signal.
         "broker" => out
             .push_str("WatchdogSec=30s\nKillSignal=SIGKILL\nSuccessExitStatus=SIGKILL\nTimeoutStopSec=10s\n"),
-        "loader" => {}
+        "loader" | "dump" => {}
         _ => out.push_str("KillSignal=SIGKILL\nSuccessExitStatus=SIGKILL\nTimeoutStopSec=10s\n"),
     }
     out.push_str("LogRateLimitIntervalSec=1s\nLogRateLimitBurst=200\n\n");
@@ -177,16 +179,17 @@ fn service(process: &Process) -> String {
 fn opener() -> String {
     let mut out = format!(
         "{HEAD}[Unit]\nDescription=Bulkhead VM %i: opens what its machine file names\n\
-         Documentation=man:bulkhead(1)\nPartOf=bulkhead@%i.target\nRequires=bulkhead-loader@%i.socket bulkhead-limits@%i.service\n\
-         After=bulkhead-limits@%i.service bulkhead-loader@%i.socket\nStartLimitIntervalSec=0\n\n\
+         Documentation=man:bulkhead(1)\nPartOf=bulkhead@%i.target\nRequires=bulkhead-loader@%i.socket bulkhead-dump@%i.socket bulkhead-limits@%i.service\n\
+         After=bulkhead-limits@%i.service bulkhead-loader@%i.socket bulkhead-dump@%i.socket\nStartLimitIntervalSec=0\n\n\
          [Service]\nType=notify\nNotifyAccess=main\nExecStart=/usr/bin/bulkhead unit opener %i\n\
          LoadCredential=machine:/etc/bulkhead/%i.toml\nRestart=always\nRestartSec=200ms\nFileDescriptorStoreMax=4096\n\
          RuntimeDirectory=bulkhead-links-%i\nRuntimeDirectoryMode=0700\nRuntimeDirectoryPreserve=restart\n\
          StateDirectory=bulkhead/%i\nStateDirectoryMode=0700\nKillSignal=SIGKILL\nSuccessExitStatus=SIGKILL\n\
          TimeoutStopSec=10s\nLogRateLimitIntervalSec=1s\nLogRateLimitBurst=200\n\n"
     );
+    let fifo = |name: &str| format!("{INNER}/{name}:/run/bulkhead/{name}");
     user(&mut out, "opener");
-    root(&mut out, "/usr/bin/bulkhead", &[&format!("{INNER}/boot:/run/bulkhead/boot"), "-/dev/kvm"]);
+    root(&mut out, "/usr/bin/bulkhead", &[&fifo("boot"), &fifo("job"), "-/dev/kvm"]);
     out.push_str("SupplementaryGroups=kvm\nPrivateUsers=no\nDevicePolicy=closed\nDeviceAllow=/dev/kvm rw\n");
     out.push_str("LimitNOFILE=8192\nLimitDATA=67108864\n");
     out.push_str(SANDBOX);
@@ -256,7 +259,7 @@ fn last(service: &str) -> (&'static str, &'static str) {
             "ExecStopPost=-/bin/rmdir /run/bulkhead-inner/%i\nExecStopPost=-/bin/rm -f /run/bulkhead-links-%i\n",
         ),
         "console" => ("", "ExecStopPost=-/bin/rmdir /run/bulkhead/%i\n"),
-        "loader" => (
+        "loader" | "dump" => (
             "DefaultDependencies=no\nConflicts=shutdown.target\nBefore=shutdown.target\n\
              After=bulkhead-opener@%i.socket\n",
             "",
@@ -277,10 +280,14 @@ fn sockets() -> BTreeMap<String, String> {
         "bulkhead-opener@.socket".to_owned(),
         socket("where its processes get their descriptors", &lines, "opener"),
     );
-    let lines = format!(
-        "ListenFIFO={INNER}/boot\nDirectoryMode=0700\nSocketMode=0622\nFileDescriptorName=boot\nTriggerLimitIntervalSec=0\n"
-    );
-    all.insert("bulkhead-loader@.socket".to_owned(), socket("core asks for a loader", &lines, "loader"));
+    for (name, about, service) in
+        [("boot", "core asks for a loader", "loader"), ("job", "the broker asks for a dump", "dump")]
+    {
+        let lines = format!(
+            "ListenFIFO={INNER}/{name}\nDirectoryMode=0700\nSocketMode=0622\nFileDescriptorName={name}\nTriggerLimitIntervalSec=0\n"
+        );
+        all.insert(format!("bulkhead-{service}@.socket"), socket(about, &lines, service));
+    }
     for role in ["operator", "monitor", "console"] {
         // Who may connect, the broker checks by the machine file's lists.
         let lines = format!(

@@ -9,6 +9,7 @@ mod error;
 mod fdset;
 mod files;
 mod inherited;
+mod output;
 mod sockets;
 mod tap;
 
@@ -16,6 +17,7 @@ pub use error::Error;
 pub use fdset::set_of;
 pub use files::{Created, abandon_pid_file, kvm, sealed};
 pub use inherited::{Inherited, from_service_manager};
+pub use output::{output_now, output_now_beneath};
 pub use sockets::{abandon as abandon_socket, connect_now};
 
 use std::collections::BTreeMap;

@@ -17,7 +17,7 @@ use nix::sys::wait::{Id, WaitPidFlag, WaitStatus, waitid};
 use nix::unistd::{self, Gid, Pid, Uid};
 
 use crate::jailed::{Child, Identity, park};
-use crate::supervise::{LOADER, Part};
+use crate::supervise::{JOBS, Part};
 
 /// Descriptors that the launcher and a child have open beside those that are kept: of links, logs and binaries,
 /// what the command line names, and a copy of a compartment's own in its child.
@@ -112,7 +112,7 @@ pub struct Order<'a> {
 }
 
 impl Host {
-    /// Finds the binaries of a VM's compartments, and of the loader: beside the launcher, or
+    /// Finds the binaries of a VM's compartments, and of those that come and go: beside the launcher, or
     /// `../libexec/bulkhead` from there.
     ///
     /// # Errors
@@ -130,7 +130,7 @@ impl Host {
         };
         // Opened once: after an upgrade of the package a reset still gets the loader that fits.
         let mut binaries = Vec::new();
-        for Part { process, .. } in parts.iter().chain([&LOADER]) {
+        for Part { process, .. } in parts.iter().chain(&JOBS) {
             if binaries.iter().any(|(known, _)| *known == process.binary) {
                 continue;
             }

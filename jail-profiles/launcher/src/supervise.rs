@@ -4,15 +4,16 @@
 //! compartment, what a compartment says to its starter, core's request for a loader, and log lines.
 
 mod doors;
+mod jobs;
 mod kept;
 pub mod parts;
 mod plug;
 
 pub use doors::Asker;
-pub use parts::{LOADER, Part};
+pub use parts::{JOBS, Part};
 
 use std::collections::BTreeMap;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::time::{Duration, Instant};
 
 use bulkhead_control_api::config;
@@ -24,17 +25,19 @@ use bulkhead_jail::topology::{self, Boots, Restart};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::signal::{SigSet, Signal};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
-use nix::sys::socket::{self, AddressFamily, MsgFlags, SockFlag, SockType, socketpair};
+use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
 use nix::sys::wait::WaitStatus;
 
 use crate::config_blob;
 use crate::guard::Guard;
 use crate::machine::Bus;
+use crate::opener;
 use crate::relay::{Pumped, Relay, say};
 use crate::rendezvous::{Place, Rendezvous};
 use crate::spawn::{self, Host, Order, Started};
 use crate::terminal::Terminal;
 use doors::Doors;
+use jobs::Trigger;
 use kept::Kept;
 use parts::Key;
 
@@ -130,15 +133,12 @@ struct Supervisor {
     meetings: BTreeMap<&'static str, Rendezvous>,
     doors: Doors,
     configs: BTreeMap<Key, OwnedFd>,
-    boot: (OwnedFd, OwnedFd),
+    triggers: Vec<Trigger>,
     running: Vec<Running>,
     kept: BTreeMap<Key, Kept>,
     again: BTreeMap<Key, Again>,
     /// All have been ready once.
     ready: bool,
-    /// Core has asked for a loader and none has been started for it yet.
-    boot_wanted: bool,
-    boots: Pace,
     status: u8,
     deadline: Option<Instant>,
     core_exit: Option<Instant>,
@@ -212,6 +212,10 @@ impl Supervisor {
         for link in parts::links(&all) {
             meetings.insert(link.name, place.listen(SockType::SeqPacket)?);
         }
+        let mut triggers = Vec::new();
+        for part in JOBS {
+            triggers.extend(Trigger::new(part)?);
+        }
         let doors = Doors::new(&vm.bus, &place)?;
         let mut configs = BTreeMap::new();
         configs.insert(("core", None), config_blob::seal(&vm.core)?);
@@ -230,13 +234,11 @@ impl Supervisor {
             vm,
             meetings,
             configs,
-            boot: packets()?,
+            triggers,
             running: Vec::new(),
             kept: BTreeMap::new(),
             again: BTreeMap::new(),
             ready: false,
-            boot_wanted: false,
-            boots: Pace::default(),
             status: 0,
             deadline: None,
             core_exit: None,
@@ -289,10 +291,9 @@ impl Supervisor {
             fds.extend(listener.map(|listener| (name.to_owned(), listener)));
         }
         fds.extend(connections.iter().map(|(name, fd)| (name.clone(), fd.as_fd())));
-        if process.boots == Boots::Vm && process.may_have("boot") {
-            fds.push(("boot".into(), self.boot.1.as_fd()));
-        }
         if process.boots == Boots::Vm {
+            let asks = self.triggers.iter().filter(|trigger| process.may_have(trigger.name));
+            fds.extend(asks.map(|trigger| (trigger.name.to_owned(), trigger.theirs())));
             fds.push(("notify".into(), theirs.as_fd()));
         }
         fds.extend(opener.iter().map(|(_, fd)| ("opener".to_owned(), fd.as_fd())));
@@ -414,28 +415,25 @@ impl Supervisor {
             if ready(0) {
                 self.take_signals(&signals);
             }
-            if ready(2) {
+            if ready(1) {
                 self.replace_guard()?;
             }
             self.listen();
             self.connect_back_ends();
             self.take_logs_and_ends();
-            if ready(1) {
-                let mut word = [0; 8];
-                self.boot_wanted |=
-                    socket::recv(self.boot.0.as_raw_fd(), &mut word, MsgFlags::MSG_DONTWAIT).is_ok();
-            }
-            self.boot()?;
+            self.triggers.iter_mut().for_each(Trigger::listen);
+            self.start_asked()?;
             self.start_again();
             self.check_deadlines();
         }
         Ok(())
     }
 
-    /// Which of [signals, boot, guard] have something; returns also for ends, logs and words to the starter.
+    /// Which of [signals, guard] have something; returns also for ends, logs, words to the starter and requests.
     fn wait(&self, signals: &SignalFd) -> Result<Vec<bool>, String> {
         let on = |fd| PollFd::new(fd, PollFlags::POLLIN);
-        let mut fds = vec![on(signals.as_fd()), on(self.boot.0.as_fd()), on(self.guard.life())];
+        let mut fds = vec![on(signals.as_fd()), on(self.guard.life())];
+        fds.extend(self.triggers.iter().map(Trigger::poll_fd));
         for running in &self.running {
             fds.push(on(running.started.pidfd.as_fd()));
             // A log at its end would be ready for ever: wait for the process instead.
@@ -447,8 +445,9 @@ impl Supervisor {
         }
         let again = self.again.iter().filter(|(key, _)| self.is_gone(**key));
         let again = again.filter_map(|(_, again)| again.when(Instant::now())).min();
-        let boot = if self.boot_wanted { self.boots.next() } else { None };
-        let next = [self.deadline, self.core_exit, boot, again].into_iter().flatten().min();
+        let asked = self.triggers.iter().filter(|trigger| self.is_gone(trigger.part.key()));
+        let asked = asked.filter_map(Trigger::next).min();
+        let next = [self.deadline, self.core_exit, asked, again].into_iter().flatten().min();
         let timeout = next.map_or(PollTimeout::NONE, |at| {
             let left = at.saturating_duration_since(Instant::now()) + Duration::from_millis(1);
             PollTimeout::try_from(left).unwrap_or(PollTimeout::MAX)
@@ -506,6 +505,10 @@ impl Supervisor {
                 ("broker", ToOpener::Define { name, path, must_exist }) => {
                     doors.define((name, path, *must_exist), &vm.fds).map(|()| None)
                 }
+                ("broker", ToOpener::Output { path, .. }) => {
+                    let in_use: Vec<BorrowedFd<'_>> = vm.fds.values().map(AsFd::as_fd).collect();
+                    opener::output_now(path, &in_use).map(Some)
+                }
                 ("broker", ToOpener::Forget { name }) => doors.forget(name).map(|()| None),
                 ("broker", ToOpener::Begin { .. } | ToOpener::End { .. }) => {
                     plugs.push(plug::Plug::of(&vm.bus, request)?);
@@ -522,23 +525,24 @@ impl Supervisor {
         }
     }
 
-    /// Starts the loader that core waits for, once the last one is gone and the budget allows it.
-    fn boot(&mut self) -> Result<(), String> {
-        let early = !self.boots.allows();
+    /// Starts what was asked for, once the last one of its kind is gone and the budget allows it.
+    fn start_asked(&mut self) -> Result<(), String> {
         let ending = self.killed || self.deadline.is_some();
-        if !self.boot_wanted || early || ending || self.find("loader").is_some() {
-            return Ok(());
-        }
-        self.boot_wanted = false;
-        self.boots.take();
-        match self.start(LOADER) {
-            // Core misses the loader, and fails the boot.
-            Err(error) if self.ready => {
-                say("<3>", NAME, &error);
-                Ok(())
+        let free: Vec<bool> = self.triggers.iter().map(|trigger| self.is_gone(trigger.part.key())).collect();
+        let mut parts = Vec::new();
+        for (trigger, free) in self.triggers.iter_mut().zip(free) {
+            if free && !ending && trigger.take() {
+                parts.push(trigger.part);
             }
-            started => started,
         }
+        for part in parts {
+            match self.start(part) {
+                // Who asked misses it: core fails the boot, the broker the command.
+                Err(error) if self.ready || part.process.boots == Boots::Job => say("<3>", NAME, &error),
+                started => started?,
+            }
+        }
+        Ok(())
     }
 
     /// The guard was killed: another one takes over.
@@ -598,8 +602,8 @@ impl Supervisor {
         if self.killed || end.leaving {
             return;
         }
-        // Core hears of a loader's failure through its link and decides.
-        if end.part.process.boots == Boots::Boot {
+        // Who asked for it hears of its end through its link and decides.
+        if end.part.process.boots != Boots::Vm {
             if let Some(step) = &end.failed {
                 say("<3>", NAME, &format!("cannot start {label}: {step} (see `bulkhead doctor`)"));
             }

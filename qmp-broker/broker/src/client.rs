@@ -10,7 +10,7 @@ use bulkhead_jail::warn;
 use bulkhead_qapi::json::Item;
 use bulkhead_qapi::request::Mode;
 use tokio::sync::Notify;
-use tokio::time::{Instant, timeout};
+use tokio::time::{Instant, sleep, timeout};
 
 use crate::hub::{Hub, greeting_line};
 use crate::monitor::Monitor;
@@ -24,6 +24,9 @@ use crate::stream::Stream;
 const CHUNK: usize = 4096;
 /// How long a client may take to read what waits for it when its connection or the VM ends.
 pub const FLUSH: Duration = Duration::from_secs(1);
+
+/// How often a client that has a long request is looked at.
+const GLANCE: Duration = Duration::from_millis(100);
 
 /// One connected client.
 #[derive(Debug)]
@@ -271,6 +274,14 @@ impl Client {
                 return;
             }
             self.work.notified().await;
+        }
+    }
+
+    /// Waits for the client's end, which nobody sees while its request is carried out. One that only sends no more may
+    /// wait for its answer.
+    pub async fn gone(&self) {
+        while !self.stream.is_gone() {
+            sleep(GLANCE).await;
         }
     }
 

@@ -8,8 +8,8 @@ use bulkhead_qapi::types::control::{
 };
 use bulkhead_qapi::types::machine::{CpuInfoArch, CpuInfoFast, CpuInstanceProperties, SysEmuTarget};
 use bulkhead_qapi::types::misc::{
-    AddClientArg, HumanMonitorCommandArg, KvmInfo, MemoryInfo, NameInfo, QueryCommandLineOptionsArg,
-    UuidInfo, XenSetGlobalDirtyLogArg,
+    AddClientArg, HumanMonitorCommandArg, KvmInfo, MemoryInfo, MemsaveArg, NameInfo, PmemsaveArg,
+    QueryCommandLineOptionsArg, UuidInfo, XenSetGlobalDirtyLogArg,
 };
 use bulkhead_qapi::types::run_state::{RunState, StatusInfo};
 use bulkhead_qapi::{Error, introspect};
@@ -40,6 +40,10 @@ pub enum Step {
     Devices(devices::Op),
     /// A named descriptor for a character device.
     AddClient(AddClientArg),
+    /// Memory as a vCPU sees it, to a file.
+    Memsave(MemsaveArg),
+    /// Physical memory, to a file.
+    Pmemsave(PmemsaveArg),
     /// The end of run state `preconfig`.
     ExitPreconfig,
     /// What a line for people stands for.
@@ -112,6 +116,8 @@ pub fn begin(call: Call, known: &Known<'_>, mode: &mut Mode) -> Step {
         Handler::ChardevAdd => Step::Devices(devices::Op::ChardevAdd(call.args)),
         Handler::ChardevChange => Step::Devices(devices::Op::ChardevChange(call.args)),
         Handler::ChardevRemove => with(call.args, |args| Step::Devices(devices::Op::ChardevRemove(args))),
+        Handler::Memsave => with(call.args, Step::Memsave),
+        Handler::Pmemsave => with(call.args, Step::Pmemsave),
         Handler::XExitPreconfig => Step::ExitPreconfig,
         Handler::HumanMonitorCommand => with(call.args, Step::Human),
         Handler::QueryCommandLineOptions => with(call.args, |args: QueryCommandLineOptionsArg| {
@@ -192,6 +198,8 @@ fn answer(query: Handler, known: &Known<'_>) -> Reply {
         | Handler::ChardevAdd
         | Handler::ChardevChange
         | Handler::ChardevRemove
+        | Handler::Memsave
+        | Handler::Pmemsave
         | Handler::XExitPreconfig
         | Handler::HumanMonitorCommand
         | Handler::QueryCommandLineOptions

@@ -1,12 +1,14 @@
 //! Descriptors that clients passed: named ones of each monitor, and the fd sets of all.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd as _, OwnedFd};
 
 use bulkhead_qapi::Error;
 use bulkhead_qapi::types::misc::{
     AddFdArg, AddfdInfo, ClosefdArg, FdsetFdInfo, FdsetInfo, GetfdArg, RemoveFdArg,
 };
+use nix::errno::Errno;
+use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use serde_json::json;
 
 use crate::commands::{Reply, reply};
@@ -26,6 +28,9 @@ pub const MAX_NAME: usize = 1024;
 pub const MAX_OPAQUE: usize = 64 << 10;
 /// The first number of a set's member. No number is given twice, and none is the process's own.
 const FIRST_NUMBER: i64 = 3;
+
+/// What a path begins with that stands for a member of a set.
+const FDSET: &str = "/dev/fdset/";
 
 /// What is to be done.
 #[derive(Debug)]
@@ -110,6 +115,26 @@ impl Descriptors {
     /// Takes a named one of a monitor out.
     pub fn take_named(&mut self, monitor: &str, name: &str) -> Option<OwnedFd> {
         self.names.get_mut(monitor)?.remove(name)?.into_fd().ok()
+    }
+
+    /// A copy of the first member of a set that was opened to write only, if the path is one of a set.
+    ///
+    /// # Errors
+    /// QEMU's: EINVAL for no set's name, ENOENT, and EACCES if no member was opened in that way.
+    pub fn output(&self, path: &str) -> Option<Result<OwnedFd, Errno>> {
+        let id = path.strip_prefix(FDSET)?.parse::<i32>().ok().filter(|id| *id >= 0);
+        let Some(id) = id.map(i64::from) else { return Some(Err(Errno::EINVAL)) };
+        let Some(members) = self.sets.get(&id) else { return Some(Err(Errno::ENOENT)) };
+        let is_written = |fd: &Held| {
+            // A descriptor with O_PATH has no mode.
+            let mode = OFlag::O_ACCMODE | OFlag::O_PATH;
+            fcntl(fd, FcntlArg::F_GETFL)
+                .is_ok_and(|flags| OFlag::from_bits_retain(flags) & mode == OFlag::O_WRONLY)
+        };
+        let member = members.iter().find(|member| is_written(&member.fd));
+        Some(member.map_or(Err(Errno::EACCES), |member| {
+            member.fd.as_fd().try_clone_to_owned().map_err(|_| Errno::EMFILE)
+        }))
     }
 
     /// Everything but the descriptors themselves.

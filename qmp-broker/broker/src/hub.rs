@@ -23,6 +23,7 @@ use crate::audit::Audit;
 use crate::client::Client;
 use crate::commands::{self, Known, Reply, Step, reply};
 use crate::descriptors::Descriptors;
+use crate::dump::Dumps;
 use crate::monitor::Monitor;
 use crate::opener::Opener;
 use crate::peer::{NoAnswer, Peer};
@@ -69,6 +70,8 @@ pub struct Hub {
     pub(crate) to_sweep: Notify,
     /// Link to the opener.
     pub opener: Opener,
+    /// Dump processes.
+    pub dumps: Dumps,
     /// Bytes held by all clients' requests.
     pub held: Rc<Cell<usize>>,
     /// Descriptors that clients passed.
@@ -115,6 +118,7 @@ impl Hub {
             device_turn: Mutex::default(),
             to_sweep: Notify::new(),
             opener: Opener::default(),
+            dumps: Dumps::default(),
             held: Rc::default(),
             descriptors: RefCell::new(descriptors),
             store,
@@ -335,6 +339,8 @@ impl Hub {
             Step::AddClient(args) => self.add_client(args, &client.monitor.label).await,
             Step::ExitPreconfig => self.exit_preconfig().await,
             Step::Devices(op) => self.device_command(op).await,
+            Step::Memsave(args) => self.memsave(client, args).await,
+            Step::Pmemsave(args) => self.pmemsave(client, args).await,
             step => self.through_peer(step).await,
         }
     }
@@ -357,6 +363,8 @@ impl Hub {
             Step::Descriptors(_)
             | Step::Devices(_)
             | Step::AddClient(_)
+            | Step::Memsave(_)
+            | Step::Pmemsave(_)
             | Step::ExitPreconfig
             | Step::Human(_)
             | Step::Quit => Ok(json!({})),

@@ -17,6 +17,7 @@ pub mod client;
 pub mod commands;
 pub mod descriptors;
 pub mod devices;
+pub mod dump;
 pub mod fd;
 pub mod held;
 pub mod hmp;

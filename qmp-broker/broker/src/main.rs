@@ -49,7 +49,9 @@ fn begin() -> Result<(Runtime, Rc<Hub>, Sources), Box<dyn std::error::Error>> {
         console: nonblocking(start.take("control-console")?)?,
         pci: start.take_optional("control-pci").map(nonblocking).transpose()?,
         balloon: start.take_optional("control-balloon").map(nonblocking).transpose()?,
+        dump: nonblocking(start.take("control-dump")?)?,
     };
+    let job = start.take("job")?;
     let opener = start.opener().map(|link| link.as_fd().try_clone_to_owned()).transpose()?;
     let opener = opener.map(|fd| watch(fd).map_err(|(_, error)| error)).transpose()?;
     let open = |monitor| monitor::open(monitor, |name| start.take_optional(name));
@@ -66,7 +68,7 @@ fn begin() -> Result<(Runtime, Rc<Hub>, Sources), Box<dyn std::error::Error>> {
     };
     let room = store::watch_starter(start.starter())?;
     store.set_starter(start.enter()?, room);
-    let sources = Sources { core, callers, opener, monitors };
+    let sources = Sources { core, callers, job, opener, monitors };
     drop(context);
     Ok((runtime, Rc::new(Hub::new(config, descriptors, store)), sources))
 }

@@ -1,12 +1,12 @@
-//! Requests to the opener: which name stands for which path, which daemon is to run.
+//! Requests to the opener: which name stands for which path, which daemon is to run, the files of memory dumps.
 
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::os::fd::{AsFd as _, OwnedFd};
 use std::rc::Rc;
 use std::time::Duration;
 
 use bulkhead_control_api::encode;
-use bulkhead_control_api::opener::ToOpener;
+use bulkhead_control_api::opener::{MAX_PATH, ToOpener};
 use bulkhead_control_api::plug::Settings;
 use bulkhead_jail::link::send_packet;
 use nix::errno::Errno;
@@ -27,7 +27,8 @@ pub enum Failed {
     Refused(Errno),
 }
 
-type Answer = Result<(), Errno>;
+/// What was asked for, if it is a descriptor.
+type Answer = Result<Option<OwnedFd>, Errno>;
 
 /// The link to the opener, if there is one.
 #[derive(Debug, Default)]
@@ -37,6 +38,8 @@ pub struct Opener {
     waiting: RefCell<Option<(String, oneshot::Sender<Answer>)>>,
     /// One request at a time.
     turn: Mutex<()>,
+    /// Files there have been.
+    outputs: Cell<u64>,
 }
 
 impl Opener {
@@ -73,7 +76,7 @@ impl Opener {
     /// See [`Failed`].
     pub async fn define(&self, name: &str, path: &str, must_exist: bool) -> Result<(), Failed> {
         let (name, path) = (name.to_owned(), path.to_owned());
-        self.ask(&name.clone(), &ToOpener::Define { name, path, must_exist }).await
+        self.ask(&name.clone(), &ToOpener::Define { name, path, must_exist }).await.map(drop)
     }
 
     /// The name stands for nothing any more.
@@ -81,7 +84,7 @@ impl Opener {
     /// # Errors
     /// See [`Failed`].
     pub async fn forget(&self, name: &str) -> Result<(), Failed> {
-        self.ask(name, &ToOpener::Forget { name: name.to_owned() }).await
+        self.ask(name, &ToOpener::Forget { name: name.to_owned() }).await.map(drop)
     }
 
     /// Starts the daemon of something declared, for a device of these settings.
@@ -89,7 +92,7 @@ impl Opener {
     /// # Errors
     /// See [`Failed`].
     pub async fn begin_daemon(&self, key: &str, settings: &Settings) -> Result<(), Failed> {
-        self.ask(key, &ToOpener::Begin { name: key.to_owned(), settings: settings.clone() }).await
+        self.ask(key, &ToOpener::Begin { name: key.to_owned(), settings: settings.clone() }).await.map(drop)
     }
 
     /// Ends it, if it runs.
@@ -97,10 +100,26 @@ impl Opener {
     /// # Errors
     /// See [`Failed`].
     pub async fn end_daemon(&self, key: &str) -> Result<(), Failed> {
-        self.ask(key, &ToOpener::End { name: key.to_owned() }).await
+        self.ask(key, &ToOpener::End { name: key.to_owned() }).await.map(drop)
     }
 
-    async fn ask(&self, name: &str, request: &ToOpener) -> Result<(), Failed> {
+    /// A file to write.
+    ///
+    /// # Errors
+    /// See [`Failed`].
+    pub async fn output(&self, path: &str) -> Result<OwnedFd, Failed> {
+        if path.len() > MAX_PATH {
+            return Err(Failed::Refused(Errno::ENAMETOOLONG));
+        }
+        // Whoever asked before may have gone without the answer: that is not for this one.
+        let number = self.outputs.get();
+        self.outputs.set(number.wrapping_add(1));
+        let name = format!("output.{number}");
+        let request = ToOpener::Output { name: name.clone(), path: path.to_owned() };
+        self.ask(&name, &request).await?.ok_or(Failed::Away)
+    }
+
+    async fn ask(&self, name: &str, request: &ToOpener) -> Result<Option<OwnedFd>, Failed> {
         let _turn = self.turn.lock().await;
         let link = self.link().ok_or(Failed::Away)?;
         let packet = encode(request).map_err(|_| Failed::Refused(Errno::ENAMETOOLONG))?;

@@ -84,7 +84,15 @@ impl Link {
         self.send_with(message, &[]).await
     }
 
-    async fn send_with<T: Serialize>(&self, message: &T, fds: &[BorrowedFd<'_>]) -> Result<(), LinkError> {
+    /// Sends a message with descriptors.
+    ///
+    /// # Errors
+    /// See [`LinkError`].
+    pub async fn send_with<T: Serialize>(
+        &self,
+        message: &T,
+        fds: &[BorrowedFd<'_>],
+    ) -> Result<(), LinkError> {
         let packet = encode(message).map_err(|_| LinkError::Malformed)?;
         loop {
             match send_packet(self.fd.as_fd(), &packet, fds, MsgFlags::MSG_DONTWAIT) {

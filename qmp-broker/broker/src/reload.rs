@@ -46,7 +46,8 @@ pub async fn follow(hub: Rc<Hub>) {
                     Err(error) => warn!("new {error}; the policy stays as it is"),
                 }
             }
-            (Ok(FromOpener::Defined { name }), None) => hub.opener.answer(&name, Ok(())),
+            (Ok(FromOpener::Given { name }), Some(fd)) => hub.opener.answer(&name, Ok(Some(fd))),
+            (Ok(FromOpener::Defined { name }), None) => hub.opener.answer(&name, Ok(None)),
             (Ok(FromOpener::NotGiven { name, errno }), None) => {
                 hub.opener.answer(&name, Err(Errno::from_raw(errno)));
             }

@@ -18,7 +18,7 @@ use crate::fd::accept;
 use crate::hub::Hub;
 use crate::monitor::{self, Source};
 use crate::peer::{Link, Peer};
-use crate::reload;
+use crate::{dump, reload};
 
 /// How often the end looks whether all clients have read everything.
 const GLANCE: Duration = Duration::from_millis(5);
@@ -35,6 +35,8 @@ pub struct Callers {
     pub pci: Option<AsyncFd<OwnedFd>>,
     /// For the balloon.
     pub balloon: Option<AsyncFd<OwnedFd>>,
+    /// For dumps.
+    pub dump: AsyncFd<OwnedFd>,
 }
 
 /// What the broker works with, beside its hub.
@@ -44,6 +46,8 @@ pub struct Sources {
     pub core: OwnedFd,
     /// Listeners that peers connect to.
     pub callers: Callers,
+    /// A word on it asks the starter for a dump process.
+    pub job: OwnedFd,
     /// Where another configuration comes from.
     pub opener: Option<AsyncFd<OwnedFd>>,
     /// What clients come from, one for each monitor of the hub.
@@ -57,6 +61,7 @@ pub struct Sources {
 /// The link failed in another way, while core may live.
 pub async fn run(hub: Rc<Hub>, sources: Sources) -> Result<(), LinkError> {
     accept_peers(&hub, sources.callers);
+    hub.dumps.begin(sources.job);
     let core: JoinHandle<LinkError> = spawn_local(core_loop(Rc::clone(&hub), sources.core));
     // The next one is to know that it is not the first.
     hub.commit().await;
@@ -223,6 +228,7 @@ fn accept_peers(hub: &Rc<Hub>, callers: Callers) {
             without(fd.as_ref())
         },
     };
+    spawn_local(dump::let_in(Rc::clone(hub), callers.dump));
     hub.console.set_exists();
     spawn_local(accept_loop(Rc::clone(hub), callers.console, console));
     if let Some(listener) = callers.pci {

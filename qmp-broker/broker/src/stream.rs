@@ -1,7 +1,7 @@
 //! What a client is connected through: a unix socket, or the two descriptors of stdio.
 
 use std::io::{self, ErrorKind};
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
@@ -37,13 +37,25 @@ impl Stream {
         }
     }
 
-    /// Writes to a client that is not served, at once or not at all.
-    pub fn say(&self, bytes: &[u8]) {
-        let fd = match self {
+    /// What is written to.
+    fn output(&self) -> BorrowedFd<'_> {
+        match self {
             Self::Socket(socket) => socket.as_fd(),
             Self::Stdio(_, Shared::Polled(output)) => output.as_fd(),
             Self::Stdio(_, Shared::File(output)) => output.as_fd(),
-        };
+        }
+    }
+
+    /// Whether nobody can read any more what is written.
+    #[must_use]
+    pub fn is_gone(&self) -> bool {
+        let mut polled = [PollFd::new(self.output(), PollFlags::empty())];
+        poll(&mut polled, PollTimeout::ZERO) == Ok(1)
+    }
+
+    /// Writes to a client that is not served, at once or not at all.
+    pub fn say(&self, bytes: &[u8]) {
+        let fd = self.output();
         // Nothing has told the runtime yet whether it may be written to.
         let mut polled = [PollFd::new(fd, PollFlags::POLLOUT)];
         if poll(&mut polled, PollTimeout::ZERO) == Ok(1) {

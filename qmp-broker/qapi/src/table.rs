@@ -83,6 +83,8 @@ pub enum Handler {
     ChardevAdd,
     ChardevChange,
     ChardevRemove,
+    Memsave,
+    Pmemsave,
 }
 
 /// A command.
@@ -289,6 +291,10 @@ pub static COMMANDS: &[Command] = &[
         "The PCI devices, from live configuration space.",
     )
     .returns::<Vec<pci::PciInfo>>(),
+    Command::new("memsave", Handler::Memsave, Role::Operator, "Saves memory as a vCPU sees it to a file.")
+        .args(misc::MemsaveArg::DESCRIPTION),
+    Command::new("pmemsave", Handler::Pmemsave, Role::Operator, "Saves physical memory to a file.")
+        .args(misc::PmemsaveArg::DESCRIPTION),
     Command::new("query-balloon", Handler::QueryBalloon, Role::Monitor, "How much memory the guest has.")
         .returns::<balloon::BalloonInfo>(),
     Command::new(
@@ -419,6 +425,12 @@ pub static DEVICE_BACK_END: Event = Event {
     doc: "The back end of a device is away, or there again. Not of QEMU.",
     data: qdev::DeviceBackEndData::DESCRIPTION,
 };
+/// QEMU has no such event: its `memsave` stops everything else until it is done.
+pub static DUMP_PROGRESS: Event = Event {
+    name: "__org.bulkhead_DUMP_PROGRESS",
+    doc: "How far `memsave` or `pmemsave` is, once a second. Not of QEMU.",
+    data: misc::DumpProgressData::DESCRIPTION,
+};
 
 /// All events.
 pub static EVENTS: &[&Event] = &[
@@ -432,4 +444,5 @@ pub static EVENTS: &[&Event] = &[
     &DEVICE_DELETED,
     &DEVICE_UNPLUG_REFUSED,
     &DEVICE_BACK_END,
+    &DUMP_PROGRESS,
 ];

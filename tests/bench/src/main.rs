@@ -6,6 +6,7 @@
 mod balloon;
 mod bus;
 mod disk;
+mod dump;
 mod host;
 mod jail;
 mod lab;
@@ -32,7 +33,7 @@ const USAGE: &str = "usage: bulkhead-bench [FIGURE...]";
 /// A figure: its name, what it is, and what measures and prints it.
 type Figure = (&'static str, &'static str, fn(&Host) -> Result<()>);
 
-const FIGURES: [Figure; 13] = [
+const FIGURES: [Figure; 14] = [
     (
         "start",
         "from exec to the first serial byte of the native guest, the whole VM in its jails",
@@ -52,6 +53,7 @@ const FIGURES: [Figure; 13] = [
     ("pci", "enumeration of a bus with 32 functions by the native guest", pci::run),
     ("balloon", "memory that the native guest gives and takes back", balloon::run),
     ("lab", "network and balloon of Debian's guest in the lab, beside QEMU there", lab::run),
+    ("dump", "pmemsave of 1 GiB to a new file", dump::run),
     ("size", "lines of code, and system calls that the jail allows", size::run),
     ("units", "exposure of the systemd units, as systemd-analyze judges it offline", units::run),
 ];

@@ -11,9 +11,10 @@ use crate::report;
 
 /// Where the sources are, from the top. The jail is part of every process, the kit of block, net and
 /// balloon.
-const CRATES: [(&str, &str); 11] = [
+const CRATES: [(&str, &str); 12] = [
     ("core", "vmm-core/core"),
     ("loader", "vmm-core/loader"),
+    ("dump", "vmm-core/dump"),
     ("console", "device-daemons/console"),
     ("pci", "device-daemons/pci"),
     ("block", "device-daemons/block"),

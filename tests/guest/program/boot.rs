@@ -273,3 +273,12 @@ pub fn map(address: u64) -> bool {
     pointer.store(table as *const PageTable as u64 | TABLE, Ordering::SeqCst);
     true
 }
+
+/// Shows the first GiB at another one (of [`REACH`]), too. False if something is there.
+pub fn alias(gib: usize) -> bool {
+    // SAFETY: a page of the image, touched by atomics only.
+    let pointers = unsafe { &page_directory_pointers };
+    let [first, ..] = &pointers.0;
+    let Some(pointer) = pointers.0.get(gib) else { return false };
+    pointer.compare_exchange(0, first.load(Ordering::SeqCst), Ordering::SeqCst, Ordering::SeqCst).is_ok()
+}

@@ -52,3 +52,23 @@ pub fn keep(info: &StartInfo) {
         crate::reset::reset(info);
     }
 }
+
+/// `test=fill first= high= pages= step= alias=`: writes its number into the first word and its complement into the last word
+/// of every `step`-th page, `pages` of them from page `first` on, and from page `high` on if there is one; then shows the first GiB at
+/// GiB `alias`, too.
+pub fn fill(info: &StartInfo) {
+    let (pages, step) = (info.number("pages", 64), info.number("step", 1));
+    for first in [info.number("first", 0x4000), info.number("high", 0)] {
+        if first == 0 {
+            continue;
+        }
+        for number in (0..pages).map(|page| first + page * step) {
+            if !boot::map(number << 12) {
+                return println!("page {number:#x} cannot be mapped");
+            }
+            write32(number << 12, number as u32);
+            write32((number << 12) + 0xffc, !(number as u32));
+        }
+    }
+    println!("filled, alias {}", boot::alias(info.number("alias", 0) as usize));
+}

@@ -22,6 +22,7 @@ pub const ALL: &[(&str, Test)] = &[
     ("spin", smp::spin),
     ("mem", memory::report),
     ("keep", memory::keep),
+    ("fill", memory::fill),
     ("reset", reset::reset),
     ("poweroff", reset::power_off),
     ("powerbutton", irq::power_button),

@@ -15,11 +15,12 @@ use serde_json::json;
 /// An ordinary user without subordinate ids, and the group of its /dev/kvm.
 const USER: (u32, u32) = (4242, 4243);
 const KVM_GROUP: u32 = 4244;
-const BINARIES: [&str; 7] = [
+const BINARIES: [&str; 8] = [
     "bulkhead-core",
     "bulkhead-console",
     "bulkhead-broker",
     "bulkhead-loader",
+    "bulkhead-dump",
     "bulkhead-pci",
     "bulkhead-block",
     "bulkhead-balloon",
@@ -249,14 +250,14 @@ fn kinds(pid: i32) -> Result<Vec<(i32, String)>> {
 /// What a process may hold beyond its standard streams: beginning of a kind, and how many at most.
 fn allowed(name: &str) -> &'static [(&'static str, usize)] {
     match name {
-        // With two vCPUs. Sockets: four listeners, their connections, `boot`, and ends between threads. Eventfds: those of
+        // With two vCPUs. Sockets: five listeners, their connections, `boot`, and ends between threads. Eventfds: those of
         // the console and, for interrupts and doorbells, of both devices.
         "core" => &[
             ("kvm-vm", 1),
             ("kvm-vcpu:", 2),
             ("/memfd:ram-low", 1),
             ("/memfd:ecam", 1),
-            ("socket", 19),
+            ("socket", 20),
             ("eventfd", 16),
             ("signalfd", 1),
         ],
@@ -269,8 +270,8 @@ fn allowed(name: &str) -> &'static [(&'static str, usize)] {
             ("timerfd", 1),
             ("/memfd:bulkhead-state", 1),
         ],
-        // Links, the starter, the opener, listeners of links and of QMP, and a client that is about to go; what outlives it.
-        "broker" => &[("socket", 11), ("eventfd", 1), ("eventpoll", 2), ("/memfd:bulkhead-state", 1)],
+        // Links, the starter, the opener, `job`, listeners of links and of QMP, and a client that is about to go; what outlives it.
+        "broker" => &[("socket", 13), ("eventfd", 1), ("eventpoll", 2), ("/memfd:bulkhead-state", 1)],
         // Links with two vCPUs, the starter, the opener, and of each device a back end, its side link and a channel for what
         // it asks; its eventfds, and the one that its queue thread owns.
         "pci" => &[

@@ -13,7 +13,8 @@ use nix::sys::stat::Mode;
 
 /// A refusal takes no longer, on a loaded host.
 const PROMPT: Duration = Duration::from_secs(5);
-const BINARIES: [&str; 4] = ["bulkhead-core", "bulkhead-console", "bulkhead-broker", "bulkhead-loader"];
+const BINARIES: [&str; 5] =
+    ["bulkhead-core", "bulkhead-console", "bulkhead-broker", "bulkhead-loader", "bulkhead-dump"];
 /// A user who is in no group that matters.
 const NOBODY: Step = Step::User(4242, 4242, None);
 

@@ -19,6 +19,7 @@ use bulkhead_broker::store::{Store, restore};
 use bulkhead_control_api::config;
 use bulkhead_control_api::plug::{Declared, What};
 use bulkhead_framework::{Result, Scratch};
+use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::sys::socket::{
     AddressFamily, Backlog, SockFlag, SockType, UnixAddr, bind, connect, listen, socket, socketpair,
@@ -29,6 +30,7 @@ use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 
 use crate::fake;
 use crate::fake_bus::Bus;
+use crate::fake_dump::Starter;
 
 /// A running broker with one or more monitors.
 pub struct Broker {
@@ -37,6 +39,8 @@ pub struct Broker {
     pub core: fake::Core,
     /// The fake pci and balloon.
     pub bus: Option<Bus>,
+    /// The starter of dump processes.
+    pub dumps: Starter,
     unlimited: Vec<config::Monitor>,
     policy: UnboundedSender<Policy>,
     thread: Option<JoinHandle<std::result::Result<(), String>>>,
@@ -200,11 +204,15 @@ impl Broker {
         if let Some(bus) = &bus {
             bus.serve_opener(opener);
         }
+        let (dump, _) = meeting(scratch.path(), "dump", false)?;
+        let (job, starter) = seqpacket_pair()?;
+        let dumps = Starter::start(starter, scratch.path().join("dump"));
         let listeners = (listener, bus.is_some().then_some((pci, balloon, to_opener)));
         let (policy, policies) = unbounded_channel();
-        let thread =
-            std::thread::spawn(move || serve(config, (ours, listeners), fds, (policies, former.is_some())));
-        Ok(Self { scratch, core, bus, unlimited, policy, thread: Some(thread) })
+        let thread = std::thread::spawn(move || {
+            serve(config, (ours, listeners, (dump, job)), fds, (policies, former.is_some()))
+        });
+        Ok(Self { scratch, core, bus, dumps, unlimited, policy, thread: Some(thread) })
     }
 
     /// Replaces the limits of the first monitors while the broker runs; the others have none then.
@@ -286,6 +294,8 @@ fn memory_options() -> config::OptionGroup {
 /// A listener, and a connection to it if there is to be one.
 fn meeting(dir: &Path, name: &str, connected: bool) -> Result<(OwnedFd, Option<OwnedFd>)> {
     let listener = seqpacket()?;
+    // As the process makes it: it accepts until nobody waits.
+    fcntl(&listener, FcntlArg::F_SETFL(OFlag::O_NONBLOCK)).map_err(std::io::Error::from)?;
     let address = UnixAddr::new(&dir.join(name)).map_err(std::io::Error::from)?;
     bind(listener.as_raw_fd(), &address).map_err(std::io::Error::from)?;
     listen(&listener, Backlog::MAXCONN).map_err(std::io::Error::from)?;
@@ -332,7 +342,7 @@ type Listeners = (OwnedFd, Option<(OwnedFd, OwnedFd, OwnedFd)>);
 /// The life of the process, less its jail.
 fn serve(
     config: config::Broker,
-    (core, (console, bus)): (OwnedFd, Listeners),
+    (core, (console, bus), (dump, job)): (OwnedFd, Listeners, (OwnedFd, OwnedFd)),
     mut fds: BTreeMap<String, OwnedFd>,
     (mut policies, restored): (UnboundedReceiver<Policy>, bool),
 ) -> std::result::Result<(), String> {
@@ -352,7 +362,8 @@ fn serve(
             Some((pci, balloon, opener)) => (Some(watch(pci)?), Some(watch(balloon)?), Some(watch(opener)?)),
             None => (None, None, None),
         };
-        Sources { core, callers: Callers { console, pci, balloon }, opener, monitors }
+        let dump = watch(dump)?;
+        Sources { core, callers: Callers { console, pci, balloon, dump }, job, opener, monitors }
     };
     let store = if restored { former_store(&runtime)? } else { Store::default() };
     let hub = Rc::new(Hub::new(config, Descriptors::default(), store));

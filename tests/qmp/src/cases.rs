@@ -138,6 +138,7 @@ pub fn all() -> Vec<Case> {
         writes(),
         crate::commands::all(),
         crate::descriptors::all(),
+        crate::dump::all(),
         crate::add_client::all(),
         crate::human::all(),
         crate::devices::none(),

@@ -70,6 +70,8 @@ fn answer(session: &mut Session, config: &config::Broker, item: Item) {
                 | Step::AddClient(_)
                 | Step::Devices(_)
                 | Step::ExitPreconfig
+                | Step::Memsave(_)
+                | Step::Pmemsave(_)
                 | Step::Quit => Ok(json!({})),
             }
         }

@@ -1,7 +1,9 @@
 //! Stand-ins for pci, the balloon and the opener that speak their links.
 
 use std::collections::BTreeMap;
+use std::fs::File;
 use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::fs::OpenOptionsExt as _;
 use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -14,6 +16,7 @@ use bulkhead_control_api::{MAX_MESSAGE, VERSION, balloon, config, decode, encode
 use bulkhead_jail::link::{Link, recv_packet, send_packet};
 use bulkhead_jail::owner::name_this_thread;
 use nix::errno::Errno;
+use nix::fcntl::OFlag;
 use nix::sys::socket::MsgFlags;
 use serde::Serialize;
 
@@ -144,6 +147,10 @@ impl Bus {
             while let Ok((length, _)) = recv_packet(fd.as_fd(), &mut buffer, MsgFlags::empty()) {
                 let request = decode::<ToOpener>(buffer.get(..length).unwrap_or_default());
                 let answer = match request {
+                    Ok(ToOpener::Output { name, path }) => {
+                        open(&fd, name, &path);
+                        continue;
+                    }
                     Ok(ToOpener::Define { name, path, must_exist }) => {
                         bus.state().define(name, path, must_exist)
                     }
@@ -314,6 +321,18 @@ impl State {
                 Ok(Answer::Done)
             }
         }
+    }
+}
+
+/// Opens what there is.
+fn open(link: &OwnedFd, name: String, path: &str) {
+    let (answer, file) = match File::options().write(true).custom_flags(OFlag::O_NONBLOCK.bits()).open(path) {
+        Ok(file) => (FromOpener::Given { name }, Some(file)),
+        Err(error) => (FromOpener::NotGiven { name, errno: error.raw_os_error().unwrap_or(0) }, None),
+    };
+    let fds: Vec<_> = file.iter().map(AsFd::as_fd).collect();
+    if let Ok(packet) = encode(&answer) {
+        let _ = send_packet(link.as_fd(), &packet, &fds, MsgFlags::empty());
     }
 }
 

@@ -7,6 +7,7 @@ pub mod balloon;
 pub mod config;
 pub mod console;
 pub mod core;
+pub mod dump;
 pub mod loader;
 pub mod opener;
 pub mod pci;

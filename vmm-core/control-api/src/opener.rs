@@ -10,6 +10,8 @@ use crate::plug::Settings;
 
 /// The longest name in a request, in bytes.
 pub const MAX_NAME: usize = 256;
+/// The longest path in a request, in bytes: `PATH_MAX` of Linux less the NUL.
+pub const MAX_PATH: usize = 4095;
 
 /// Process to opener.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -32,6 +34,15 @@ pub enum ToOpener {
         path: String,
         /// Something must be there.
         must_exist: bool,
+    },
+    /// Open this file to write, empty, and made if it is not there: the broker's, for a memory dump. Answered by
+    /// [`FromOpener::Given`] or [`FromOpener::NotGiven`] with the same name, at once: also a FIFO that nobody reads makes
+    /// nobody wait (`ENXIO`). Under units a path is relative to the VM's directory and cannot leave it.
+    Output {
+        /// Any, to tell answers apart.
+        name: String,
+        /// As the client named it, at most [`MAX_PATH`] bytes.
+        path: String,
     },
     /// The name stands for nothing any more, also one of the configuration: the broker's to say, for `chardev-remove`.
     /// Answered by [`FromOpener::Defined`]; `ENOENT` if it stands for no path.

@@ -7,7 +7,8 @@ use std::time::{Duration, Instant};
 use bulkhead_control_api::core::{
     Answer, Cause, Counters, Cpu, Event, FromCore, Op, Refusal, Request, RunState,
 };
-use bulkhead_jail::door::Arrival;
+use bulkhead_control_api::dump::{Memory, Translate, Translated};
+use bulkhead_jail::door::{Arrival, Door};
 use bulkhead_jail::{error, info};
 use kvm_bindings::kvm_clock_data;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
@@ -17,7 +18,7 @@ use nix::sys::signalfd::SignalFd;
 use crate::boot::{Boot, Phase};
 use crate::bus::{AccessLink, Flushed};
 use crate::coalesce::{IDLE_PERIODS, PERIOD_MS};
-use crate::control::{Broker, permitted};
+use crate::control::permitted;
 use crate::error::{Error, Result, kvm, system};
 use crate::gate::lock;
 use crate::notice::{Notice, What};
@@ -73,7 +74,8 @@ pub struct Machine {
     pub boot: Boot,
     /// The bus daemons that the machine has, the console first.
     pub peers: Vec<Peer>,
-    pub broker: Broker,
+    pub broker: Door,
+    pub dump: Door,
     pub state: State,
     pub drainer: AccessLink,
     pub now: Now,
@@ -112,7 +114,7 @@ impl Machine {
 
     fn serve(&mut self) -> Result<()> {
         while !self.now.exiting {
-            let [signals, notices, loader, console, pci, broker] = self.wait()?;
+            let [signals, notices, loader, dump, console, pci, broker] = self.wait()?;
             if signals {
                 self.on_signal()?;
             }
@@ -126,6 +128,9 @@ impl Machine {
                 let ended = self.boot.advance(&self.vm.ram);
                 self.after_loader(ended)?;
             }
+            if dump {
+                self.on_dump();
+            }
             if console {
                 self.on_peer(Daemon::Console);
             }
@@ -133,7 +138,7 @@ impl Machine {
                 self.on_peer(Daemon::Pci);
             }
             if broker && !self.now.exiting {
-                if let Some(request) = self.broker.advance() {
+                if let Some(request) = self.broker.receive(|_| {}) {
                     self.on_request(request)?;
                 }
             }
@@ -145,7 +150,7 @@ impl Machine {
     }
 
     /// Waits; which sources have become readable.
-    fn wait(&self) -> Result<[bool; 6]> {
+    fn wait(&self) -> Result<[bool; 7]> {
         let collects = self.shared.bus.coalescer.is_active() && self.shared.bus.console.there().is_some();
         let timeout = if collects {
             PollTimeout::from(PERIOD_MS)
@@ -158,9 +163,10 @@ impl Machine {
             Some(self.host.signals.as_fd()),
             Some(self.shared.notices.as_fd()),
             self.boot.door.poll_fd(),
+            self.dump.poll_fd(),
             self.peers.first().and_then(|console| console.door.poll_fd()),
             self.peers.get(1).and_then(|pci| pci.door.poll_fd()),
-            self.broker.door.poll_fd(),
+            self.broker.poll_fd(),
         ];
         let mut fds: Vec<_> =
             sources.iter().flatten().map(|fd| PollFd::new(*fd, PollFlags::POLLIN)).collect();
@@ -176,7 +182,7 @@ impl Machine {
     }
 
     fn has_deadlines(&self) -> bool {
-        let others = [&self.boot.door, &self.broker.door];
+        let others = [&self.boot.door, &self.broker, &self.dump];
         let mut doors = self.peers.iter().map(|peer| &peer.door).chain(others);
         matches!(self.boot.phase, Phase::Loading(_)) || doors.any(|door| door.is_greeting())
     }
@@ -184,7 +190,8 @@ impl Machine {
     fn look_at_deadlines(&mut self) -> Result<()> {
         if self.has_deadlines() {
             self.peers.iter_mut().for_each(|peer| peer.door.expire());
-            self.broker.door.expire();
+            self.broker.expire();
+            self.dump.expire();
             let expired = self.boot.expire(self.are_there());
             self.after_loader(expired)?;
         }
@@ -203,7 +210,7 @@ impl Machine {
                 Effect::Halt => self.halt(last)?,
                 Effect::Release => self.release()?,
                 Effect::Reset => self.reset()?,
-                Effect::Tell(event, state) => self.broker.tell(event, state),
+                Effect::Tell(event, state) => self.tell_broker(event, state),
                 Effect::Exit => self.now.exiting = true,
             }
         }
@@ -394,7 +401,7 @@ impl Machine {
                 if on {
                     self.tell(Daemon::Console, Peer::press_power_button);
                 }
-                self.broker.tell(Event::PowerButton, self.state.run());
+                self.tell_broker(Event::PowerButton, self.state.run());
                 Ok(())
             }
             Ok(Some(_)) => self.apply(|state, out| state.shutdown(Cause::HostSignal, out)),
@@ -419,6 +426,7 @@ impl Machine {
                     self.shared.bus.abandon(&mut self.drainer);
                     self.apply(State::internal_error)?;
                 }
+                Notice::Translated(answer) => self.dump.send(&answer, &[]),
                 Notice::Output => self.shared.bus.coalescer.start(&self.vm.fd)?,
             }
         }
@@ -460,7 +468,7 @@ impl Machine {
     }
 
     fn try_start(&mut self) -> Result<()> {
-        if !self.broker.door.is_linked() {
+        if !self.broker.is_linked() {
             // The next broker asks again.
             self.now.held_start = None;
         }
@@ -474,7 +482,27 @@ impl Machine {
     }
 
     fn reply(&mut self, id: u32, result: std::result::Result<Answer, Refusal>) {
-        self.broker.send(&FromCore::Reply { id, result });
+        self.broker.send(&FromCore::Reply { id, result }, &[]);
+    }
+
+    /// Tells what happened.
+    fn tell_broker(&mut self, event: Event, state: RunState) {
+        self.broker.send(&FromCore::Event { event, state }, &[]);
+    }
+
+    /// A dump process gets guest memory, and asks where pages are.
+    fn on_dump(&mut self) {
+        let Self { dump, vm, .. } = self;
+        let welcome = |dump: &mut Door| {
+            let regions = vm.ram.iter().map(|ram| ram.region).collect();
+            let fds: Vec<_> = vm.ram.iter().map(|ram| ram.fd.as_fd()).collect();
+            dump.send(&Memory { regions }, &fds);
+        };
+        let Some::<Translate>(what) = dump.receive(welcome) else { return };
+        match self.vcpus.get(what.cpu as usize) {
+            Some(vcpu) => vcpu.translate(what, &self.shared.notices, self.host.process),
+            None => dump.send(&Translated { what, pages: Vec::new() }, &[]),
+        }
     }
 
     fn on_request(&mut self, Request { id, op }: Request) -> Result<()> {
@@ -540,19 +568,19 @@ impl Machine {
 
     /// Says good-bye and lets the broker pass on what is queued.
     fn farewell(&mut self) {
-        self.broker.tell(Event::Exiting, self.state.run());
+        self.tell_broker(Event::Exiting, self.state.run());
         let start = Instant::now();
         while let Some(left) = FAREWELL.checked_sub(start.elapsed()) {
-            if !self.broker.door.is_linked() {
+            if !self.broker.is_linked() {
                 return;
             }
-            let Some(fd) = self.broker.door.poll_fd() else { return };
+            let Some(fd) = self.broker.poll_fd() else { return };
             let timeout = PollTimeout::try_from(left).unwrap_or(PollTimeout::ZERO);
             if poll(&mut [PollFd::new(fd, PollFlags::POLLIN)], timeout) == Ok(0) {
                 return;
             }
             // Requests that come now are no longer answered; only the end counts.
-            let _ = self.broker.advance();
+            let _ = self.broker.receive::<Request>(|_| {});
         }
     }
 }

@@ -61,6 +61,7 @@ fn run() -> error::Result<()> {
         pci,
         broker: start.take("control-broker")?,
         loader: start.take("loader")?,
+        dump: start.take("dump")?,
         boot: start.take("boot")?,
         tasks: start.take_optional("proc"),
         coalesce: true,

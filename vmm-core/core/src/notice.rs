@@ -4,6 +4,7 @@ use std::collections::VecDeque;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Mutex;
 
+use bulkhead_control_api::dump::Translated;
 use nix::sys::eventfd::{EfdFlags, EventFd};
 
 use crate::error::{Result, system};
@@ -34,12 +35,15 @@ pub enum Notice {
     Breach(Daemon),
     /// Console output begins: collecting writes pays.
     Output,
+    /// A vCPU has looked up what a dump asked.
+    Translated(Translated),
 }
 
 /// The queue, and the descriptor that says that it is not empty.
 ///
 /// Bounded: a vCPU posts once per epoch, a peer fails once and breaks the
-/// protocol once for each vCPU until the next one comes, and `Output` is posted once until taken.
+/// protocol once for each vCPU until the next one comes, `Output` is posted once until taken, and a dump asks one vCPU at a
+/// time.
 #[derive(Debug)]
 pub struct Notices {
     queue: Mutex<VecDeque<Notice>>,

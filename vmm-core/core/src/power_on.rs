@@ -10,7 +10,6 @@ use kvm_ioctls::{Cap, Kvm};
 use crate::boot::Boot;
 use crate::bus::{AccessLink, Bus, Links};
 use crate::coalesce::Coalescer;
-use crate::control::Broker;
 use crate::cpuid::Template;
 use crate::error::{Error, Result, kvm, system};
 use crate::gate::{Gate, lock};
@@ -41,6 +40,8 @@ pub struct Parts {
     pub broker: OwnedFd,
     /// Listener for loaders.
     pub loader: OwnedFd,
+    /// Listener for dumps.
+    pub dump: OwnedFd,
     /// Connected socket; one packet on it asks for a loader.
     pub boot: OwnedFd,
     /// This process's `task` directory in the host's procfs.
@@ -81,7 +82,7 @@ pub fn power_on(parts: Parts) -> Result<Machine> {
     let links = to_console.into_iter().map(|console| Links { console, pci: to_pci.next() }).collect();
     start_threads(&vcpus, &shared, links)?;
     let threads = thread_ids(&vcpus, parts.tasks)?;
-    let broker = Door::new("control-broker", bulkhead_control_api::VERSION, parts.broker);
+    let door = |name, listener| Door::new(name, bulkhead_control_api::VERSION, listener);
     Ok(Machine {
         host: Host { signals, threads, process: nix::unistd::getpid().as_raw() },
         vm,
@@ -90,7 +91,8 @@ pub fn power_on(parts: Parts) -> Result<Machine> {
         power_on,
         boot,
         peers: std::iter::once(console).chain(pci).collect(),
-        broker: Broker { door: broker },
+        broker: door("control-broker", parts.broker),
+        dump: door("dump", parts.dump),
         state: State::new(config.autostart, config.no_reboot, config.no_shutdown),
         drainer,
         now: Now::default(),

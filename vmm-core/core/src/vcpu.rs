@@ -5,6 +5,7 @@ use std::sync::{Arc, Barrier, Mutex, OnceLock};
 
 use bulkhead_bus_api::{Access, Action, Op, Space};
 use bulkhead_control_api::config::CpuPlace;
+use bulkhead_control_api::dump::{MAX_PAGES, Translate, Translated};
 use kvm_bindings::{
     KVM_INTERNAL_ERROR_EMULATION, KVM_SYSTEM_EVENT_CRASH, KVM_SYSTEM_EVENT_RESET, KVM_SYSTEM_EVENT_SHUTDOWN,
 };
@@ -14,12 +15,18 @@ use nix::errno::Errno;
 use crate::bus::{Bus, Links, Outcome};
 use crate::error::{Result, io};
 use crate::gate::{Gate, lock};
+use crate::memory::PAGE;
 use crate::notice::{Notice, Notices, What};
 use crate::snapshot;
 use crate::sys::{self, Exit, Kick};
 
 /// Stack of a vCPU thread in bytes; the deepest use is the text of a KVM error.
 const STACK: usize = 256 * 1024;
+
+/// EFER: long mode is active.
+const EFER_LMA: u64 = 1 << 10;
+/// CR4: five levels of page tables.
+const CR4_LA57: u64 = 1 << 12;
 
 /// What all vCPU threads share.
 #[derive(Debug)]
@@ -42,13 +49,15 @@ pub struct Vcpu {
     kick: OnceLock<Kick>,
     thread: AtomicI32,
     nmi: AtomicBool,
+    /// What a dump asks.
+    asked: Mutex<Option<Translate>>,
 }
 
 impl Vcpu {
     /// A vCPU without a thread yet.
     pub fn new(fd: VcpuFd, place: CpuPlace) -> Self {
-        let (kick, thread, nmi) = Default::default();
-        Self { fd: Mutex::new(fd), place, kick, thread, nmi }
+        let (kick, thread, nmi, asked) = Default::default();
+        Self { fd: Mutex::new(fd), place, kick, thread, nmi, asked }
     }
 
     /// Thread id inside this pid namespace.
@@ -72,6 +81,40 @@ impl Vcpu {
     pub fn forget_nmi(&self) {
         self.nmi.store(false, Ordering::SeqCst);
     }
+
+    /// Has pages looked up: at once if the thread is outside of the gate, else by the thread.
+    pub fn translate(&self, what: Translate, notices: &Notices, process: libc::pid_t) {
+        *lock(&self.asked) = Some(what);
+        self.kick(process);
+        // Who holds this looks again after it has let go.
+        if let Ok(fd) = self.fd.try_lock() {
+            self.look_up(&fd, notices);
+        }
+    }
+
+    fn look_up(&self, fd: &VcpuFd, notices: &Notices) {
+        let asked = lock(&self.asked).take();
+        if let Some(what) = asked {
+            notices.post(Notice::Translated(translate(fd, what)));
+        }
+    }
+}
+
+/// Where pages are, up to the first one that the vCPU's page tables do not map.
+fn translate(fd: &VcpuFd, what: Translate) -> Translated {
+    // KVM does not look at the upper bits: in long mode all from bit 47 or 56 on are equal.
+    let unused = match fd.get_sregs() {
+        Ok(sregs) if sregs.efer & EFER_LMA == 0 => 0,
+        Ok(sregs) if sregs.cr4 & CR4_LA57 != 0 => 7,
+        _ => 16,
+    };
+    let page = |number: u32| {
+        let addr = what.addr.wrapping_add(u64::from(number) * PAGE);
+        let is_canonical = (addr << unused).cast_signed() >> unused == addr.cast_signed();
+        let found = fd.translate_gva(addr).ok().filter(|found| is_canonical && found.valid != 0);
+        found.map(|found| found.physical_address)
+    };
+    Translated { what, pages: (0..what.pages.min(MAX_PAGES)).map_while(page).collect() }
 }
 
 /// Starts the thread of vCPU `index`; when `ready` has met, all threads are set up for the jail.
@@ -131,6 +174,7 @@ impl Runner<'_> {
         loop {
             epoch = self.shared.gate.enter(epoch);
             self.execute(epoch);
+            self.vcpu.look_up(&lock(&self.vcpu.fd), &self.shared.notices);
             self.shared.gate.leave();
         }
     }
@@ -158,6 +202,7 @@ impl Runner<'_> {
                 // KVM has no reason to refuse; if it does, the guest misses an NMI and nothing else.
                 let _ = fd.nmi();
             }
+            vcpu.look_up(&fd, &self.shared.notices);
             next = self.step(&mut fd, epoch);
         }
         // Let KVM complete what the last exit began, without running the guest. A string instruction

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
 
 use bulkhead_control_api::VERSION;
-use bulkhead_control_api::opener::{FromOpener, MAX_NAME, ToOpener};
+use bulkhead_control_api::opener::{FromOpener, MAX_NAME, MAX_PATH, ToOpener};
 use bulkhead_jail::link::{Link, LinkError};
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
@@ -109,15 +109,18 @@ fn is_socket(file: &FileStat) -> bool {
     SFlag::from_bits_truncate(file.st_mode & SFlag::S_IFMT.bits()) == SFlag::S_IFSOCK
 }
 
-/// The name in a request.
-fn name_of(request: &ToOpener) -> &str {
-    match request {
-        ToOpener::Connect { name }
+/// The name under which a request is answered; none if something in it is too long.
+fn name_of(request: &ToOpener) -> Option<&str> {
+    let name = match request {
+        ToOpener::Output { path, .. } if path.len() > MAX_PATH => return None,
+        ToOpener::Output { name, .. }
+        | ToOpener::Connect { name }
         | ToOpener::Define { name, .. }
         | ToOpener::Forget { name }
         | ToOpener::Begin { name, .. }
         | ToOpener::End { name } => name,
-    }
+    };
+    (name.len() <= MAX_NAME).then_some(name)
 }
 
 /// The opener's end of its link to a compartment.
@@ -195,11 +198,11 @@ impl Asker {
                 return true;
             }
             let request = match self.link.recv_with::<ToOpener>(dontwait) {
-                Ok((request, fds)) if fds.is_empty() && name_of(&request).len() <= MAX_NAME => request,
+                Ok((request, fds)) if fds.is_empty() => request,
                 Err(LinkError::WouldBlock) => return true,
                 Ok(_) | Err(_) => return false,
             };
-            let name = name_of(&request).to_owned();
+            let Some(name) = name_of(&request).map(str::to_owned) else { return false };
             let answered = match act(&request) {
                 Ok(None) => self.link.send_with(&FromOpener::Defined { name }, &[], dontwait),
                 Ok(Some(fd)) => self.link.send_with(&FromOpener::Given { name }, &[fd.as_fd()], dontwait),

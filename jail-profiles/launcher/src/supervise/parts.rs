@@ -1,6 +1,6 @@
 //! Which compartments a VM has.
 
-use bulkhead_jail::topology::{self, Link, Process, Restart};
+use bulkhead_jail::topology::{self, Boots, Link, Process, Restart};
 
 use crate::machine::Bus;
 
@@ -16,8 +16,8 @@ pub struct Part {
     pub device: Option<usize>,
 }
 
-/// The loader, which comes and goes.
-pub const LOADER: Part = Part::of(&topology::LOADER);
+/// Those that come and go.
+pub const JOBS: [Part; 2] = [Part::of(&topology::LOADER), Part::of(&topology::DUMP)];
 
 impl Part {
     /// The only one of its process.
@@ -48,17 +48,19 @@ pub fn all(bus: &Bus) -> Vec<Part> {
     all
 }
 
-/// The links between them, and the loader's.
+/// The links between them, and those of the processes that come and go.
 pub fn links(residents: &[Part]) -> impl Iterator<Item = &'static Link> {
-    let is_there =
-        |name: &str| name == topology::LOADER.name || residents.iter().any(|part| part.process.name == name);
+    let is_there = move |name: &str| JOBS.iter().chain(residents).any(|part| part.process.name == name);
     topology::LINKS.iter().copied().filter(move |link| is_there(link.listener) && is_there(link.connector))
 }
 
 /// Whether a compartment keeps its link to the opener: it connects to one that may be started anew, so that it will need
 /// another connection, or asks for connections; or, the broker, it says where back ends listen.
 pub fn keeps_opener(process: &Process) -> bool {
+    // One that comes and goes ends with its links.
+    let stays = process.boots == Boots::Vm;
     let restarts = |name| topology::PROCESSES.iter().any(|p| p.name == name && p.restart == Restart::Always);
     process.name == "broker"
-        || topology::LINKS.iter().any(|link| link.connector == process.name && restarts(link.listener))
+        || stays
+            && topology::LINKS.iter().any(|link| link.connector == process.name && restarts(link.listener))
 }

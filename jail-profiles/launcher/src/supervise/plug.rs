@@ -31,7 +31,10 @@ impl Plug {
         let (name, settings) = match request {
             ToOpener::Begin { name, settings } => (name, Some(settings)),
             ToOpener::End { name } => (name, None),
-            ToOpener::Connect { .. } | ToOpener::Define { .. } | ToOpener::Forget { .. } => {
+            ToOpener::Connect { .. }
+            | ToOpener::Define { .. }
+            | ToOpener::Forget { .. }
+            | ToOpener::Output { .. } => {
                 return Err(Errno::EPERM);
             }
         };

@@ -13,7 +13,7 @@ use std::time::Duration;
 use bulkhead_control_api::config;
 use bulkhead_control_api::plug::Settings;
 use bulkhead_jail::starter::Starter;
-use bulkhead_jail::topology::{LINKS, Link, PROCESSES, Process};
+use bulkhead_jail::topology::{Boots, LINKS, Link, PROCESSES, Process};
 use nix::errno::Errno;
 use nix::fcntl::{OFlag, open};
 use nix::sys::socket::SockType;
@@ -35,8 +35,8 @@ const LISTENING: &str = "listen.";
 const CONFIGURED: &str = "config.";
 /// Name in the store of where others' back ends listen.
 const PATHS: &str = "paths";
-/// Where the unit has the FIFO that asks for a loader.
-const BOOT: &str = "/run/bulkhead/boot";
+/// Where the unit has the FIFOs that ask for a loader and for a dump.
+const FIFOS: &str = "/run/bulkhead";
 
 /// Where the opener finds what.
 #[derive(Debug)]
@@ -223,13 +223,17 @@ impl Life {
             |name: String| store.remove(&name).ok_or_else(|| format!("{name} is not in the store"));
         let mut configs = BTreeMap::new();
         // What every VM has must be there, devices as the life has them.
-        let basic = PROCESSES.iter().filter(|p| p.name != "pci" && !p.per_device).map(|p| p.name.to_owned());
+        let basic = PROCESSES
+            .iter()
+            .filter(|p| p.name != "pci" && !p.per_device && p.may_have("config"))
+            .map(|p| p.name.to_owned());
         for process in basic.chain(processes).collect::<BTreeSet<_>>() {
             let config = take(configured(&process))?;
             configs.insert(process, config);
         }
-        let has =
+        let configured =
             |end: &str| configs.keys().any(|name| Member::find(name).is_some_and(|m| m.process.name == end));
+        let has = |end: &str| configured(end) || parts::JOBS.iter().any(|part| part.process.name == end);
         let links = LINKS.iter().filter(|link| has(link.listener) && has(link.connector));
         let links = links.map(|link| link.name.to_owned());
         let mut listeners = BTreeMap::new();
@@ -260,8 +264,10 @@ impl Life {
         let copy = |fd: &OwnedFd| fd.try_clone().map_err(|e| format!("dup: {e}"));
         let process = member.process;
         let mut all = Vec::new();
-        let config = self.configs.get(&member.name()).ok_or("the machine has no such process")?;
-        all.push(("config".to_owned(), copy(config)?));
+        if process.may_have("config") {
+            let config = self.configs.get(&member.name()).ok_or("the machine has no such process")?;
+            all.push(("config".to_owned(), copy(config)?));
+        }
         for (name, fd) in &self.listeners {
             if process.may_have(name) {
                 all.push((name.clone(), copy(fd)?));
@@ -286,10 +292,13 @@ impl Life {
         if process.may_have("kvm") {
             all.push(("kvm".to_owned(), opener::kvm().map_err(|e| format!("/dev/kvm: {e}"))?));
         }
-        if process.name == "core" {
-            let flags = OFlag::O_WRONLY | OFlag::O_NONBLOCK | OFlag::O_CLOEXEC;
-            let boot = open(BOOT, flags, Mode::empty()).map_err(|e| format!("{BOOT}: {e}"))?;
-            all.push(("boot".to_owned(), boot));
+        for trigger in parts::JOBS.iter().filter_map(|part| part.process.boots.trigger()) {
+            if process.boots == Boots::Vm && process.may_have(trigger) {
+                let flags = OFlag::O_WRONLY | OFlag::O_NONBLOCK | OFlag::O_CLOEXEC;
+                let path = format!("{FIFOS}/{trigger}");
+                let fifo = open(path.as_str(), flags, Mode::empty()).map_err(|e| format!("{path}: {e}"))?;
+                all.push((trigger.to_owned(), fifo));
+            }
         }
         Ok(all)
     }
@@ -324,6 +333,15 @@ impl Life {
     #[must_use]
     pub fn config(&self, process: &str) -> Option<BorrowedFd<'_>> {
         self.configs.get(process).map(AsFd::as_fd)
+    }
+
+    /// The file of a dump, in the VM's directory.
+    ///
+    /// # Errors
+    /// See [`opener::output_now_beneath`].
+    pub fn output(&self, path: &str, places: &Places) -> Result<OwnedFd, Errno> {
+        let in_use: Vec<BorrowedFd<'_>> = self.fds.values().map(AsFd::as_fd).collect();
+        opener::output_now_beneath(places.state.as_fd(), path, &in_use)
     }
 
     /// A new connection for `link`.

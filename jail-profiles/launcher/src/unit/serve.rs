@@ -128,12 +128,16 @@ impl Opener {
         }
     }
 
-    /// Answers pci, and the broker: where back ends of units listen is the machine file's to say.
+    /// Answers pci, and the broker: where back ends of units listen is the machine file's to say, the file of a dump the
+    /// broker's.
     fn connect_back_ends(&mut self) {
         let Self { life, places, links, .. } = self;
         for process in [PCI.name, BROKER.name] {
             let act = |request: &ToOpener| match request {
                 ToOpener::Connect { name } if process == PCI.name => life.back_end(name, places).map(Some),
+                ToOpener::Output { path, .. } if process == BROKER.name => {
+                    life.output(path, places).map(Some)
+                }
                 ToOpener::Begin { name, settings } if process == BROKER.name => {
                     life.may_begin(name, settings).map(|()| None)
                 }

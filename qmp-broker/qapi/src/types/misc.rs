@@ -201,3 +201,41 @@ qapi_struct! {
         "filename" filename: String,
     }
 }
+
+qapi_struct! {
+    /// Arguments of `memsave`.
+    MemsaveArg {
+        /// The first address, as the vCPU sees it; those from 2^63 on are negative.
+        "val" val: i64,
+        /// Bytes.
+        "size" size: i64,
+        /// The file.
+        "filename" filename: String,
+        /// The vCPU, 0 without.
+        "cpu-index" cpu_index: Option<i64>,
+    }
+}
+
+qapi_struct! {
+    /// Arguments of `pmemsave`.
+    PmemsaveArg {
+        /// The first guest physical address; those from 2^63 on are negative.
+        "val" val: i64,
+        /// Bytes.
+        "size" size: i64,
+        /// The file.
+        "filename" filename: String,
+    }
+}
+
+qapi_struct! {
+    /// Data of `__org.bulkhead_DUMP_PROGRESS`.
+    DumpProgressData {
+        /// The file.
+        "filename" filename: String,
+        /// Bytes that are there, holes included.
+        "saved" saved: i64,
+        /// Bytes that it is to have.
+        "size" size: i64,
+    }
+}

@@ -17,16 +17,18 @@ use crate::paths;
 pub const PARTS: [&str; 4] = ["opener", "core", "console", "broker"];
 
 /// Every socket and pipe of a VM, below /run.
-pub const SOCKETS: [&str; 10] = [
+pub const SOCKETS: [&str; 12] = [
     "bulkhead/NAME/operator",
     "bulkhead/NAME/monitor",
     "bulkhead/NAME/console",
     "bulkhead/NAME/serial",
     "bulkhead-inner/NAME/boot",
+    "bulkhead-inner/NAME/job",
     "bulkhead-inner/NAME/core",
     "bulkhead-inner/NAME/console",
     "bulkhead-inner/NAME/broker",
     "bulkhead-inner/NAME/loader",
+    "bulkhead-inner/NAME/dump",
     "bulkhead-inner/NAME/pci",
 ];
 

@@ -2,6 +2,7 @@
 
 mod away;
 mod compute;
+mod dump;
 mod hostile;
 mod life;
 mod pci;

@@ -63,6 +63,7 @@ pub struct Rig {
     pub console: UnixAddr,
     pub pci: UnixAddr,
     pub broker_addr: UnixAddr,
+    pub dump: UnixAddr,
     pub broker: Option<Link>,
     core: Option<JoinHandle<Result<()>>>,
     /// Guest RAM, once a loader has run.
@@ -112,6 +113,7 @@ impl Rig {
         let (pci_fd, pci) = listener();
         let (broker_fd, broker_addr) = listener();
         let (loader_fd, loader_addr) = listener();
+        let (dump_fd, dump) = listener();
         let (boot, wanted) =
             socketpair(AddressFamily::Unix, SockType::SeqPacket, None, SockFlag::SOCK_CLOEXEC).unwrap();
         let ram = Arc::new(Mutex::new(None));
@@ -144,6 +146,7 @@ impl Rig {
                 pci: has_pci.then_some(pci_fd),
                 broker: broker_fd,
                 loader: loader_fd,
+                dump: dump_fd,
                 boot,
                 tasks: None,
                 coalesce,
@@ -154,6 +157,7 @@ impl Rig {
             console,
             pci,
             broker_addr,
+            dump,
             broker: None,
             core: Some(core),
             ram,

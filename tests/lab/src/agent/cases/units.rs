@@ -277,6 +277,7 @@ mod restarts {
         check(answer == "42", || format!("with another console the guest says {answer:?}"))?;
         check(vm.process("console")?.pid != console, || "the console was not killed".to_owned())?;
         opener_dies(&vm, journal)?;
+        memory_is_saved(&vm, journal)?;
         access_changes(&vm)?;
         // The loader runs again for each boot.
         let mut qmp = vm.qmp("operator", journal)?;
@@ -325,6 +326,26 @@ mod restarts {
         let found = wait_for("the console behind the next broker", SOON, &mut devices)?;
         check(found.to_string().contains("serial"), || format!("character devices: {found}"))?;
         check(qmp.status()? == "running", || "the VM does not run".to_owned())
+    }
+
+    /// A dump is a file in the VM's directory, written by a unit of its own.
+    fn memory_is_saved(vm: &UnitVm, journal: &mut Journal) -> Result<()> {
+        let mut qmp = vm.qmp("operator", journal)?;
+        for (filename, fits) in [("dump", true), ("../dump", false), ("/var/dump", false)] {
+            let arguments = json!({ "val": 0, "size": 16 << 20, "filename": filename });
+            let saved = qmp.try_execute("pmemsave", arguments)?;
+            check(saved.is_ok() == fits, || format!("{filename}: {saved:?}"))?;
+        }
+        let path = format!("/var/lib/bulkhead/{}/dump", vm.name);
+        let length = fs::metadata(&path)?.len();
+        check(length == 16 << 20, || format!("a dump of {length} bytes"))?;
+        fs::remove_file(path)?;
+        let unit = vm.service("dump");
+        let finished = || {
+            let log = tool(&["journalctl", "--no-pager", "--output=cat", "--unit", &unit]).ok()?;
+            log.contains("Finished bulkhead-dump@vm1").then_some(())
+        };
+        wait_for("the end of the dump's unit", SOON, finished)
     }
 
     /// A reload changes who may connect, and nothing else that the machine file says.
