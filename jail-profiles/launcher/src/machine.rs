@@ -4,9 +4,7 @@
 
 mod pci;
 
-#[cfg(test)]
-pub use pci::Daemon;
-pub use pci::{Bus, DaemonConfig};
+pub use pci::{Bus, Daemon, DaemonConfig};
 
 use std::hash::{BuildHasher as _, RandomState};
 

@@ -24,7 +24,7 @@ use std::collections::BTreeMap;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
-use crate::machine::{Open, What};
+use crate::machine::{Daemon, Open, What};
 use fdset::Sets;
 use tap::Taps;
 
@@ -152,6 +152,14 @@ pub fn open_beneath(dir: BorrowedFd<'_>, request: &Open) -> Result<OwnedFd, Erro
 /// The copy shares its file description, and so O_NONBLOCK, with the user's shell: leave that alone.
 fn duplicate(stream: impl AsFd) -> Result<OwnedFd, Error> {
     stream.as_fd().try_clone_to_owned().map_err(|e| Error::Io(e.into()))
+}
+
+/// Has the network put nothing into the queue pairs that a daemon's device does not use, of those that were opened for it:
+/// what a flow is given there is lost.
+pub fn leave_unused(daemon: &Daemon, fds: &BTreeMap<String, OwnedFd>) {
+    let given = daemon.given();
+    let unused = daemon.fds.iter().filter(|pair| !given.contains(pair));
+    unused.filter_map(|(opened, _)| fds.get(opened)).for_each(|fd| tap::leave(fd.as_fd()));
 }
 
 #[cfg(test)]

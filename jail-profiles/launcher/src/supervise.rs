@@ -277,8 +277,9 @@ impl Supervisor {
             }
         }
         let (notify, theirs) = packets()?;
-        let opener = if parts::keeps_opener(process) { Some(Asker::pair()?) } else { None };
+        let asker = if parts::keeps_opener(process) { Some(Asker::pair()?) } else { None };
         let daemon = self.vm.bus.daemon(part);
+        daemon.into_iter().for_each(|daemon| opener::leave_unused(daemon, &self.vm.fds));
         let mut fds: Vec<(String, BorrowedFd<'_>)> = Vec::new();
         fds.extend(self.configs.get(&part.key()).map(|fd| ("config".to_owned(), fd.as_fd())));
         for (name, meeting) in &self.meetings {
@@ -296,7 +297,7 @@ impl Supervisor {
             fds.extend(asks.map(|trigger| (trigger.name.to_owned(), trigger.theirs())));
             fds.push(("notify".into(), theirs.as_fd()));
         }
-        fds.extend(opener.iter().map(|(_, fd)| ("opener".to_owned(), fd.as_fd())));
+        fds.extend(asker.iter().map(|(_, fd)| ("opener".to_owned(), fd.as_fd())));
         for (opened, name) in self.opened_for(part) {
             fds.extend(self.vm.fds.get(&opened).map(|fd| (name, fd.as_fd())));
         }
@@ -307,7 +308,7 @@ impl Supervisor {
         let order = Order { process, device: part.device, names, fds, ram: self.vm.core.ram };
         let started = self.host.start(order, |pidfd| self.guard.process(pidfd))?;
         let label = self.label(part);
-        let (opener, relay) = (opener.map(|(link, _)| link), Relay::new(process.binary, label.clone()));
+        let (opener, relay) = (asker.map(|(link, _)| link), Relay::new(process.binary, label.clone()));
         let notify = Some(notify);
         let (log_open, ready, leaving) = (true, false, false);
         let running = Running { part, label, started, relay, log_open, notify, opener, ready, leaving };

@@ -4,7 +4,7 @@
 use std::collections::BTreeMap;
 use std::ffi::CStr;
 use std::fs::{File, OpenOptions};
-use std::os::fd::{AsRawFd as _, OwnedFd};
+use std::os::fd::{AsRawFd as _, BorrowedFd, OwnedFd};
 use std::os::unix::fs::OpenOptionsExt as _;
 
 use nix::errno::Errno;
@@ -18,6 +18,8 @@ use super::error::Cause;
 const FLAGS: i16 = 0x0002 | 0x1000 | 0x4000;
 /// IFF_MULTI_QUEUE.
 const SEVERAL: i16 = 0x0100;
+/// IFF_DETACH_QUEUE.
+const DETACH: i16 = 0x0400;
 
 /// `struct ifreq` of linux/if.h, as far as TAP interfaces use it.
 #[repr(C)]
@@ -88,6 +90,14 @@ pub fn check(fd: OwnedFd, number: u32) -> Result<OwnedFd, Error> {
     Ok(file.into())
 }
 
+/// Has the interface put no packets into a queue: nobody reads it.
+pub fn leave(fd: BorrowedFd<'_>) {
+    let mut request = Request::new("", DETACH);
+    // SAFETY: TUNSETQUEUE reads one `struct ifreq` of 40 bytes, the size of `Request`.
+    // EINVAL: it is so already.
+    let _ = unsafe { libc::ioctl(fd.as_raw_fd(), 0x4004_54d9, &raw mut request) };
+}
+
 /// TUNSETIFF.
 fn set_interface(file: &File, request: &mut Request) -> Result<(), Errno> {
     // SAFETY: the kernel reads and writes one `struct ifreq` of 40 bytes, the size of `Request`.
@@ -103,6 +113,31 @@ fn interface(file: &File, request: &mut Request) -> Result<(), Errno> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    fn is_left(fd: &OwnedFd) -> bool {
+        let mut request = Request::new("", 0);
+        interface(&fd.try_clone().unwrap().into(), &mut request).unwrap();
+        request.flags & DETACH != 0
+    }
+
+    /// A device has one pair of the two that its interface has, or both: what is not read gets nothing.
+    #[test]
+    fn queues_that_a_device_does_not_use_are_left() {
+        for (mq, left) in [("off", true), ("on", false)] {
+            let line =
+                format!("-netdev tap,id=n,ifname=tap0,queues=2 -device virtio-net-pci,netdev=n,id=d,mq={mq}");
+            let daemon = crate::machine::tests::planned(&line).bus.daemons.remove(0);
+            let mut taps = Taps::default();
+            // Only the administrator makes interfaces.
+            let Ok(first) = taps.open("n", None, true) else { return };
+            let fds = [first, taps.open("n", None, true).unwrap()];
+            let fds = ["tap.d.0", "tap.d.1"].map(str::to_owned).into_iter().zip(fds).collect();
+            for _ in 0..2 {
+                crate::opener::leave_unused(&daemon, &fds);
+                assert_eq!((is_left(&fds["tap.d.0"]), is_left(&fds["tap.d.1"])), (false, left), "mq={mq}");
+            }
+        }
+    }
 
     #[test]
     fn a_request_has_the_kernels_size_and_a_name_that_ends() {

@@ -194,6 +194,7 @@ impl Life {
             keep(starter, &given(&request.name), fd.as_fd())?;
             fds.insert(request.name.clone(), fd);
         }
+        plan.bus.daemons.iter().for_each(|daemon| opener::leave_unused(daemon, &fds));
         let mut listeners = BTreeMap::new();
         for name in self::listeners(plan) {
             let fd = listener(kind_of(&name), &places.links.join(&name))
