@@ -3,6 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::io::ErrorKind;
+use std::os::unix::fs::MetadataExt as _;
 use std::os::unix::net::UnixStream;
 use std::process::Command;
 
@@ -343,6 +344,30 @@ fn each_process_has_its_own_descriptors_only() -> Result<()> {
 fn descriptors_of_an_ordinary_users_processes() -> Result<()> {
     let (_binaries, guest) = of_user(setup())?;
     only_its_own_descriptors(&guest)?;
+    guest.quit()
+}
+
+/// A dump is opened as the invoking user may, and is that user's.
+#[test]
+fn a_dump_is_the_invoking_users() -> Result<()> {
+    let (_binaries, guest) = of_user(setup())?;
+    let mut qmp = guest.running()?;
+    let dir = guest.trace().dir().to_owned();
+    let (own, foreign) = (dir.join("own"), dir.join("foreign"));
+    fs::write(&foreign, "root's")?;
+    let mut save = |path: &std::path::Path| {
+        qmp.try_execute("pmemsave", json!({ "val": 0, "size": 4096, "filename": path }))
+    };
+    let refused = save(&foreign)?.err().map(|error| error.desc).unwrap_or_default();
+    let expected = format!("Could not open '{}': Permission denied", foreign.display());
+    guest.check(refused == expected && fs::read(&foreign)? == b"root's", &refused)?;
+    let saved = save(&own)?;
+    guest.check(saved.is_ok(), &format!("{saved:?}"))?;
+    let file = fs::metadata(&own)?;
+    let is_own = (file.uid(), file.len(), file.mode() & 0o777) == (USER.0, 4096, 0o600);
+    guest.check(is_own, &format!("{file:?}"))?;
+    fs::remove_file(own)?;
+    fs::remove_file(foreign)?;
     guest.quit()
 }
 
