@@ -45,7 +45,7 @@ fn command(args: &[String]) -> Result<bool> {
     let (options, rest) = options(rest)?;
     match (name.as_str(), rest) {
         ("list", []) => {
-            for case in agent::cases::ALL {
+            for case in agent::cases::ALL.iter().chain(agent::cases::LONG) {
                 println!("{:<28} {}", case.name, case.about);
             }
             Ok(true)
@@ -60,6 +60,7 @@ fn command(args: &[String]) -> Result<bool> {
             agent::probe::print(name, pids);
             Ok(true)
         }
+        ("vsock", [cid, port]) => agent::vsock::pass(cid, port).map(|()| true),
         ("agent", []) => agent::serve().map(|()| true),
         _ => Err(USAGE.into()),
     }

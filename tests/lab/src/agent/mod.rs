@@ -8,6 +8,7 @@ pub mod debian;
 pub mod figures;
 pub mod probe;
 pub mod units;
+pub mod vsock;
 
 use std::io::{BufRead, BufReader, Write, stdin, stdout};
 use std::process::{Command, Stdio};
@@ -69,7 +70,7 @@ pub fn show(text: &str) -> Result<()> {
 }
 
 fn run(name: &str) -> Result<()> {
-    let case = cases::ALL.iter().chain(figures::ALL).find(|case| case.name == name);
+    let case = cases::find(name).or_else(|| figures::ALL.iter().find(|case| case.name == name));
     let case = case.ok_or_else(|| Failure::new(format!("no case {name}")))?;
     let mut journal = Journal::default();
     let began = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs());

@@ -1,13 +1,53 @@
 //! Builds with cargo what L1 is to run.
 
+use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
-use bulkhead_framework::{Failure, Result};
+use bulkhead_framework::{Failure, Result, target_dir};
 use serde_json::Value;
 
 /// The crates whose tests need a KVM, and nothing else that L1 lacks.
 const NATIVE_TESTS: [&str; 2] = ["bulkhead-native-tests", "bulkhead-core"];
+
+/// What L1 is.
+const TARGET: &str = "x86_64-unknown-linux-gnu";
+
+/// Other people's back ends from crates.io, with their versions.
+const BACK_ENDS: [(&str, &str); 2] = [("vhost-device-rng", "0.1.0"), ("vhost-device-vsock", "0.3.0")];
+
+/// Builds the back ends of crates.io, once, and returns their paths. They are static: Debian 12 runs them, whatever the
+/// host is.
+///
+/// # Errors
+/// The build fails; cargo has said why on standard error.
+pub fn back_ends() -> Result<Vec<PathBuf>> {
+    let root = target_dir().join("lab").join("back-ends");
+    let mut paths = Vec::new();
+    for (name, version) in BACK_ENDS {
+        let to = root.join(format!("{name}-{version}"));
+        let path = to.join("bin").join(name);
+        if !path.exists() {
+            println!("lab: building {name}");
+            let mut command = Command::new(program());
+            command.args([
+                "install",
+                "--quiet",
+                "--locked",
+                "--debug",
+                "--target",
+                TARGET,
+                "--version",
+                version,
+            ]);
+            command.arg("--target-dir").arg(root.join("build")).arg("--root").arg(to).arg(name);
+            command.env("RUSTFLAGS", "-Ctarget-feature=+crt-static").env("CARGO_PROFILE_DEV_DEBUG", "0");
+            finish(&mut command, "install")?;
+        }
+        paths.push(path);
+    }
+    Ok(paths)
+}
 
 /// Builds the product's programs with the release profile and returns their paths.
 ///
@@ -55,16 +95,19 @@ fn executables(args: &[&str], wanted: impl Fn(&Value) -> bool) -> Result<Vec<Pat
 }
 
 fn cargo(args: &[&str]) -> Result<Vec<u8>> {
-    let program = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
-    let output = Command::new(program)
+    finish(Command::new(program()).args(args), args.first().unwrap_or(&""))
+}
+
+fn program() -> OsString {
+    std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into())
+}
+
+/// Runs cargo and returns its output.
+fn finish(command: &mut Command, what: &str) -> Result<Vec<u8>> {
+    let output = command
         .current_dir(env!("CARGO_MANIFEST_DIR"))
-        .args(args)
         .stderr(Stdio::inherit())
         .output()
         .map_err(|error| Failure::new(format!("cannot run cargo: {error}")))?;
-    if output.status.success() {
-        Ok(output.stdout)
-    } else {
-        Err(format!("cargo {} failed", args.join(" ")).into())
-    }
+    if output.status.success() { Ok(output.stdout) } else { Err(format!("cargo {what} failed").into()) }
 }

@@ -17,8 +17,8 @@ use crate::paths;
 /// Modules that make /dev/kvm in L1.
 pub const L1_MODULES: [&str; 1] = ["kvm-amd"];
 
-/// What else the L1 without systemd needs: TAP interfaces.
-const L1_DEVICES: [&str; 1] = ["tun"];
+/// What else it needs: TAP interfaces.
+pub const L1_DEVICES: [&str; 1] = ["tun"];
 
 /// Modules through which the Debian guest reports its power button.
 const L2_MODULES: [&str; 2] = ["button", "evdev"];
@@ -49,8 +49,10 @@ const GROUP: &str = "root:x:0:\nkvm:x:100:tester\ntester:x:1000:\n";
 
 /// What to put into L1.
 pub struct Content {
-    /// Programs for /usr/bin.
+    /// The product's programs, for /usr/bin or where it installs them.
     pub programs: Vec<PathBuf>,
+    /// Other people's static programs for /usr/bin.
+    pub back_ends: Vec<PathBuf>,
     /// Test programs for [`paths::TESTS`].
     pub tests: Vec<PathBuf>,
     /// Debian's QEMU, too.
@@ -66,7 +68,8 @@ impl Content {
     /// A program cannot be read, or what `add` returns.
     pub fn each_program(&self, mut add: impl FnMut(&str, Vec<u8>) -> Result<()>) -> Result<()> {
         add("usr/bin/bulkhead-lab", read(&std::env::current_exe()?)?)?;
-        for (dir, files) in [("usr/bin", &self.programs), (paths::TESTS.trim_start_matches('/'), &self.tests)]
+        let tests = paths::TESTS.trim_start_matches('/');
+        for (dir, files) in [("usr/bin", &self.programs), ("usr/bin", &self.back_ends), (tests, &self.tests)]
         {
             for file in files {
                 let name = file.file_name().unwrap_or_default().to_string_lossy();
@@ -278,13 +281,18 @@ pub fn read(path: &Path) -> Result<Vec<u8>> {
 }
 
 /// Debian's static busybox.
-struct Busybox {
-    content: Vec<u8>,
+pub struct Busybox {
+    /// The program.
+    pub content: Vec<u8>,
     applets: Vec<String>,
 }
 
 impl Busybox {
-    fn find() -> Result<Self> {
+    /// The one that is installed.
+    ///
+    /// # Errors
+    /// None is.
+    pub fn find() -> Result<Self> {
         let missing = || Failure::new("no busybox: apt-get install busybox-static");
         let path = ["/bin/busybox", "/usr/bin/busybox"].map(Path::new).into_iter().find(|path| path.exists());
         let path = path.ok_or_else(missing)?;

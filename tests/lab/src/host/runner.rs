@@ -11,11 +11,14 @@ use bulkhead_framework::{Failure, Result, target_dir};
 use super::build;
 use super::image::{Content, Image, Kind};
 use super::machine::{Line, Machine};
-use crate::agent::cases::Case;
+use crate::agent::cases::{Case, LONG};
 use crate::agent::figures;
 
 /// How long a case may take; the waits inside it are shorter and explain more.
 const CASE: Duration = Duration::from_secs(240);
+
+/// How long one of the cases may take that run when they are named only.
+const LONG_CASE: Duration = Duration::from_secs(1200);
 
 /// How often one case may lose its L1. An L1 under QEMU's emulation stops for good now and then, its kernel and
 /// the agent with it; a case that fails says so by itself, through the agent.
@@ -146,11 +149,12 @@ struct Lab {
 
 impl Lab {
     fn prepare(options: &Options, kinds: &[Kind], tests: Vec<PathBuf>) -> Result<Self> {
-        let programs = build::product()?;
+        let (programs, back_ends) = (build::product()?, build::back_ends()?);
         let dir = target_dir().join("lab");
         let logs = dir.join("logs");
         fs::create_dir_all(&logs).map_err(|error| Failure::new(format!("{}: {error}", logs.display())))?;
-        let content = Content { programs, tests, qemu: options.qemu, overlay: options.overlay.clone() };
+        let content =
+            Content { programs, back_ends, tests, qemu: options.qemu, overlay: options.overlay.clone() };
         let images = kinds.iter().map(|kind| Image::build(*kind, &content, &dir)).collect::<Result<_>>()?;
         Ok(Self { images, logs: fs::canonicalize(logs)? })
     }
@@ -182,7 +186,8 @@ impl Lab {
             };
             let start = Instant::now();
             let mut logs = BTreeMap::<String, String>::new();
-            let result = l1.request(&format!("run {}", case.name), CASE, |line| match line {
+            let limit = if LONG.iter().any(|long| long.name == case.name) { LONG_CASE } else { CASE };
+            let result = l1.request(&format!("run {}", case.name), limit, |line| match line {
                 Line::Log(name, text) => {
                     let log = logs.entry(name).or_default();
                     log.push_str(&text);

@@ -11,7 +11,7 @@ use std::process::Command;
 
 use bulkhead_framework::{Failure, Result, target_dir};
 
-use super::image::{Content, L1_MODULES, guest_initrd, read};
+use super::image::{Busybox, Content, L1_DEVICES, L1_MODULES, guest_initrd, read};
 use super::kernel::Kernel;
 use crate::paths;
 
@@ -78,11 +78,11 @@ const FILES: &[(&str, &str)] = &[
     // A machine without an identity would be at its first boot and enable every unit.
     ("etc/machine-id", "6c61620000000000000000000000006c\n"),
     ("etc/hostname", "lab\n"),
-    ("etc/modules-load.d/kvm.conf", "kvm-amd\n"),
-    // Nothing here does udev's work, and the node comes with the module.
+    ("etc/modules-load.d/kvm.conf", "kvm-amd\ntun\n"),
+    // Nothing here does udev's work, and the nodes come with the modules.
     (
         "etc/systemd/system/systemd-modules-load.service.d/kvm.conf",
-        "[Service]\nExecStartPost=/bin/sh -c 'chgrp kvm /dev/kvm; chmod 660 /dev/kvm'\n",
+        "[Service]\nExecStartPost=/bin/sh -c 'chgrp kvm /dev/kvm; chmod 660 /dev/kvm; chmod 666 /dev/net/tun'\n",
     ),
     ("etc/tmpfiles.d/systemd-network.conf", ""),
     // Stands for a host with enough memory: guests touch little of theirs.
@@ -152,13 +152,19 @@ fn fill(tarball: &Path, kernel: &Kernel, content: &Content, root: &Path) -> Resu
     if !kernel.modules(&BUILT_IN)?.is_empty() {
         return Err(Failure::new(format!("{} has {BUILT_IN:?} as modules", kernel.image.display())));
     }
-    for path in kernel.files(&L1_MODULES)? {
+    for path in kernel.files(&[&L1_MODULES[..], &L1_DEVICES].concat())? {
         let inside = path.strip_prefix("/lib").map_err(|_| "modules outside /lib")?;
         write(&root.join("usr/lib").join(inside), &read(&path)?, false)?;
     }
     write(&root.join(paths::KERNEL.trim_start_matches('/')), &read(&kernel.image)?, false)?;
     write(&root.join(paths::INITRD.trim_start_matches('/')), &guest_initrd(kernel)?, false)?;
     write(&root.join("usr/bin/bulkhead-lab"), &read(&std::env::current_exe()?)?, true)?;
+    // Makes a TAP interface.
+    write(&root.join("usr/bin/busybox"), &Busybox::find()?.content, true)?;
+    for path in &content.back_ends {
+        let name = path.file_name().ok_or("a back end without a name")?;
+        write(&root.join("usr/bin").join(name), &read(path)?, true)?;
+    }
     let mut install = Command::new(concat!(env!("CARGO_MANIFEST_DIR"), "/../../jail-profiles/install.sh"));
     run(install.env("DESTDIR", root).env("CARGO_TARGET_DIR", fs::canonicalize(target_dir())?))?;
     content.overlay.as_ref().map_or(Ok(()), |overlay| {

@@ -1,11 +1,12 @@
 //! Devices on the PCI bus under Debian's drivers, behind the product's daemons and those of others.
 
 use std::fs;
+use std::os::unix::net::UnixListener;
 use std::path::Path;
 use std::process::Command;
 use std::time::Duration;
 
-use bulkhead_framework::{Child, Result, Scratch};
+use bulkhead_framework::{Child, Process, Result, Scratch};
 use serde_json::json;
 
 use super::super::Journal;
@@ -16,7 +17,7 @@ use crate::paths;
 const FROM_DISK: &str = "root=/dev/vda";
 
 /// What a kernel says of a bus or a device that is not as it should be.
-const COMPLAINTS: &str = "dmesg | grep -E '(^|[^a-z])(BUG|WARNING)|Call Trace|[Ff]irmware [Bb]ug|FW_BUG|\
+pub(super) const COMPLAINTS: &str = "dmesg | grep -E '(^|[^a-z])(BUG|WARNING)|Call Trace|[Ff]irmware [Bb]ug|FW_BUG|\
     ACPI (BIOS )?Error|can.t claim|no compatible bridge window|failed to assign|no space for|AER:|\
     pciehp.*([Ff]ail|[Ee]rror|[Tt]imeout)|I/O error|EXT4-fs error|virtio.*([Ff]ail|[Ee]rror)|blocked for more'";
 
@@ -26,7 +27,7 @@ fn complains_of_nothing(guest: &mut Debian) -> Result<()> {
 }
 
 /// A copy of the guest's root file system, in a directory of its own.
-fn root(scratch: &Scratch) -> Result<String> {
+pub(super) fn root(scratch: &Scratch) -> Result<String> {
     let path = scratch.path().join("root.img");
     fs::copy(paths::ROOT, &path)?;
     Ok(path.to_string_lossy().into_owned())
@@ -58,10 +59,15 @@ fn wait_for(path: &Path) -> Result<()> {
     Ok(())
 }
 
+/// The process `bulkhead-NAME` of the guest, if there is one at the moment.
+pub(super) fn process_of(guest: &Debian, name: &str) -> Result<Option<Process>> {
+    let name: String = format!("bulkhead-{name}").chars().take(15).collect();
+    Ok(guest.vm.processes()?.into_iter().find(|process| process.name == name))
+}
+
 /// Kills the process `bulkhead-NAME` of the guest, if there is one at the moment.
 fn kill(guest: &Debian, name: &str) -> Result<()> {
-    let name: String = format!("bulkhead-{name}").chars().take(15).collect();
-    if let Some(process) = guest.vm.processes()?.iter().find(|process| process.name == name) {
+    if let Some(process) = process_of(guest, name)? {
         Command::new("kill").args(["-9", &process.pid.to_string()]).status()?;
     }
     Ok(())
@@ -186,6 +192,57 @@ pub fn hot_plug(journal: &mut Journal) -> Result<()> {
     guest.ends()
 }
 
+/// vhost-device-rng, which makes `rng.sock0` in this directory.
+fn entropy(journal: &mut Journal, dir: &Path) -> Result<Child> {
+    let mut command = Command::new("vhost-device-rng");
+    command.current_dir(dir).args(["--socket-path", "rng.sock"]);
+    let daemon = Child::start(&mut command, "entropy daemon", "entropy daemon's errors")?;
+    journal.keep(&daemon.logs());
+    wait_for(&dir.join("rng.sock0"))?;
+    Ok(daemon)
+}
+
+/// The guest's kernel has chosen the device, and what it gives is not twice the same.
+fn gives_entropy(guest: &mut Debian) -> Result<()> {
+    let source = guest.ask("cat /sys/class/misc/hw_random/rng_current")?;
+    guest.check(source.starts_with("virtio_rng"), &format!("the source of entropy is {source:?}"))?;
+    let read = "dd if=/dev/hwrng bs=512 count=8 iflag=fullblock 2>/dev/null";
+    let answer = guest.ask(&format!("{read} > /a; {read} > /b; wc -c < /a; cmp -s /a /b || echo differ"))?;
+    guest.check(answer == "4096 differ", &format!("two times 4096 bytes of entropy: {answer:?}"))
+}
+
+/// vhost-device-vsock, which makes `vsock.sock` in this directory and passes what guests send to port N to `vm.vsock_N`.
+fn sockets(journal: &mut Journal, dir: &Path) -> Result<Child> {
+    let mut command = Command::new("vhost-device-vsock");
+    command.current_dir(dir).args(["--guest-cid", "3", "--socket", "vsock.sock", "--uds-path", "vm.vsock"]);
+    let daemon = Child::start(&mut command, "vsock daemon", "vsock daemon's errors")?;
+    journal.keep(&daemon.logs());
+    wait_for(&dir.join("vsock.sock"))?;
+    Ok(daemon)
+}
+
+/// What the guest sends to the host comes back from there.
+fn passes_sockets(guest: &mut Debian, dir: &Path) -> Result<()> {
+    // The shared directory takes a client to the guest.
+    fs::copy(std::env::current_exe()?, dir.join("share/client"))?;
+    let listener = UnixListener::bind(dir.join("vm.vsock_1234"))?;
+    let echo = std::thread::spawn(move || -> std::io::Result<u64> {
+        let (mut from, mut to) = {
+            let (stream, _) = listener.accept()?;
+            (stream.try_clone()?, stream)
+        };
+        std::io::copy(&mut from, &mut to)
+    });
+    let sum = "md5sum | cut -c1-32";
+    let answer = guest.ask(&format!(
+        "dd if=/dev/urandom of=/sent bs=4k count=64 2>/dev/null; {sum} < /sent; /share/client vsock 2 1234 < /sent | {sum}"
+    ))?;
+    let same = answer.split_once(' ').is_some_and(|(sent, back)| sent == back);
+    guest.check(same, &format!("sent and received: {answer:?}"))?;
+    let passed = echo.join().map_err(|_| "the server is gone")??;
+    guest.check(passed == 64 << 12, &format!("{passed} bytes have come"))
+}
+
 pub fn shared_directory(journal: &mut Journal) -> Result<()> {
     let scratch = Scratch::new()?;
     let (socket, share) = (scratch.path().join("fs.sock"), scratch.path().join("share"));
@@ -199,9 +256,16 @@ pub fn shared_directory(journal: &mut Journal) -> Result<()> {
     let daemon = Child::start(&mut command, "virtiofsd", "virtiofsd's errors")?;
     journal.keep(&daemon.logs());
     wait_for(&socket)?;
-    let chardev = format!("socket,id=c0,path={}", socket.display());
-    let args =
-        ["-m", "256M", "-chardev", &chardev, "-device", "vhost-user-fs-pci,chardev=c0,tag=share,id=fs0"];
+    let _others = [entropy(journal, scratch.path())?, sockets(journal, scratch.path())?];
+    let path = scratch.path().display();
+    let chardevs = ["fs0,path=PATH/fs.sock", "r0,path=PATH/rng.sock0", "v0,path=PATH/vsock.sock"]
+        .map(|chardev| format!("socket,id={}", chardev.replace("PATH", &path.to_string())));
+    let devices = ["fs-pci,chardev=fs0,tag=share", "rng-pci,chardev=r0", "vsock-pci,chardev=v0"]
+        .map(|device| format!("vhost-user-{device}"));
+    let mut args = vec!["-m", "256M"];
+    for (chardev, device) in chardevs.iter().zip(&devices) {
+        args.extend(["-chardev", chardev, "-device", device]);
+    }
     let mut guest = Debian::boot(journal, &args, "")?;
     let text = guest.ask("mkdir /share; mount -t virtiofs share /share && cat /share/from-l1")?;
     guest.check(text == "written outside", &format!("the guest reads {text:?}"))?;
@@ -211,6 +275,8 @@ pub fn shared_directory(journal: &mut Journal) -> Result<()> {
     let output = Command::new("md5sum").arg(share.join("from-l2")).output()?;
     let ours = String::from_utf8_lossy(&output.stdout).split(' ').next().unwrap_or_default().to_owned();
     guest.check(sum.starts_with(&ours) && !ours.is_empty(), &format!("{sum} inside, {ours} outside"))?;
+    gives_entropy(&mut guest)?;
+    passes_sockets(&mut guest, scratch.path())?;
     let done = guest.ask("umount /share && echo done")?;
     guest.check(done == "done", "it cannot be unmounted")?;
     complains_of_nothing(&mut guest)?;

@@ -3,6 +3,7 @@
 mod boot;
 mod ceiling;
 mod devices;
+mod kills;
 mod power;
 mod restarts;
 mod run_state;
@@ -54,7 +55,7 @@ pub const ALL: &[Case] = &[
     },
     Case {
         name: "units-devices",
-        about: "a disk and a balloon in units: made from the machine file, killed, gone with the VM",
+        about: "a disk, a balloon, a network and another's back end in units: made from the machine file, killed, gone with the VM",
         kind: Kind::Systemd,
         run: unit_devices::run,
     },
@@ -69,6 +70,12 @@ pub const ALL: &[Case] = &[
         about: "systemd 252 as PID 1, and bulkhead run as a transient service",
         kind: Kind::Systemd,
         run: units::host,
+    },
+    Case {
+        name: "kills",
+        about: "pci, balloon, console and broker die 10 times each under load: stalls below 1 s, no error, no state lost",
+        kind: Kind::Busybox,
+        run: kills::few,
     },
     Case {
         name: "disk",
@@ -90,7 +97,7 @@ pub const ALL: &[Case] = &[
     },
     Case {
         name: "shared-directory",
-        about: "mounts a directory of virtiofsd",
+        about: "a directory of virtiofsd, entropy and sockets of rust-vmm's daemons",
         kind: Kind::Busybox,
         run: devices::shared_directory,
     },
@@ -175,15 +182,27 @@ pub const ALL: &[Case] = &[
     },
 ];
 
-/// The cases whose name contains one of `words`; all for no words.
+/// Cases that take too long for every day; each runs only when it is named in full.
+pub const LONG: &[Case] =
+    &[Case { name: "kills-100", about: "as kills, 100 times each", kind: Kind::Busybox, run: kills::many }];
+
+/// The case of this name.
+pub fn find(name: &str) -> Option<&'static Case> {
+    ALL.iter().chain(LONG).find(|case| case.name == name)
+}
+
+/// The cases whose name contains one of `words`; all for no words. A word that is the name of a case means that one only.
 ///
 /// # Errors
 /// A word selects nothing.
 pub fn matching(words: &[String]) -> Result<Vec<&'static Case>> {
-    if let Some(word) = words.iter().find(|word| !ALL.iter().any(|case| case.name.contains(word.as_str()))) {
+    let selects = |word: &str, case: &Case| match find(word) {
+        Some(exact) => case.name == exact.name,
+        None => case.name.contains(word),
+    };
+    let all = || ALL.iter().chain(LONG.iter().filter(|case| words.iter().any(|word| word == case.name)));
+    if let Some(word) = words.iter().find(|word| !all().any(|case| selects(word, case))) {
         return Err(Failure::new(format!("no case has {word:?} in its name; see `bulkhead-lab list`")));
     }
-    let chosen =
-        |case: &&Case| words.is_empty() || words.iter().any(|word| case.name.contains(word.as_str()));
-    Ok(ALL.iter().filter(chosen).collect())
+    Ok(all().filter(|case| words.is_empty() || words.iter().any(|word| selects(word, case))).collect())
 }

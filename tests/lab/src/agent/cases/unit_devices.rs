@@ -9,22 +9,49 @@ use super::super::Journal;
 use super::super::debian::SOON;
 use super::super::units::{UnitVm, check, output, tool, wait_for};
 
-/// A disk, a balloon, and a bus between them and the guest.
+/// A disk, a balloon, a network on a TAP interface, another's back end, and a bus between them and the guest.
 const DEVICES: &str = "drive = { if = \"none\", id = \"d\", file = \"disk.img\" }\n\
-    device = [{ driver = \"virtio-blk-pci\", id = \"d0\", drive = \"d\" }, { driver = \"virtio-balloon-pci\", id = \"b0\" }]\n";
+    netdev = { type = \"tap\", id = \"tap\", ifname = \"lab0\" }\n\
+    chardev = [{ backend = \"socket\", id = \"r0\", path = \"r0\" }]\n\
+    device = [{ driver = \"virtio-blk-pci\", id = \"d0\", drive = \"d\" }, { driver = \"virtio-balloon-pci\", id = \"b0\" }, \
+    { driver = \"virtio-net-pci\", id = \"n0\", netdev = \"tap\" }, { driver = \"vhost-user-rng-pci\", chardev = \"r0\" }]\n";
 /// The units that this makes.
-const UNITS: [&str; 3] =
-    ["bulkhead-pci@vm1.service", "bulkhead-block@vm1-d0.service", "bulkhead-balloon@vm1-b0.service"];
+const UNITS: [&str; 5] = [
+    "bulkhead-pci@vm1.service",
+    "bulkhead-block@vm1-d0.service",
+    "bulkhead-balloon@vm1-b0.service",
+    "bulkhead-net@vm1-n0.service",
+    "bulkhead-vhost@vm1-r0.service",
+];
+/// What is run as a back end, in the terms of its unit: it makes a socket of this name with a number behind it.
+const BACK_END: &str = "COMMAND=/usr/bin/vhost-device-rng --socket-path=r\n";
+/// An interface as an administrator makes it, with the host's address.
+const TAP: [&str; 3] =
+    ["busybox tunctl -t lab0", "busybox ip addr add 10.9.0.1/24 dev lab0", "busybox ip link set lab0 up"];
 
 fn main_process(unit: &str) -> Option<Process> {
     let pid = tool(&["systemctl", "show", "--value", "--property=MainPID", unit]).ok()?;
     process(pid.parse().ok().filter(|pid| *pid != 0)?).ok()
 }
 
+/// The guest reaches the host, and reads entropy.
+fn uses_them(vm: &mut UnitVm) -> Result<()> {
+    let code = "ip addr add 10.9.0.2/24 dev eth0 2>/dev/null; ip link set eth0 up; \
+        ping -c 5 -W 5 10.9.0.1 | grep -c 'bytes from'";
+    let answers = vm.ask(code, SOON)?;
+    check(answers.parse().is_ok_and(|count: u32| count >= 2), || format!("{answers} answers to 5 pings"))?;
+    let read = vm.ask("dd if=/dev/hwrng bs=512 count=8 iflag=fullblock 2>/dev/null | wc -c", SOON)?;
+    check(read == "4096", || format!("{read:?} bytes of 4096 are read"))
+}
+
 /// The units come with the machine file, are confined, in the VM's slice, come back when they are killed, and go with it.
 pub fn run(journal: &mut Journal) -> Result<()> {
     let mut vm = UnitVm::install("vm1", DEVICES)?;
     fs::File::create("/var/lib/bulkhead/vm1/disk.img")?.set_len(8 << 20)?;
+    fs::write("/etc/bulkhead/vm1-r0.env", BACK_END)?;
+    for line in TAP {
+        tool(&line.split(' ').collect::<Vec<_>>())?;
+    }
     // What has not been generated does not start half.
     let early = output(&["systemctl", "start", &vm.target()])?;
     check(!early.status.success(), || "it starts without its devices".to_owned())?;
@@ -34,6 +61,7 @@ pub fn run(journal: &mut Journal) -> Result<()> {
     tool(&["systemctl", "start", &vm.target()])?;
     vm.attach(journal)?;
     vm.wait_for_user_space()?;
+    uses_them(&mut vm)?;
     let mut uids = BTreeSet::new();
     for unit in UNITS {
         let found = main_process(unit).ok_or_else(|| format!("{unit} has no process"))?;
@@ -49,7 +77,7 @@ pub fn run(journal: &mut Journal) -> Result<()> {
         wait_for(&format!("another process of {unit}"), SOON, next)?;
     }
     check(vm.qmp("operator", journal)?.status()? == "running", || "not running".to_owned())?;
-    check(vm.ask("echo still here", SOON)? == "still here", || "the guest is gone".to_owned())?;
+    uses_them(&mut vm)?;
     // The descriptor store outlives this, and with it the disk's lock for a moment.
     tool(&["systemctl", "restart", &vm.target()])?;
     vm.attach(journal)?;
@@ -60,7 +88,7 @@ pub fn run(journal: &mut Journal) -> Result<()> {
     for unit in UNITS {
         check(main_process(unit).is_none(), || format!("{unit} still runs"))?;
     }
-    for user in ["bh-pci-vm1", "bh-vm1-d0", "bh-vm1-b0"] {
+    for user in ["bh-pci-vm1", "bh-vm1-d0", "bh-vm1-b0", "bh-vm1-n0", "bh-vm1-r0"] {
         let known = output(&["getent", "passwd", user])?.status.success();
         check(!known, || format!("user {user} is left"))?;
     }
