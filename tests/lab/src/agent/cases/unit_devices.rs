@@ -4,24 +4,29 @@ use std::collections::BTreeSet;
 use std::fs;
 
 use bulkhead_framework::{Process, Result, process};
+use serde_json::json;
 
 use super::super::Journal;
 use super::super::debian::SOON;
 use super::super::units::{UnitVm, check, output, tool, wait_for};
 
-/// A disk, a balloon, a network on a TAP interface, another's back end, and a bus between them and the guest.
-const DEVICES: &str = "drive = { if = \"none\", id = \"d\", file = \"disk.img\" }\n\
+/// A disk, a balloon, a network on a TAP interface, another's back end, a bus between them and the guest, and a disk that
+/// may come to a port.
+const DEVICES: &str = "drive = [{ if = \"none\", id = \"d\", file = \"disk.img\" }, \
+        { if = \"none\", id = \"e\", file = \"e.img\" }]\n\
     netdev = { type = \"tap\", id = \"tap\", ifname = \"lab0\" }\n\
     chardev = [{ backend = \"socket\", id = \"r0\", path = \"r0\" }]\n\
     device = [{ driver = \"virtio-blk-pci\", id = \"d0\", drive = \"d\" }, { driver = \"virtio-balloon-pci\", id = \"b0\" }, \
-    { driver = \"virtio-net-pci\", id = \"n0\", netdev = \"tap\" }, { driver = \"vhost-user-rng-pci\", chardev = \"r0\" }]\n";
+        { driver = \"virtio-net-pci\", id = \"n0\", netdev = \"tap\" }, { driver = \"vhost-user-rng-pci\", chardev = \"r0\" }, \
+        { driver = \"pcie-root-port\", id = \"rp0\" }]\n";
 /// The units that this makes.
-const UNITS: [&str; 5] = [
+const UNITS: [&str; 6] = [
     "bulkhead-pci@vm1.service",
     "bulkhead-block@vm1-d0.service",
     "bulkhead-balloon@vm1-b0.service",
     "bulkhead-net@vm1-n0.service",
     "bulkhead-vhost@vm1-r0.service",
+    "bulkhead-block@vm1-e.service",
 ];
 /// What is run as a back end, in the terms of its unit: it makes a socket of this name with a number behind it.
 const BACK_END: &str = "COMMAND=/usr/bin/vhost-device-rng --socket-path=r\n";
@@ -44,10 +49,36 @@ fn uses_them(vm: &mut UnitVm) -> Result<()> {
     check(read == "4096", || format!("{read:?} bytes of 4096 are read"))
 }
 
+/// A disk whose daemon waits for it comes, goes and comes again; with other properties it does not.
+fn plug(vm: &mut UnitVm, journal: &mut Journal) -> Result<()> {
+    let mut qmp = vm.qmp("operator", journal)?;
+    let disk = json!({ "driver": "virtio-blk-pci", "id": "hot", "drive": "e", "bus": "rp0" });
+    let mut other = disk.clone();
+    if let Some(properties) = other.as_object_mut() {
+        properties.insert("num-queues".to_owned(), 2.into());
+    }
+    let refused = qmp.try_execute("device_add", other)?;
+    let said = refused.as_ref().err().map(|error| error.desc.as_str()).unwrap_or_default();
+    check(said.contains("the machine file gives it"), || format!("with two queues: {refused:?}"))?;
+    for round in 0..2 {
+        qmp.execute("device_add", disk.clone())?;
+        let wait = "for i in $(seq 200); do [ -e /sys/block/vdb ] && break; usleep 100000; done";
+        let size = vm.ask(&format!("{wait}; cat /sys/block/vdb/size"), SOON)?;
+        check(size == "16384", || format!("round {round}: the disk has {size:?} sectors"))?;
+        qmp.execute("device_del", json!({ "id": "hot" }))?;
+        qmp.event("DEVICE_DELETED", SOON)?;
+        let gone = vm.ask("[ -e /sys/block/vdb ] && echo there || echo gone", SOON)?;
+        check(gone == "gone", || format!("round {round}: the disk is there"))?;
+    }
+    Ok(())
+}
+
 /// The units come with the machine file, are confined, in the VM's slice, come back when they are killed, and go with it.
 pub fn run(journal: &mut Journal) -> Result<()> {
     let mut vm = UnitVm::install("vm1", DEVICES)?;
-    fs::File::create("/var/lib/bulkhead/vm1/disk.img")?.set_len(8 << 20)?;
+    for disk in ["disk.img", "e.img"] {
+        fs::File::create(format!("/var/lib/bulkhead/vm1/{disk}"))?.set_len(8 << 20)?;
+    }
     fs::write("/etc/bulkhead/vm1-r0.env", BACK_END)?;
     for line in TAP {
         tool(&line.split(' ').collect::<Vec<_>>())?;
@@ -78,17 +109,25 @@ pub fn run(journal: &mut Journal) -> Result<()> {
     }
     check(vm.qmp("operator", journal)?.status()? == "running", || "not running".to_owned())?;
     uses_them(&mut vm)?;
-    // The descriptor store outlives this, and with it the disk's lock for a moment.
-    tool(&["systemctl", "restart", &vm.target()])?;
-    vm.attach(journal)?;
-    vm.wait_for_user_space()?;
+    plug(&mut vm, journal)?;
+    // The descriptor store outlives this, and with it the disk's lock for a moment. Core does not come back without the
+    // daemons that had the disks of its last life.
+    for unit in [vm.target(), vm.service("core")] {
+        let before = main_process("bulkhead-block@vm1-d0.service").ok_or("no block daemon")?;
+        tool(&["systemctl", "restart", &unit])?;
+        vm.attach(journal)?;
+        vm.wait_for_user_space()?;
+        let next = main_process("bulkhead-block@vm1-d0.service").ok_or("no block daemon")?;
+        check(next.pid != before.pid, || format!("{unit} left the block daemon"))?;
+        check(vm.qmp("operator", journal)?.status()? == "running", || format!("{unit}: not running"))?;
+    }
     tool(&["systemctl", "kill", "--signal=KILL", "bulkhead-core@vm1.service"])?;
     let gone = || vm.left().ok().filter(Vec::is_empty);
     wait_for("the end of the VM", 2 * SOON, gone)?;
     for unit in UNITS {
         check(main_process(unit).is_none(), || format!("{unit} still runs"))?;
     }
-    for user in ["bh-pci-vm1", "bh-vm1-d0", "bh-vm1-b0", "bh-vm1-n0", "bh-vm1-r0"] {
+    for user in ["bh-pci-vm1", "bh-vm1-d0", "bh-vm1-b0", "bh-vm1-n0", "bh-vm1-r0", "bh-vm1-e"] {
         let known = output(&["getent", "passwd", user])?.status.success();
         check(!known, || format!("user {user} is left"))?;
     }
