@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use bulkhead_framework::{Failure, Process, Qmp, Result, Transcript, process};
 
 use super::Journal;
-use super::debian::{APPEND, BOOT, SOON, UP};
+use super::debian::{APPEND, BOOT, SAY_WATCHED, SOON, UP, WATCH_BUTTON};
 use crate::paths;
 
 /// Units of a VM that run a process as long as it lives.
@@ -133,6 +133,15 @@ impl UnitVm {
         journal.keep(std::slice::from_ref(&self.serial));
         self.port = Some(stream);
         Ok(())
+    }
+
+    /// Has the guest power off when its button is pressed, which a stop of the VM waits for.
+    ///
+    /// # Errors
+    /// The guest does not say that it will.
+    pub fn watch_button(&mut self) -> Result<()> {
+        self.shell(&format!("{WATCH_BUTTON}\n{SAY_WATCHED}"))?;
+        self.serial.expect("waiting for the button", SOON)
     }
 
     /// Runs shell code in the guest.

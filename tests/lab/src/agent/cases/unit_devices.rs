@@ -125,6 +125,7 @@ pub fn run(journal: &mut Journal) -> Result<()> {
     // daemons that had the disks of its last life.
     for unit in [vm.target(), vm.service("core")] {
         let before = main_process("bulkhead-block@vm1-d0.service").ok_or("no block daemon")?;
+        vm.watch_button()?;
         tool(&["systemctl", "restart", &unit])?;
         vm.attach(journal)?;
         vm.wait_for_user_space()?;
@@ -133,8 +134,8 @@ pub fn run(journal: &mut Journal) -> Result<()> {
         check(next.pid != before.pid, || format!("{unit} left the block daemon"))?;
         check(vm.qmp("operator", journal)?.status()? == "running", || format!("{unit}: not running"))?;
     }
-    // Last, as it costs this guest its entropy, and its driver waits for that even to power off: vhost-device-rng 0.1.0,
-    // on vhost-user-backend 0.10, counts the used ring of a guest that goes on from nought.
+    // Last, as it costs this guest its entropy: vhost-device-rng 0.1.0, on vhost-user-backend 0.10, counts the used ring of
+    // a guest that goes on from nought.
     comes_again(FOREIGN, &mut uids)?;
     check(vm.qmp("operator", journal)?.status()? == "running", || "not running".to_owned())?;
     check(vm.ask("echo still here", SOON)? == "still here", || "the guest is gone".to_owned())?;

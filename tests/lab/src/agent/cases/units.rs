@@ -9,7 +9,7 @@ use bulkhead_framework::{Qmp, Result, Transcript};
 use serde_json::json;
 
 use super::super::Journal;
-use super::super::debian::{APPEND, BOOT, SAY_WATCHED, SOON, UP, WATCH_BUTTON};
+use super::super::debian::{APPEND, BOOT, SOON, UP};
 use super::super::probe;
 use super::super::units::{PARTS, UnitVm, check, output, tool, wait_for};
 use crate::paths;
@@ -97,8 +97,7 @@ pub fn tenants(journal: &mut Journal) -> Result<()> {
     roles(&vms, journal)?;
     let [first, second] = &mut vms;
     // The power button of one, and what is left then; the other goes on.
-    first.shell(&format!("{WATCH_BUTTON}\n{SAY_WATCHED}"))?;
-    first.serial.expect("waiting for the button", SOON)?;
+    first.watch_button()?;
     tool(&["systemctl", "stop", &first.target()])?;
     first.serial.expect("KEY_POWER pressed", SOON)?;
     let gone = || first.left().ok().filter(Vec::is_empty);
