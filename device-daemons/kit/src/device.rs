@@ -8,6 +8,7 @@ use bulkhead_control_api::side::ToPci;
 use nix::errno::Errno;
 use nix::sys::eventfd::{EfdFlags, EventFd};
 
+use crate::pieces::Pieces;
 use crate::ring::Rings;
 
 /// The most virtqueues of a device: their numbers are bits of a word.
@@ -52,10 +53,29 @@ pub trait Device: Send {
     fn ready(&mut self, _rings: &mut Rings, _source: usize) -> u64 {
         0
     }
+    /// Guest memory is another one now: what was taken from a ring stays taken unless the device says otherwise.
+    fn memory_changed(&mut self, rings: &mut Rings, queue: u16) {
+        self.stop(rings, queue);
+    }
+    /// The memory that it makes come and go. That never changes.
+    fn pieces(&self) -> Option<Pieces> {
+        None
+    }
+    /// Pci has told something.
+    fn told(&mut self, _what: Told) {}
     /// A glance at the sources without a system call, for busy polling: the rings to process.
     fn poll(&mut self, _rings: &mut Rings) -> u64 {
         0
     }
+}
+
+/// What pci tells a device.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Told {
+    /// The machine has been reset so many times since it was powered on.
+    Resets(u64),
+    /// The guest is to plug so many bytes.
+    Request(u64),
 }
 
 const NEEDS_RESET: u8 = 1;
@@ -101,13 +121,18 @@ impl Notices {
         known.into_iter().filter(|(bit, _)| bits & bit != 0).map(|(_, message)| message).collect()
     }
 
+    /// The control thread has something to look at.
+    pub(crate) fn wake(&self) {
+        let _ = self.wake.write(1);
+    }
+
     /// Puts back what could not be said.
     pub(crate) fn put_back(&self, message: ToPci) {
         let bit = match message {
             ToPci::NeedsReset => NEEDS_RESET,
             ToPci::ConfigChanged => CONFIG_CHANGED,
-            // It is no notice.
-            ToPci::Thread => return,
+            // They are no notices.
+            _ => return,
         };
         self.bits.fetch_or(bit, Ordering::AcqRel);
     }

@@ -9,6 +9,7 @@ pub mod device;
 pub mod inflight;
 pub mod io;
 pub mod memory;
+pub mod pieces;
 pub mod polling;
 pub mod ring;
 pub mod serve;

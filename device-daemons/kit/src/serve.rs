@@ -22,7 +22,7 @@ use crate::inflight::Fresh;
 use crate::ring::MAX_QUEUE_SIZE;
 use crate::side::Side;
 use crate::vhost::{BackEnd, Fixed};
-use crate::worker::{self, Handle};
+use crate::worker::{self, Command, Handle};
 
 /// How long the rest of a message may take.
 const PATIENCE: Duration = Duration::from_secs(5);
@@ -96,9 +96,10 @@ impl Daemon {
             fresh: fresh.map_err(host("in-flight memfd"))?,
         };
         let errno = |error: std::io::Error| Errno::from_raw(error.raw_os_error().unwrap_or(libc::EIO));
+        let pieces = device.pieces();
         let worker = worker::spawn(device, iothread, notices.clone());
         let worker = worker.map_err(errno).map_err(host("queue thread"))?;
-        let side = Side::new(listeners.side, Arc::clone(&worker.named));
+        let side = Side::new(listeners.side, Arc::clone(&worker.named), pieces);
         Ok(Self {
             fixed,
             worker,
@@ -121,7 +122,7 @@ impl Daemon {
     /// # Errors
     /// The host failed.
     pub fn serve(&mut self, starter: &Starter) -> Result<(), ServeError> {
-        while self.around.wait(starter, self.listener.as_fd())? == Ready::Vhost {
+        while self.around.wait(starter, &self.worker, self.listener.as_fd())? == Ready::Vhost {
             match self.listener.accept() {
                 Ok((stream, _)) => {
                     if self.session(starter, stream)? == Ready::End {
@@ -153,7 +154,7 @@ impl Daemon {
         let back_end = Arc::new(Mutex::new(BackEnd::new(&self.fixed, &self.worker)));
         let mut handler = BackendReqHandler::from_stream(stream, Arc::clone(&back_end));
         let ready = loop {
-            let ready = self.around.wait(starter, watched.as_fd())?;
+            let ready = self.around.wait(starter, &self.worker, watched.as_fd())?;
             if ready == Ready::End {
                 break ready;
             }
@@ -196,7 +197,12 @@ fn begins(socket: BorrowedFd<'_>) -> bool {
 
 impl Around {
     /// Waits for the front end; meanwhile serves everything else.
-    fn wait(&mut self, starter: &Starter, vhost: BorrowedFd<'_>) -> Result<Ready, ServeError> {
+    fn wait(
+        &mut self,
+        starter: &Starter,
+        worker: &Handle,
+        vhost: BorrowedFd<'_>,
+    ) -> Result<Ready, ServeError> {
         loop {
             let socket = starter.socket();
             let mut fds = vec![
@@ -225,7 +231,7 @@ impl Around {
                 return Ok(Ready::End);
             }
             if came(3) {
-                self.side.advance(&self.notices);
+                self.side.advance(&self.notices, |what| drop(worker.ask(Command::Told(what))));
             }
             if came(2) {
                 self.side.speak(&self.notices);

@@ -23,7 +23,7 @@ use nix::errno::Errno;
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 
-use crate::device::{Device, MAX_QUEUES, Notices, Progress};
+use crate::device::{Device, MAX_QUEUES, Notices, Progress, Told};
 use crate::memory::Memory;
 use crate::polling::Polling;
 use crate::ring::{Ring, RingError, Rings, Setup};
@@ -66,6 +66,8 @@ pub(crate) enum Command {
     ReadConfig,
     /// A write to it that is inside.
     WriteConfig(usize, Vec<u8>),
+    /// Pci says so.
+    Told(Told),
 }
 
 /// What it gets.
@@ -344,6 +346,10 @@ impl Worker {
                     self.device.acknowledge(features);
                     Answer::Done
                 }
+                Command::Told(what) => {
+                    self.device.told(what);
+                    Answer::Done
+                }
                 Command::ReadConfig => Answer::Config(self.device.config().to_vec()),
                 Command::WriteConfig(offset, data) => {
                     self.device.write_config(offset, &data);
@@ -358,7 +364,7 @@ impl Worker {
     fn set_memory(&mut self, memory: Arc<Memory>) -> Answer {
         let running: Vec<u16> = self.rings.iter_mut().map(|(queue, _)| queue).collect();
         for queue in running {
-            self.device.stop(&mut self.rings, queue);
+            self.device.memory_changed(&mut self.rings, queue);
             if let Some(ring) = self.rings.get(queue) {
                 ring.signal();
                 ring.set_memory(Arc::clone(&memory));

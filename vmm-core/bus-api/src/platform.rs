@@ -56,6 +56,13 @@ pub const fn pci_ranges(ram_end: u64) -> [Range; 3] {
     [ECAM, PCI_MEM32, pci_mem64(ram_end)]
 }
 
+/// Where memory devices are in a VM whose RAM ends at `ram_end`: `len` bytes behind the PCI window.
+#[must_use]
+pub const fn device_memory(ram_end: u64, len: u64) -> Range {
+    let window = pci_mem64(ram_end);
+    Range { base: window.base.saturating_add(window.len), len }
+}
+
 /// First serial port, a 16550A.
 pub const COM1: Range = Range { base: 0x3f8, len: 8 };
 /// Interrupt of COM1: ISA, edge.

@@ -102,6 +102,8 @@ pub struct Core {
     pub no_shutdown: bool,
     /// Run as soon as the first [`crate::core::Op::Start`] arrives; false with `-S`.
     pub autostart: bool,
+    /// Length in bytes of the range for memory devices (`bulkhead-bus-api`'s `platform::device_memory`), 0 without any.
+    pub device_memory: u64,
 }
 
 /// Configuration of the loader.
@@ -376,6 +378,19 @@ pub struct Virtio {
     /// The back end finishes requests in the order of the ring, or tracks those in flight, so that it goes on from the
     /// used index after its death; else the device needs a reset then.
     pub resumes: bool,
+    /// Of a memory device.
+    pub memory: Option<DeviceMemory>,
+}
+
+/// The guest physical addresses of a memory device: all of its pieces lie inside.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DeviceMemory {
+    /// First address, a multiple of the page size, in [`Core::device_memory`].
+    pub addr: u64,
+    /// Length in bytes.
+    pub len: u64,
+    /// Pieces that the device may have at once, at most [`crate::side::MAX_PIECES`].
+    pub pieces: u16,
 }
 
 /// An I/O thread (`-object iothread`): a queue thread of a device daemon that polls before it sleeps.
@@ -445,6 +460,27 @@ pub struct Balloon {
     /// `page-poison=on`.
     pub page_poison: bool,
     /// The thread of its queues.
+    pub iothread: IoThread,
+}
+
+/// Configuration of a virtio-mem daemon. Address and sizes are multiples of the block.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Mem {
+    /// As in [`Console`].
+    pub life: u64,
+    /// Id of the device, for messages.
+    pub id: String,
+    /// Guest physical address of the region.
+    pub addr: u64,
+    /// Its length in bytes; the file `memory` has at least this length.
+    pub size: u64,
+    /// Length of a block in bytes, a power of two.
+    pub block_size: u64,
+    /// `requested-size=`, in bytes.
+    pub requested_size: u64,
+    /// `node=`, on a machine with NUMA nodes.
+    pub node: Option<u16>,
+    /// The thread of its queue.
     pub iothread: IoThread,
 }
 

@@ -17,7 +17,7 @@ pub mod side;
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 
 /// Version of everything in this crate; both ends of a link must have the same.
-pub const VERSION: u16 = 3;
+pub const VERSION: u16 = 4;
 /// The longest message, in bytes.
 pub const MAX_MESSAGE: usize = 16 * 1024;
 /// The largest configuration blob, in bytes.

@@ -5,6 +5,7 @@
 use serde::{Deserialize, Serialize};
 
 use crate::config::PciDevice;
+use crate::side::MemorySizes;
 
 /// The most functions in one [`Answer::Functions`].
 pub const MAX_FUNCTIONS: usize = 32;
@@ -30,6 +31,13 @@ pub enum Op {
     Remove {
         /// Its id.
         id: String,
+    },
+    /// The memory device of this id is to have so many bytes plugged: [`Answer::Done`] once its daemon knows.
+    RequestMemory {
+        /// Its id.
+        id: String,
+        /// Bytes.
+        bytes: u64,
     },
 }
 
@@ -80,6 +88,8 @@ pub struct BackEnd {
     pub socket: String,
     /// There is a connection.
     pub connected: bool,
+    /// Of a memory device, as its daemon has said.
+    pub memory: Option<MemorySizes>,
 }
 
 /// A base address register.
@@ -163,6 +173,13 @@ pub enum Event {
     UnplugRefused {
         /// Its id.
         id: String,
+    },
+    /// The guest has plugged or unplugged memory of a memory device.
+    MemorySize {
+        /// Its id.
+        id: String,
+        /// Bytes that are plugged now.
+        plugged: u64,
     },
     /// A device's back end is away or there again.
     BackEnd {
