@@ -107,8 +107,7 @@ impl Rig {
     }
 
     fn driver(&self) -> Driver<'_> {
-        let front_end =
-            FrontEnd::new(self.sockets.connect(), &self.ram, !bulkhead_frontend::EVENT_IDX);
+        let front_end = FrontEnd::new(self.sockets.connect(), &self.ram, !bulkhead_frontend::EVENT_IDX);
         Driver { front_end, queue: Queue::new(&self.ram.map, 0, 16, 0x10_0000, false), rig: self }
     }
 

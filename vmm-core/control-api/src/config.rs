@@ -484,6 +484,21 @@ pub struct Mem {
     pub iothread: IoThread,
 }
 
+/// Configuration of a virtio-pmem daemon.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Pmem {
+    /// As in [`Console`].
+    pub life: u64,
+    /// Id of the device, for messages.
+    pub id: String,
+    /// Guest physical address, page aligned.
+    pub addr: u64,
+    /// Length in bytes, page aligned; the file `memory` has at least this length.
+    pub size: u64,
+    /// The thread of its queue.
+    pub iothread: IoThread,
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

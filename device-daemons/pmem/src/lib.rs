@@ -1,0 +1,4 @@
+//! The parts of the virtio-pmem device daemon.
+
+pub mod device;
+pub mod transport;
