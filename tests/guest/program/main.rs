@@ -30,6 +30,7 @@ mod tables;
 mod tests;
 mod trap;
 mod virtio;
+mod vmem;
 
 use pvh::StartInfo;
 

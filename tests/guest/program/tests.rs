@@ -3,7 +3,7 @@
 use crate::pvh::StartInfo;
 use crate::{
     balloon, bench, blk, chipset, console, hostile_pci, hostile_virtio, hotplug, io, irq, memory, pci, println,
-    reset, shmem, smp, tables, virtio,
+    reset, shmem, smp, tables, virtio, vmem,
 };
 
 type Test = fn(&StartInfo);
@@ -48,6 +48,8 @@ pub const ALL: &[(&str, Test)] = &[
     ("rng", virtio::rng),
     ("hotplug", hotplug::run),
     ("shmem", shmem::run),
+    ("virtio-mem", vmem::follow),
+    ("virtio-mem-hostile", vmem::hostile),
     ("hostile-pci", hostile_pci::run),
     ("hostile-virtio", hostile_virtio::run),
     ("internal-error", reset::internal_error),
