@@ -1,6 +1,6 @@
 //! The link to the broker: what it asks, and the events for it.
 
-use std::collections::VecDeque;
+use std::collections::{BTreeMap, VecDeque};
 use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
 use std::rc::Rc;
 use std::time::{Duration, Instant};
@@ -14,6 +14,8 @@ use bulkhead_jail::{info, warn};
 use nix::poll::{PollFd, PollFlags};
 use nix::sys::socket::MsgFlags;
 
+use crate::device::ToMemory;
+use crate::function::Function;
 use crate::listing;
 use crate::machine::{AddError, Machine, MachineError};
 
@@ -46,6 +48,19 @@ pub struct Adding {
     pub deadline: Instant,
 }
 
+/// A memory device whose size is to be another one: its daemon has not said yet that it knows.
+#[derive(Clone, Copy, Debug)]
+pub struct Sizing {
+    request: u32,
+    broker: u32,
+    index: u16,
+    bytes: u64,
+    /// How often the daemon had said its sizes when it was told; none before that.
+    told: Option<u64>,
+    /// When it is given up.
+    pub deadline: Instant,
+}
+
 /// What is said, and the descriptor that comes with it.
 type Message = (FromPci, Option<Rc<OwnedFd>>);
 
@@ -58,11 +73,22 @@ pub struct Broker {
     waiting: VecDeque<Message>,
     /// Devices that are being added.
     pub adding: Vec<Adding>,
+    /// Memory devices that are being told.
+    pub sizing: Vec<Sizing>,
+    /// What memory devices had plugged when that was told.
+    plugged: BTreeMap<u16, u64>,
 }
 
 impl Default for Broker {
     fn default() -> Self {
-        Self { peer: Peer::Gone, number: 0, waiting: VecDeque::new(), adding: Vec::new() }
+        Self {
+            peer: Peer::Gone,
+            number: 0,
+            waiting: VecDeque::new(),
+            adding: Vec::new(),
+            sizing: Vec::new(),
+            plugged: BTreeMap::new(),
+        }
     }
 }
 
@@ -141,6 +167,7 @@ impl Broker {
                     Op::Thread { .. } => "thread",
                     Op::Add(_) => "add",
                     Op::Remove { .. } => "remove",
+                    Op::RequestMemory { .. } => "request-memory",
                 };
                 // Core alone knows the run state; none of these depends on it.
                 if !fds.is_empty() || !LINK_CONTROL_PCI.permits(name, "running") {
@@ -164,6 +191,14 @@ impl Broker {
                 }
                 return Ok(());
             }
+            Op::RequestMemory { id, bytes } => match machine.memory_device(&id) {
+                Some(index) => {
+                    let (request, broker, deadline) = (request.id, self.number, now + PATIENCE);
+                    self.sizing.push(Sizing { request, broker, index, bytes, told: None, deadline });
+                    return Ok(());
+                }
+                None => Err(Refusal::NoDevice),
+            },
             Op::Remove { id } => machine.bus.unplug(&id, now).map(|()| Answer::Done),
             Op::Add(device) => match add(machine, &device) {
                 Ok(index) => {
@@ -236,6 +271,7 @@ impl Broker {
     /// # Errors
     /// The machine's.
     pub fn advance(&mut self, machine: &mut Machine, now: Instant) -> Result<(), MachineError> {
+        self.advance_sizes(machine, now);
         for adding in std::mem::take(&mut self.adding) {
             let function = machine.bus.get(adding.index);
             let known = function.and_then(|f| f.device_ref()).is_some_and(|device| device.is_known());
@@ -260,6 +296,50 @@ impl Broker {
             }
         }
         Ok(())
+    }
+}
+
+impl Broker {
+    /// Tells memory devices what is wanted of them, and the broker what they say.
+    fn advance_sizes(&mut self, machine: &mut Machine, now: Instant) {
+        for mut sizing in std::mem::take(&mut self.sizing) {
+            let device = machine.bus.get_mut(sizing.index).and_then(Function::as_device);
+            let result = match device {
+                None => Err(Refusal::NoDevice),
+                Some(device) => {
+                    let said = device.sizes().map_or(0, |(_, said)| said);
+                    if sizing.told.is_none() && device.tell_memory(ToMemory::Request(sizing.bytes)) {
+                        sizing.told = Some(said);
+                    }
+                    if sizing.told.is_some_and(|before| before != said) {
+                        Ok(Answer::Done)
+                    } else if now < sizing.deadline {
+                        self.sizing.push(sizing);
+                        continue;
+                    } else {
+                        Err(Refusal::BackEnd("its daemon did not answer".to_owned()))
+                    }
+                }
+            };
+            if sizing.broker == self.number {
+                self.reply(sizing.request, result);
+            }
+        }
+        let sizes: Vec<(u16, String, u64)> = machine
+            .bus
+            .functions()
+            .filter_map(|(index, function)| {
+                let (sizes, _) = function.device_ref()?.sizes()?;
+                Some((index, function.config.id.clone(), sizes.plugged))
+            })
+            .collect();
+        self.plugged.retain(|known, _| sizes.iter().any(|(index, ..)| index == known));
+        for (index, id, plugged) in sizes {
+            // The first one is no news.
+            if self.plugged.insert(index, plugged).is_some_and(|before| before != plugged) {
+                self.tell(Event::MemorySize { id, plugged });
+            }
+        }
     }
 }
 

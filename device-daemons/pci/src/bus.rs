@@ -10,16 +10,18 @@ use std::os::fd::OwnedFd;
 use std::rc::Rc;
 use std::time::{Duration, Instant};
 
-use bulkhead_bus_api::pci::{Change, MAX_BELLS, MAX_VECTORS, MAX_WINDOWS};
+use bulkhead_bus_api::pci::{Change, MAX_BELLS, MAX_VECTORS};
 use bulkhead_bus_api::platform::{ECAM, PCI_MEM32, Range, pci_mem64};
 use bulkhead_bus_api::{Access, Op, Space as Addresses};
 use bulkhead_control_api::config::PciKind;
 use bulkhead_control_api::pci::{Event, Refusal};
 use bulkhead_jail::warn;
 
+pub use self::windows::MAX_SHARED;
 use self::windows::Windows;
 use crate::function::{Function, Kind, Saved};
 use crate::msix::{Part, Route};
+use crate::pieces::FIRST_WINDOW;
 use crate::place::{MAX_FUNCTIONS, Taken};
 use crate::port;
 use crate::space::{self, LEN, MASTER, all_ones};
@@ -764,8 +766,8 @@ impl Bus {
         let others = (0..MAX_VECTORS).filter(|vector| !routed.contains(vector));
         changes.extend(others.map(|vector| Change::Vector { vector, to: None }));
         let (_, new) = self.window_changes();
-        // What is there already stays there: a guest that reads it does not come out.
-        let absent = (0..MAX_WINDOWS).filter(|window| !self.applied.is_placed(*window));
+        // What is there already stays there: a guest that reads it does not come out. What memory devices have is not known yet.
+        let absent = (0..FIRST_WINDOW).filter(|window| !self.applied.is_placed(*window));
         changes.extend(absent.map(|window| Change::Window { window, to: None }));
         changes.extend(new);
         changes.extend(vectors);

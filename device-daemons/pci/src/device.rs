@@ -5,9 +5,11 @@ use std::rc::Rc;
 use std::time::Instant;
 
 use bulkhead_control_api::config::PciDevice;
+use bulkhead_control_api::side::MemorySizes;
 use nix::poll::PollFd;
 
 use crate::memory::Memory;
+use crate::pieces::{Ask, Reply};
 
 /// Identification of a function (PCI 3.0, 6.2.1 and 6.2.4).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -127,6 +129,15 @@ pub struct Shared {
     pub writable: bool,
 }
 
+/// What pci tells the daemon of a memory device on its side link.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum ToMemory {
+    /// What it asked for is so, or not.
+    Reply(Reply),
+    /// The guest is to plug so many bytes.
+    Request(u64),
+}
+
 /// Makes a device of the configuration; the text says why not.
 pub type Factory = Box<dyn Fn(&PciDevice, &Rc<Memory>) -> Result<Box<dyn Device>, String>>;
 
@@ -155,6 +166,35 @@ pub trait Device: Backed {
     /// Whether [`Device::late`] or [`Device::shared`] has changed since the last call.
     fn take_changed(&mut self) -> bool {
         false
+    }
+    /// Guest memory is this now.
+    fn set_memory(&mut self, _memory: &Rc<Memory>) {}
+    /// Whether its back end, if it is there, has guest memory as it was last set.
+    fn has_memory(&self) -> bool {
+        true
+    }
+    /// Whether its back end, if it is there, takes so many regions of guest memory while it runs; the text says why not.
+    ///
+    /// # Errors
+    /// The text.
+    fn room(&self, _regions: usize) -> Result<(), String> {
+        Ok(())
+    }
+    /// Its queues are not to run while this is set.
+    fn hold(&mut self, _hold: bool) {}
+    /// Says how often the machine was reset to the daemon, now and on each new side link.
+    fn set_resets(&mut self, _resets: u64) {}
+    /// What the daemon of a memory device asks.
+    fn take_asks(&mut self) -> Vec<Ask> {
+        Vec::new()
+    }
+    /// Tells the daemon of a memory device; false if it is away.
+    fn tell_memory(&mut self, _what: ToMemory) -> bool {
+        false
+    }
+    /// The sizes of a memory device, once its daemon has said them, and how often it has.
+    fn sizes(&self) -> Option<(MemorySizes, u64)> {
+        None
     }
     /// What has changed is carried out, except for what could not be: `refused` tells that by id.
     fn carried_out(&mut self, _refused: &dyn Fn(u64) -> bool) {}

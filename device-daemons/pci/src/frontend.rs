@@ -393,6 +393,14 @@ impl Frontend {
         self.machine.set_memory(memory);
     }
 
+    /// Whether the back end, if it is there, takes so many regions of guest memory while it runs.
+    ///
+    /// # Errors
+    /// A text says why not.
+    pub fn room(&self, regions: usize) -> Result<(), String> {
+        self.machine.room(regions)
+    }
+
     /// What the back end notes its requests in, once rings have been started. To be kept beyond this process.
     #[must_use]
     pub fn inflight(&self) -> Option<&Inflight> {

@@ -13,6 +13,7 @@ pub mod listing;
 pub mod machine;
 pub mod memory;
 pub mod msix;
+pub mod pieces;
 pub mod place;
 pub mod port;
 pub mod server;

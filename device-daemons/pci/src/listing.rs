@@ -4,7 +4,7 @@ use bulkhead_control_api::config::PciKind;
 use bulkhead_control_api::pci::{Answer, BackEnd, Bridge, Function as Described, MAX_FUNCTIONS, Region};
 
 use crate::bus::Bus;
-use crate::device::Backed;
+use crate::device::{Backed, Device};
 use crate::function::{Function, Kind};
 use crate::port;
 
@@ -65,6 +65,7 @@ fn describe(bus: &Bus, index: u16, function: &Function, parent: Option<u16>) -> 
             PciKind::Virtio(virtio) => Some(BackEnd {
                 socket: virtio.socket.clone(),
                 connected: function.device_ref().is_some_and(Backed::is_connected),
+                memory: function.device_ref().and_then(Device::sizes).map(|(sizes, _)| sizes),
             }),
             PciKind::RootPort { .. } => None,
         },

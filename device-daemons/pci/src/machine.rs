@@ -13,7 +13,7 @@ use std::time::Instant;
 
 use bulkhead_bus_api::{Access, Action};
 use bulkhead_bus_api::{CollectedWrite, REPLY_LEN, Reply};
-use bulkhead_control_api::config::{PciDevice, PciKind};
+use bulkhead_control_api::config::{DeviceMemory, PciDevice, PciKind};
 use bulkhead_control_api::encode;
 use bulkhead_control_api::pci::Refusal;
 use bulkhead_jail::{error, warn};
@@ -21,17 +21,25 @@ use nix::errno::Errno;
 
 use crate::bus::Bus;
 use crate::core_link::{CoreError, CoreLink};
-use crate::device::{Device, Factory, MAX_SAVED};
+use crate::device::{Device, Factory, MAX_SAVED, ToMemory};
 use crate::event;
 use crate::function::{Function, Saved};
 use crate::memory::Memory;
 use crate::msix::MAX_VECTORS;
+use crate::pieces::Pieces;
 use crate::place::{self, Place, PlaceError};
 use crate::state::{Left, MAX_RECORD, State};
 
+/// A piece of memory that waits for nobody outside has come or gone after so many turns.
+const SETTLE_TURNS: usize = 8;
 /// What of a record is neither the device's state nor its configuration, at most: configuration space, MSI-X table,
 /// numbers of vectors and doorbells.
 const REST_OF_RECORD: usize = 256 + 16 * MAX_VECTORS as usize + 3 * MAX_VECTORS as usize + 3 * 256 + 64;
+
+/// The memory of a memory device.
+fn memory_of(function: &Function) -> Option<DeviceMemory> {
+    if let PciKind::Virtio(virtio) = &function.config.kind { virtio.memory } else { None }
+}
 
 /// Why the machine cannot go on without this process.
 #[derive(Debug, thiserror::Error)]
@@ -74,7 +82,11 @@ pub struct Machine {
     pub changed: BTreeSet<u16>,
     state: State,
     ecam: File,
+    /// Guest memory as devices have it.
     memory: Rc<Memory>,
+    pieces: Pieces,
+    /// Devices' queues are not to run: where guest memory is is not known.
+    held: bool,
     factory: Factory,
 }
 
@@ -85,7 +97,19 @@ impl Machine {
         let ram_end = memory.regions.iter().map(|r| r.place.base.saturating_add(r.place.len)).max();
         let bus = Bus::new(ram_end.unwrap_or(0));
         let (paused, changed) = (false, BTreeSet::new());
-        Self { bus, core, paused, changed, state, ecam: File::from(ecam), memory: Rc::new(memory), factory }
+        let (ecam, pieces) = (File::from(ecam), Pieces::new(memory.regions.clone()));
+        Self {
+            bus,
+            core,
+            paused,
+            changed,
+            state,
+            ecam,
+            memory: Rc::new(memory),
+            pieces,
+            held: false,
+            factory,
+        }
     }
 
     /// Puts everything on the bus: what a predecessor has left, or else what the configuration says.
@@ -158,8 +182,17 @@ impl Machine {
             numbers.iter().copied().zip(fds.into_iter().map(Rc::new)).collect()
         };
         function.wire(wires(vectors, vector_fds), wires(bells, bell_fds));
-        if let Some(device) = function.as_device().filter(|_| self.paused) {
-            device.pause();
+        let (hold, resets) = (!self.pieces.are_known(), self.state.resets());
+        if let Some(device) = function.as_device() {
+            if self.paused {
+                device.pause();
+            }
+            device.hold(hold);
+            device.set_resets(resets);
+        }
+        if memory_of(&function).is_some() {
+            self.pieces.expect(index);
+            self.hold();
         }
         Ok(Ok(function))
     }
@@ -246,6 +279,58 @@ impl Machine {
         Ok(())
     }
 
+    /// Takes what the daemon of a memory device asks.
+    fn hear_memory(&mut self, index: u16) {
+        let Some(function) = self.bus.get_mut(index) else { return };
+        let Some(memory) = memory_of(function) else { return };
+        let asks = function.as_device().map(Device::take_asks).unwrap_or_default();
+        let (bus, pieces) = (&self.bus, &mut self.pieces);
+        let room = |regions| {
+            let all = bus.functions().filter_map(|(_, function)| function.device_ref());
+            all.map(|device| device.room(regions)).collect()
+        };
+        for ask in asks {
+            pieces.ask(index, &memory, ask, &room);
+        }
+    }
+
+    /// Queues stand still while a memory device's pieces are not known.
+    fn hold(&mut self) {
+        self.held = !self.pieces.are_known();
+        let devices: Vec<u16> = self.devices().map(|(index, _)| index).collect();
+        for index in devices {
+            if let Some(device) = self.bus.get_mut(index).and_then(Function::as_device) {
+                device.hold(self.held);
+            }
+            self.bus.touch(index);
+        }
+    }
+
+    /// The index of the memory device of this id.
+    #[must_use]
+    pub fn memory_device(&self, id: &str) -> Option<u16> {
+        let is_it = |function: &&Function| function.config.id == id && memory_of(function).is_some();
+        self.bus.functions().find(|(_, function)| is_it(&function)).map(|(index, _)| index)
+    }
+
+    /// Devices are gone from the bus.
+    pub fn forget(&mut self, index: u16) {
+        self.pieces.remove(index);
+        self.hold();
+    }
+
+    /// The machine has been reset.
+    pub fn count_reset(&mut self) {
+        self.state.count_reset();
+        let resets = self.state.resets();
+        let devices: Vec<u16> = self.devices().map(|(index, _)| index).collect();
+        for index in devices {
+            if let Some(device) = self.bus.get_mut(index).and_then(Function::as_device) {
+                device.set_resets(resets);
+            }
+        }
+    }
+
     /// Does what one request of a vCPU says, or answers it as it was answered before.
     ///
     /// # Errors
@@ -275,6 +360,31 @@ impl Machine {
     /// # Errors
     /// [`MachineError`].
     pub fn settle(&mut self) -> Result<(), MachineError> {
+        for _ in 0..SETTLE_TURNS {
+            self.settle_once()?;
+            self.answer_memory();
+            if !self.pieces.is_pending() {
+                break;
+            }
+        }
+        Ok(())
+    }
+
+    /// Tells memory devices what has become of what they asked.
+    fn answer_memory(&mut self) {
+        for (index, reply) in self.pieces.take_replies() {
+            if let Some(device) = self.bus.get_mut(index).and_then(Function::as_device) {
+                // One that is away asks again.
+                let _ = device.tell_memory(ToMemory::Reply(reply));
+            }
+        }
+        if self.held && self.pieces.are_known() {
+            self.hold();
+        }
+    }
+
+    fn settle_once(&mut self) -> Result<(), MachineError> {
+        self.settle_memory();
         let touched = self.bus.take_touched();
         let indices: Vec<u16> = touched.iter().map(|(index, _)| *index).collect();
         self.changed.extend(&indices);
@@ -288,6 +398,7 @@ impl Machine {
         let file = |window: u16| files.get(&window).map_or(ecam, |file| file.as_fd());
         let refused = self.core.apply(&effects.changes, &file)?;
         self.bus.carried_out(&refused);
+        self.pieces.placed(&refused);
         for fd in effects.raise {
             if let Err(error) = event::signal(&fd) {
                 error!("an interrupt of a port is lost: {error}");
@@ -301,6 +412,28 @@ impl Machine {
             }
         }
         Ok(())
+    }
+
+    /// Has memory devices' pieces come and go as far as that is possible now.
+    fn settle_memory(&mut self) {
+        let devices: Vec<u16> = self.devices().map(|(index, _)| index).collect();
+        for index in &devices {
+            self.hear_memory(*index);
+        }
+        if let Some(memory) = self.pieces.take_changed() {
+            self.memory = Rc::new(memory);
+            for index in &devices {
+                if let Some(device) = self.bus.get_mut(*index).and_then(Function::as_device) {
+                    device.set_memory(&self.memory);
+                }
+                self.bus.touch(*index);
+            }
+        }
+        if self.devices().all(|(_, device)| device.has_memory()) {
+            self.pieces.told();
+        }
+        let absent = self.pieces.take_absent();
+        self.bus.set_memory(self.pieces.windows(), absent);
     }
 
     /// The number for the next descriptor that is to be kept.

@@ -12,19 +12,21 @@ use nix::sys::uio::pread;
 pub struct Region {
     /// Where the guest has it.
     pub place: pci::Memory,
-    /// The memfd with it, from offset 0.
+    /// The file with it.
     pub fd: Rc<OwnedFd>,
+    /// Offset there, in bytes.
+    pub offset: u64,
 }
 
 impl Region {
-    /// The same place and the same memfd.
+    /// The same place and the same part of the same file.
     #[must_use]
     pub fn is(&self, other: &Self) -> bool {
-        self.place == other.place && Rc::ptr_eq(&self.fd, &other.fd)
+        self.place == other.place && self.offset == other.offset && Rc::ptr_eq(&self.fd, &other.fd)
     }
 }
 
-/// Guest RAM in ascending order.
+/// Guest memory: RAM in ascending order, then what memory devices have.
 #[derive(Debug, Default)]
 pub struct Memory {
     /// Its pieces.
@@ -47,6 +49,7 @@ impl Memory {
     pub fn read_u16(&self, address: u64) -> Option<u16> {
         let (region, offset) = self.find(address, 2)?;
         let mut bytes = [0; 2];
+        let offset = region.offset.checked_add(offset)?;
         let read = pread(&region.fd, &mut bytes, i64::try_from(offset).ok()?);
         (read == Ok(2)).then_some(u16::from_le_bytes(bytes))
     }
@@ -63,6 +66,7 @@ mod tests {
         let region = |base, len| Region {
             place: pci::Memory { base, len },
             fd: Rc::new(memfd_create("ram", MFdFlags::MFD_CLOEXEC).unwrap()),
+            offset: 0,
         };
         let memory = Memory { regions: vec![region(0, 0x3000), region(0x3000, 0x1000)] };
         let at = |address, len| memory.find(address, len).map(|(region, offset)| (region.place.base, offset));
@@ -78,9 +82,10 @@ mod tests {
         let fd = Rc::new(memfd_create("ram", MFdFlags::MFD_CLOEXEC).unwrap());
         nix::unistd::ftruncate(&fd, 0x1000).unwrap();
         nix::sys::uio::pwrite(&fd, &[0x34, 0x12], 0xffe).unwrap();
-        let memory =
-            Memory { regions: vec![Region { place: pci::Memory { base: 0x1000, len: 0x1000 }, fd }] };
-        assert_eq!(memory.read_u16(0x1ffe), Some(0x1234));
-        assert_eq!((memory.read_u16(0x1fff), memory.read_u16(0xffe)), (None, None));
+        let memory = Memory {
+            regions: vec![Region { place: pci::Memory { base: 0x1000, len: 0x800 }, fd, offset: 0x800 }],
+        };
+        assert_eq!(memory.read_u16(0x17fe), Some(0x1234));
+        assert_eq!((memory.read_u16(0x17ff), memory.read_u16(0xffe)), (None, None));
     }
 }

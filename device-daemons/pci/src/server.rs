@@ -326,7 +326,7 @@ impl Server {
             return Err(ServerError::Welcome { vcpus, memory, fds });
         };
         let regions = memory.iter().zip(fds.split_off(links));
-        let regions = regions.map(|(place, fd)| Region { place: *place, fd: fd.into() }).collect();
+        let regions = regions.map(|(place, fd)| Region { place: *place, fd: fd.into(), offset: 0 }).collect();
         self.links = fds.into_iter().map(|fd| Some(AccessLink::new(fd))).collect();
         let Stage::Waiting(waiting) = std::mem::replace(&mut self.stage, Stage::Over) else { return Ok(()) };
         let Waiting { link, devices, factory, mut kept, state, left, .. } = *waiting;

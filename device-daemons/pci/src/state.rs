@@ -25,7 +25,7 @@ use crate::place::MAX_FUNCTIONS;
 
 const MAGIC: [u8; 8] = *b"BLKHPCI\0";
 /// Version of everything in here, the devices' own states included.
-const VERSION: u32 = 2;
+const VERSION: u32 = 3;
 /// Magic, version, length of the content, life.
 const HEADER: usize = 24;
 const LIFE: usize = 16;
@@ -51,6 +51,8 @@ enum Copy {
 /// What is committed in one go.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 struct Head {
+    /// Resets of the machine since power-on.
+    resets: u64,
     /// The next number for a descriptor that is kept.
     next: u32,
     /// By access link.
@@ -114,7 +116,7 @@ impl State {
         let file = File::from(fd);
         let is_new = file.metadata()?.len() == 0;
         let copies = vec![Copy::None; MAX_FUNCTIONS];
-        let head = Head { next: 0, lasts: Lasts::default(), copies };
+        let head = Head { resets: 0, next: 0, lasts: Lasts::default(), copies };
         let records = vec![None; MAX_FUNCTIONS];
         let mut state = Self { file, life, head, dirty: true, records };
         let left = if is_new { None } else { state.load() };
@@ -164,6 +166,18 @@ impl State {
         }
         self.head = head;
         Some(left)
+    }
+
+    /// How often the machine was reset.
+    #[must_use]
+    pub const fn resets(&self) -> u64 {
+        self.head.resets
+    }
+
+    /// It is reset once more.
+    pub const fn count_reset(&mut self) {
+        self.head.resets = self.head.resets.wrapping_add(1);
+        self.dirty = true;
     }
 
     /// The number for the next descriptor that is to be kept: none is given twice.
@@ -313,7 +327,7 @@ mod tests {
         for link in 0..64 {
             state.set_reply(link, (u32::MAX, [0xff; REPLY_LEN]));
         }
-        state.head.next = u32::MAX;
+        (state.head.next, state.head.resets) = (u32::MAX, u64::MAX);
         let all = (0..256).map(|index| (index, Some(host(1)))).collect();
         state.commit(all).unwrap();
         assert_eq!(reopen(state, 7).1.unwrap().len(), MAX_FUNCTIONS);

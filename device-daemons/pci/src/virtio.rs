@@ -15,6 +15,7 @@ mod common;
 mod kind;
 mod life;
 mod saved;
+mod share;
 mod shmem;
 mod side;
 mod sync;
@@ -26,19 +27,22 @@ use std::rc::Rc;
 use std::time::Instant;
 
 use bulkhead_control_api::config::{PciDevice, PciKind, Virtio};
+use bulkhead_control_api::side::{FromPci, MemorySizes};
 use bulkhead_jail::pace::Pace;
 use bulkhead_jail::warn;
 use nix::sys::eventfd::{EfdFlags, EventFd};
 
 use self::common::{Act, Common, NO_VECTOR, Offer, Shape, status};
+use self::share::Share;
 use self::shmem::{SHMEM_BAR, Shmem};
 use self::side::Side;
 use self::sync::Sync;
 use self::window::{BAR, MSIX_BAR, PENDING, Place, Window, data_byte, place};
-use crate::device::{Bar, Capability, Device, Identity, Msix, Shared, Wires};
+use crate::device::{Bar, Capability, Device, Identity, Msix, Shared, ToMemory, Wires};
 use crate::event;
 use crate::frontend::{Frontend, Spec};
 use crate::memory::Memory;
+use crate::pieces::{Ask, Reply};
 
 /// Virtqueues of a device at most.
 pub const MAX_QUEUES: u16 = 64;
@@ -106,6 +110,8 @@ pub struct VirtioPci {
     /// What a predecessor has kept.
     inherited: Option<OwnedFd>,
     pace: Pace,
+    /// What concerns guest memory.
+    share: Share,
 }
 
 impl VirtioPci {
@@ -160,6 +166,7 @@ impl VirtioPci {
             resumed: false,
             inherited: None,
             pace: Pace::new(LINES),
+            share: Share::default(),
             config: config.clone(),
         })
     }
@@ -290,6 +297,45 @@ impl Device for VirtioPci {
 
     fn take_changed(&mut self) -> bool {
         self.shmem.take_changed()
+    }
+
+    fn set_memory(&mut self, memory: &Rc<Memory>) {
+        self.change_memory(memory);
+    }
+
+    fn has_memory(&self) -> bool {
+        !self.share.telling
+    }
+
+    fn room(&self, regions: usize) -> Result<(), String> {
+        self.front.room(regions).map_err(|why| format!("device {:?}: {why}", self.id))
+    }
+
+    fn hold(&mut self, hold: bool) {
+        self.share.held = hold;
+        self.settle();
+    }
+
+    fn set_resets(&mut self, resets: u64) {
+        self.share.resets = resets;
+        self.tell_side(&FromPci::Resets(resets));
+    }
+
+    fn take_asks(&mut self) -> Vec<Ask> {
+        std::mem::take(&mut self.share.asks)
+    }
+
+    fn tell_memory(&mut self, what: ToMemory) -> bool {
+        self.share.known |= what == ToMemory::Reply(Reply::All);
+        self.tell_side(&match what {
+            ToMemory::Request(bytes) => FromPci::Request { bytes },
+            ToMemory::Reply(Reply::All) => FromPci::Pieces,
+            ToMemory::Reply(Reply::Settled(number, result)) => FromPci::Settled { number, result },
+        })
+    }
+
+    fn sizes(&self) -> Option<(MemorySizes, u64)> {
+        self.share.sizes.map(|sizes| (sizes, self.share.said))
     }
 
     fn carried_out(&mut self, refused: &dyn Fn(u64) -> bool) {

@@ -391,6 +391,8 @@ pub struct DeviceMemory {
     pub len: u64,
     /// Pieces that the device may have at once, at most [`crate::side::MAX_PIECES`].
     pub pieces: u16,
+    /// Number of its first piece among those of the machine, of which there are at most 512.
+    pub first: u16,
 }
 
 /// An I/O thread (`-object iothread`): a queue thread of a device daemon that polls before it sleeps.

@@ -60,7 +60,7 @@ pub fn power_on(parts: Parts) -> Result<Machine> {
     let boot = Boot::new(loader, parts.boot).map_err(Error::Loader)?;
 
     let host = vm::open(parts.kvm, config.cpus.cpus)?;
-    let vm = Vm::new(&host, ram)?;
+    let vm = Vm { device_memory: config.device_memory, ..Vm::new(&host, ram)? };
     let template = Template::new(&host, config.cpus)?;
     vm.check_addresses(template.physical_bits())?;
     let vcpus = make_vcpus(&vm, &template, config.cpus)?;

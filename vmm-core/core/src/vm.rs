@@ -3,7 +3,7 @@
 use std::os::fd::OwnedFd;
 
 use bulkhead_bus_api::pci::MAX_WINDOWS;
-use bulkhead_bus_api::platform::{KVM_IDENTITY_MAP, KVM_TSS, pci_mem64};
+use bulkhead_bus_api::platform::{KVM_IDENTITY_MAP, KVM_TSS, Range, device_memory};
 use kvm_bindings::{
     KVM_API_VERSION, KVM_IRQ_ROUTING_IRQCHIP, KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER,
     KVM_IRQCHIP_PIC_SLAVE, KVM_MEM_LOG_DIRTY_PAGES, KVM_PIT_SPEAKER_DUMMY, KvmIrqRouting,
@@ -67,6 +67,8 @@ pub struct Vm {
     pub fd: VmFd,
     /// Guest RAM; the slots point into it.
     pub ram: Vec<Ram>,
+    /// Length in bytes of the range for memory devices.
+    pub device_memory: u64,
     /// Room that KVM needs for a vCPU's extended state, in bytes.
     pub xsave_size: usize,
 }
@@ -84,7 +86,7 @@ impl Vm {
         let pit = kvm_pit_config { flags: KVM_PIT_SPEAKER_DUMMY, ..Default::default() };
         fd.create_pit2(pit).map_err(kvm("KVM_CREATE_PIT2"))?;
         let xsave_size = usize::try_from(fd.check_extension_int(Cap::Xsave2)).unwrap_or(0);
-        let vm = Self { fd, ram, xsave_size };
+        let vm = Self { fd, ram, device_memory: 0, xsave_size };
         vm.route_interrupts([]).map_err(kvm("KVM_SET_GSI_ROUTING"))?;
         Ok(vm)
     }
@@ -109,10 +111,15 @@ impl Vm {
         self.ram.last().map_or(0, |ram| ram.region.gpa + ram.region.len)
     }
 
-    /// Checks that all RAM, and the PCI window above it, has an address in a guest with so many physical address bits.
+    /// Where memory devices are, behind RAM and the PCI window.
+    pub fn device_memory(&self) -> Range {
+        device_memory(self.ram_end(), self.device_memory)
+    }
+
+    /// Checks that all that has an address has one in a guest with so many physical address bits.
     pub fn check_addresses(&self, bits: u32) -> Result<()> {
-        let window = pci_mem64(self.ram_end());
-        if bits < 64 && window.base + window.len > 1 << bits {
+        let Range { base, len } = self.device_memory();
+        if bits < 64 && base.checked_add(len).is_none_or(|end| end > 1 << bits) {
             Err(Error::AddressWidth(bits))
         } else {
             Ok(())

@@ -78,7 +78,8 @@ impl Wiring {
     /// Nothing is wired, nothing is mapped.
     pub fn new(ecam: OwnedFd, vm: &Vm) -> Self {
         let first_slot = u32::try_from(vm.ram.len()).unwrap_or(0);
-        let windows = Windows::new(first_slot, MAX_WINDOWS, pci_ranges(vm.ram_end()).to_vec());
+        let ranges = pci_ranges(vm.ram_end()).into_iter().chain([vm.device_memory()]).collect();
+        let windows = Windows::new(first_slot, MAX_WINDOWS, ranges);
         let (vectors, bells, routes_due) = Default::default();
         Self { ecam, vectors, bells, routes_due, windows }
     }

@@ -38,6 +38,10 @@ impl Placed {
 pub struct Windows {
     /// What core has been asked for.
     placed: BTreeMap<u16, Placed>,
+    /// Pieces of guest memory that memory devices have.
+    memory: BTreeMap<u16, Placed>,
+    /// Numbers of such pieces that are to be nowhere, whatever a predecessor has left.
+    absent: Vec<u16>,
     /// Numbers of what devices share, by function and id.
     numbers: BTreeMap<(u16, u64), u16>,
     /// Devices that wait for what has changed.
@@ -70,6 +74,20 @@ impl Windows {
 }
 
 impl Bus {
+    /// These pieces of guest memory are to be there, by number of the window; at `absent` numbers there is to be nothing.
+    pub fn set_memory(&mut self, pieces: impl Iterator<Item = (u16, Window, Rc<OwnedFd>)>, absent: Vec<u16>) {
+        let placed = |(number, place, file)| (number, Placed { place, file: Some(file) });
+        let memory: BTreeMap<u16, Placed> = pieces.map(placed).collect();
+        let same = |(a, b): ((&u16, &Placed), (&u16, &Placed))| a.0 == b.0 && a.1.is(b.1);
+        let unchanged = memory.len() == self.applied.memory.len()
+            && memory.iter().zip(&self.applied.memory).all(same)
+            && absent.is_empty();
+        if !unchanged {
+            (self.applied.memory, self.applied.absent) = (memory, absent);
+            self.moved = true;
+        }
+    }
+
     /// Whether a device that may have changed has another shape, or shares something else.
     pub(super) fn look_for_changes(&mut self, index: u16) {
         let Some(function) = self.get_mut(index) else { return };
@@ -118,6 +136,7 @@ impl Bus {
             let place = Window { gpa, len, offset, writable };
             wanted.insert(number, Placed { place, file: Some(file) });
         }
+        wanted.extend(self.applied.memory.clone());
         wanted
     }
 
@@ -139,10 +158,13 @@ impl Bus {
         let had = &self.applied.placed;
         let gone = had.iter().filter(|(window, placed)| differs(&wanted, window, placed));
         let new = wanted.iter().filter(|(window, placed)| differs(had, window, placed));
-        let off = gone.map(|(window, _)| Change::Window { window: *window, to: None }).collect();
+        let gone = gone.map(|(window, _)| *window);
+        let absent = self.applied.absent.iter().copied().filter(|window| !wanted.contains_key(window));
+        let off = gone.chain(absent).map(|window| Change::Window { window, to: None }).collect();
         let on = new.map(|(window, placed)| Change::Window { window: *window, to: Some(placed.place) });
         let changes = (off, on.collect());
         self.applied.placed = wanted;
+        self.applied.absent.clear();
         changes
     }
 }

@@ -595,6 +595,21 @@ impl Machine {
         }
     }
 
+    /// See [`super::Frontend::room`].
+    pub fn room(&self, regions: usize) -> Result<(), String> {
+        let slots = self.offer.slots;
+        if self.phase != Phase::Ready {
+            Ok(())
+        } else if !self.has(protocol::CONFIGURE_MEM_SLOTS) {
+            Err("its back end takes no memory while it runs (VHOST_USER_PROTOCOL_F_CONFIGURE_MEM_SLOTS)"
+                .to_owned())
+        } else if regions > slots {
+            Err(format!("its back end has room for {slots} pieces of memory only"))
+        } else {
+            Ok(())
+        }
+    }
+
     /// See [`super::Frontend::stop`].
     pub fn stop(&mut self) {
         let rings = std::mem::take(&mut self.running);

@@ -309,7 +309,7 @@ pub fn ring_addresses(ring: &Ring) -> Vec<u8> {
 
 fn region(region: &Region) -> Vec<u8> {
     let place = region.place;
-    [place.base, place.len, place.base.wrapping_add(BIAS), 0].map(u64::to_ne_bytes).concat()
+    [place.base, place.len, place.base.wrapping_add(BIAS), region.offset].map(u64::to_ne_bytes).concat()
 }
 
 /// One piece of memory, after padding.

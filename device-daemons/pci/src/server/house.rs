@@ -40,6 +40,7 @@ impl Server {
         for removed in machine.bus.take_removed() {
             self.connector.forget(removed.index);
             self.wanted.retain(|_, device| *device != removed.index);
+            machine.forget(removed.index);
             removed.kept.into_iter().for_each(|number| self.keeper.forget(number));
         }
         self.keep_connections(now)?;
@@ -110,6 +111,7 @@ impl Server {
                 if running.what == Command::Reset {
                     self.held = !rested;
                     if rested {
+                        machine.count_reset();
                         machine.bus.reset();
                     } else {
                         machine.core.send(&ToCore::NotReady)?;
@@ -155,6 +157,7 @@ impl Server {
             }
             notice!("all back ends are at rest; the reset goes on");
             self.held = false;
+            machine.count_reset();
             machine.bus.reset();
             machine.settle()?;
             self.broker.tell_events(machine);
@@ -195,6 +198,7 @@ impl Server {
         let retry = !self.keeper.retry() || !machine.changed.is_empty();
         let devices = machine.deadlines().map(|(_, at)| at);
         let adding = self.broker.adding.iter().map(|adding| adding.deadline);
+        let adding = adding.chain(self.broker.sizing.iter().map(|sizing| sizing.deadline));
         let others = [
             self.alive,
             self.deaf,

@@ -24,6 +24,7 @@ const BALLOON: u16 = 5;
 const SCSI: u16 = 8;
 const GPU: u16 = 16;
 const IOMMU: u16 = 23;
+const MEM: u16 = 24;
 const FS: u16 = 26;
 
 /// Bits that belong to the device type (virtio 1.2, 2.2).
@@ -121,6 +122,13 @@ pub fn limit_queues(device: &Virtio, queues: u16, config: &mut [u8]) {
     field.iter_mut().zip(bytes).for_each(|(to, from)| *to = from);
 }
 
+/// Whether the guest is to hear of a change of the configuration space. What it has plugged (`plugged_size`, 5.15.4) it knows.
+pub fn is_news(device_type: u16, old: &[u8], new: &[u8]) -> bool {
+    let own = if device_type == MEM { 40..48 } else { 0..0 };
+    old.len() != new.len()
+        || old.iter().zip(new).enumerate().any(|(at, (old, new))| old != new && !own.contains(&at))
+}
+
 /// The field of the configuration space with these bytes, if the guest may write it with the features that it has
 /// accepted.
 pub fn writable(device_type: u16, features: u64, bytes: &Range<usize>) -> Option<Span> {
@@ -148,6 +156,15 @@ pub fn writable(device_type: u16, features: u64, bytes: &Range<usize>) -> Option
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_driver_knows_what_it_has_plugged() {
+        let (old, mut new) = ([0; 56], [0; 56]);
+        new[40] = 1;
+        assert!(!is_news(MEM, &old, &new) && is_news(BLOCK, &old, &new));
+        new[48] = 1;
+        assert!(is_news(MEM, &old, &new) && !is_news(MEM, &old, &old));
+    }
 
     fn device(device_type: u16, queues: u16, config: usize) -> Virtio {
         Virtio {

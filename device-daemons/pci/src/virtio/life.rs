@@ -13,6 +13,7 @@ use super::window::most_regions;
 use super::{Stage, VirtioPci, kind, ring};
 use crate::device::Backed;
 use crate::frontend::{Event, Ring, StartError};
+use crate::pieces::Ask;
 
 /// A back end that nobody is connected to and that does not listen after this has stopped.
 const STALE: Duration = Duration::from_secs(5);
@@ -22,7 +23,7 @@ impl VirtioPci {
     fn wants(&self) -> bool {
         let bits = status::DRIVER_OK | status::NEEDS_RESET | status::FAILED;
         let driven = self.common.status & bits == status::DRIVER_OK;
-        driven && !self.common.resetting && self.master && !self.paused
+        driven && !self.common.resetting && self.master && !self.paused && !self.share.held
     }
 
     /// Does what follows from what is and what is to be.
@@ -215,9 +216,12 @@ impl VirtioPci {
         }
         kind::limit_queues(&self.config, self.offered().queues, &mut space);
         if space != self.space {
+            let is_news = kind::is_news(self.config.device_type, &self.space, &space);
             self.space = space;
             self.common.generation = self.common.generation.wrapping_add(1);
-            self.interrupt();
+            if is_news {
+                self.interrupt();
+            }
         }
     }
 
@@ -231,7 +235,8 @@ impl VirtioPci {
                     ring(self.call(queue.vector));
                 }
             }
-            Event::Started { .. } | Event::Memory => {}
+            Event::Started { .. } => {}
+            Event::Memory => self.share.telling = false,
             Event::Asked => self.on_asked(),
             Event::Stopped { ring: Some(index), .. } => self.common.end_queue_reset(index),
             Event::Stopped { ring: None, bases } => self.on_stopped(&bases),
@@ -316,6 +321,8 @@ impl VirtioPci {
     fn on_lost(&mut self, why: &str) {
         self.complain(&format!("its back end {why}"));
         self.offer = None;
+        // The next one is told of all.
+        self.share.telling = false;
         self.sync.lost();
         if self.shmem.clear() {
             self.lose_shared();
@@ -368,7 +375,7 @@ impl VirtioPci {
         indices.all(|pair| pair.is_some_and(|(used, avail)| used == avail))
     }
 
-    fn on_events(&mut self, events: Vec<Event>) {
+    pub(super) fn on_events(&mut self, events: Vec<Event>) {
         events.into_iter().for_each(|event| self.on_event(event));
         self.change_calls();
     }
@@ -378,6 +385,10 @@ impl VirtioPci {
         match side.advance() {
             Ok(said) => {
                 for message in said {
+                    let Some((message, fd)) = message else {
+                        self.greeted();
+                        continue;
+                    };
                     match message {
                         ToPci::ConfigChanged if self.offer.is_some() && self.sync.ask() => {
                             self.front.read_config();
@@ -389,6 +400,10 @@ impl VirtioPci {
                         }
                         // Of queues that the guest has stopped since: a device that has been reset stays so.
                         ToPci::NeedsReset => {}
+                        ToPci::Memory(sizes) => self.on_sizes(sizes),
+                        ToPci::Piece { number, piece } => self.on_piece(number, piece, fd),
+                        ToPci::NoPiece { number } => self.share.asks.push(Ask::NoPiece(number)),
+                        ToPci::Pieces => self.share.asks.push(Ask::All),
                     }
                 }
                 self.settle();
@@ -451,7 +466,7 @@ impl Backed for VirtioPci {
     }
 
     fn is_known(&self) -> bool {
-        self.shown.is_some()
+        self.shown.is_some() && (self.config.memory.is_none() || self.share.known)
     }
 
     fn is_connected(&self) -> bool {

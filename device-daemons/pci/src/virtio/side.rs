@@ -4,7 +4,7 @@ use std::os::fd::{AsFd as _, OwnedFd};
 use std::rc::Rc;
 
 use bulkhead_control_api::VERSION;
-use bulkhead_control_api::side::ToPci;
+use bulkhead_control_api::side::{FromPci, ToPci};
 use bulkhead_jail::link::{Link, LinkError};
 use nix::poll::{PollFd, PollFlags};
 use nix::sys::socket::MsgFlags;
@@ -34,22 +34,37 @@ impl Side {
         PollFd::new(self.link.as_fd(), PollFlags::POLLIN)
     }
 
-    /// What the daemon has said since the last call.
+    /// Tells the daemon something, if its hello has come.
+    ///
+    /// # Errors
+    /// The link is over, or the daemon does not read.
+    pub fn tell(&self, message: &FromPci) -> Result<bool, LinkError> {
+        if self.greeted {
+            self.link.send_with(message, &[], MsgFlags::MSG_DONTWAIT)?;
+        }
+        Ok(self.greeted)
+    }
+
+    /// What the daemon has said since the last call, with what came along; nothing is its hello.
     ///
     /// # Errors
     /// The link is over.
-    pub fn advance(&mut self) -> Result<Vec<ToPci>, LinkError> {
+    pub fn advance(&mut self) -> Result<Vec<Option<(ToPci, Option<OwnedFd>)>>, LinkError> {
         let mut said = Vec::new();
         for _ in 0..TURNS {
             let result = if self.greeted {
                 self.link.recv_with::<ToPci>(MsgFlags::MSG_DONTWAIT).map(|(message, fds)| {
+                    let mut fd = fds.into_iter().next();
                     if message == ToPci::Thread {
-                        self.thread = fds.into_iter().next().map(Rc::new);
+                        self.thread = fd.take().map(Rc::new);
                     }
-                    said.push(message);
+                    said.push(Some((message, fd)));
                 })
             } else {
-                self.link.finish(VERSION, MsgFlags::MSG_DONTWAIT).map(|()| self.greeted = true)
+                self.link.finish(VERSION, MsgFlags::MSG_DONTWAIT).map(|()| {
+                    self.greeted = true;
+                    said.push(None);
+                })
             };
             match result {
                 Ok(()) => {}
