@@ -344,3 +344,179 @@ impl Pieces {
         std::mem::take(&mut self.replies)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use nix::sys::memfd::{MFdFlags, memfd_create};
+
+    use super::*;
+
+    const MEMORY: DeviceMemory = DeviceMemory { addr: 1 << 40, len: 1 << 30, pieces: 4, first: 10 };
+    const OWNER: u16 = 7;
+    const LEN: u64 = 1 << 20;
+
+    fn fd() -> Rc<OwnedFd> {
+        let fd = memfd_create("piece", MFdFlags::MFD_CLOEXEC).unwrap();
+        nix::unistd::ftruncate(&fd, 8 << 20).unwrap();
+        Rc::new(fd)
+    }
+
+    fn piece(number: u16) -> Piece {
+        let offset = u64::from(number) * LEN;
+        Piece { addr: MEMORY.addr + offset, len: LEN, offset }
+    }
+
+    fn ask(pieces: &mut Pieces, ask: Ask) {
+        pieces.ask(OWNER, &MEMORY, ask, &|_| Ok(()));
+    }
+
+    fn windows(pieces: &Pieces) -> Vec<u16> {
+        pieces.windows().map(|(number, ..)| number - FIRST_WINDOW).collect()
+    }
+
+    fn regions(pieces: &mut Pieces) -> Option<usize> {
+        pieces.take_changed().map(|memory| memory.regions.len())
+    }
+
+    const DONE: Result<(), String> = Ok(());
+
+    /// A device with these pieces.
+    fn with(numbers: &[u16], fd: &Rc<OwnedFd>) -> Pieces {
+        let mut pieces = Pieces::new(Vec::new());
+        pieces.expect(OWNER);
+        ask(&mut pieces, Ask::Begin);
+        for number in numbers {
+            ask(&mut pieces, Ask::Piece(*number, piece(*number), Rc::clone(fd)));
+        }
+        ask(&mut pieces, Ask::All);
+        assert_eq!(pieces.are_known(), numbers.is_empty());
+        pieces.take_changed();
+        pieces.told();
+        pieces.placed(&[]);
+        assert!(pieces.are_known());
+        let mut want: Vec<_> = numbers.iter().map(|n| (OWNER, Reply::Settled(*n, DONE))).collect();
+        want.push((OWNER, Reply::All));
+        assert_eq!(pieces.take_replies(), want);
+        pieces
+    }
+
+    #[test]
+    fn back_ends_come_before_the_guest_and_go_after_it() {
+        let mut pieces = with(&[], &fd());
+        ask(&mut pieces, Ask::Piece(1, piece(1), fd()));
+        assert_eq!((windows(&pieces), regions(&mut pieces)), (vec![], Some(1)));
+        assert!(pieces.waits() && pieces.take_replies().is_empty());
+        pieces.told();
+        assert_eq!(windows(&pieces), [11]);
+        assert!(pieces.take_replies().is_empty(), "core has not done it yet");
+        pieces.placed(&[]);
+        assert_eq!(pieces.take_replies(), [(OWNER, Reply::Settled(1, DONE))]);
+        ask(&mut pieces, Ask::NoPiece(1));
+        assert_eq!((windows(&pieces), regions(&mut pieces)), (vec![], None));
+        pieces.placed(&[]);
+        assert_eq!(regions(&mut pieces), Some(0));
+        assert!(pieces.take_replies().is_empty(), "a back end may have it still");
+        pieces.told();
+        assert_eq!(pieces.take_replies(), [(OWNER, Reply::Settled(1, DONE))]);
+        pieces.take_absent();
+        assert!(!pieces.waits() && !pieces.is_pending());
+    }
+
+    #[test]
+    fn what_is_not_the_devices_is_refused() {
+        let fd = fd();
+        let mut pieces = with(&[0], &fd);
+        let beyond = Piece { addr: MEMORY.addr + MEMORY.len - LEN / 2, ..piece(1) };
+        let wrong = [
+            (4, piece(4)),
+            (1, Piece { addr: MEMORY.addr - LEN, ..piece(1) }),
+            (1, beyond),
+            (1, Piece { len: 0, ..piece(1) }),
+            (1, Piece { addr: piece(1).addr + 1, ..piece(1) }),
+            (1, Piece { offset: u64::MAX - 4095, ..piece(1) }),
+            (1, Piece { offset: 8 << 20, ..piece(1) }),
+            (1, Piece { addr: u64::MAX - 4095, ..piece(1) }),
+            (1, Piece { addr: piece(0).addr, ..piece(1) }),
+            (0, piece(1)),
+        ];
+        for (number, piece) in wrong {
+            ask(&mut pieces, Ask::Piece(number, piece, Rc::clone(&fd)));
+            let replies = pieces.take_replies();
+            assert!(
+                matches!(&replies[..], [(OWNER, Reply::Settled(n, Err(_)))] if *n == number),
+                "{piece:x?}"
+            );
+        }
+        assert_eq!(regions(&mut pieces), None);
+        let (pipe, _end) = nix::unistd::pipe().unwrap();
+        ask(&mut pieces, Ask::Piece(1, piece(1), Rc::new(pipe)));
+        assert!(matches!(&pieces.take_replies()[..], [(_, Reply::Settled(1, Err(_)))]));
+        pieces.ask(OWNER, &MEMORY, Ask::Piece(1, piece(1), fd), &|regions| Err(format!("{regions}")));
+        assert_eq!(pieces.take_replies(), [(OWNER, Reply::Settled(1, Err("2".into())))]);
+    }
+
+    #[test]
+    fn what_core_refuses_goes_again() {
+        let mut pieces = with(&[], &fd());
+        ask(&mut pieces, Ask::Piece(1, piece(1), fd()));
+        pieces.take_changed();
+        pieces.told();
+        pieces.placed(&[FIRST_WINDOW + 11]);
+        assert_eq!((windows(&pieces), regions(&mut pieces)), (vec![], Some(0)));
+        pieces.told();
+        assert!(matches!(&pieces.take_replies()[..], [(OWNER, Reply::Settled(1, Err(_)))]));
+    }
+
+    #[test]
+    fn a_daemon_that_is_started_anew_says_what_there_is() {
+        let fd = fd();
+        let mut pieces = with(&[0, 1, 2], &fd);
+        ask(&mut pieces, Ask::Begin);
+        // Another descriptor of the same file.
+        ask(&mut pieces, Ask::Piece(1, piece(1), Rc::new(fd.try_clone().unwrap())));
+        assert_eq!(pieces.take_replies(), [(OWNER, Reply::Settled(1, DONE))], "it has never been away");
+        assert_eq!(regions(&mut pieces), None);
+        ask(&mut pieces, Ask::All);
+        assert_eq!(windows(&pieces), [11]);
+        pieces.placed(&[]);
+        assert_eq!(regions(&mut pieces), Some(1));
+        assert!(pieces.take_replies().is_empty());
+        pieces.told();
+        assert_eq!(pieces.take_replies(), [(OWNER, Reply::All)]);
+    }
+
+    #[test]
+    fn a_piece_that_is_wanted_again_while_it_goes_comes_again() {
+        let fd = fd();
+        let mut pieces = with(&[0], &fd);
+        ask(&mut pieces, Ask::NoPiece(0));
+        pieces.placed(&[]);
+        pieces.take_changed();
+        ask(&mut pieces, Ask::Begin);
+        ask(&mut pieces, Ask::Piece(0, piece(0), fd));
+        pieces.told();
+        assert_eq!(regions(&mut pieces), Some(1));
+        pieces.told();
+        pieces.placed(&[]);
+        assert_eq!(pieces.take_replies(), [(OWNER, Reply::Settled(0, DONE))]);
+        assert_eq!(windows(&pieces), [10]);
+    }
+
+    #[test]
+    fn a_device_that_is_gone_leaves_nothing() {
+        let mut pieces = with(&[0, 3], &fd());
+        pieces.remove(OWNER);
+        assert!(windows(&pieces).is_empty());
+        pieces.placed(&[]);
+        assert_eq!(regions(&mut pieces), Some(0));
+        pieces.told();
+        assert!(pieces.take_replies().is_empty() && !pieces.waits());
+    }
+
+    #[test]
+    fn what_a_predecessor_may_have_left_is_taken_away() {
+        let mut pieces = with(&[1], &fd());
+        let absent: Vec<u16> = pieces.take_absent().iter().map(|number| number - FIRST_WINDOW).collect();
+        assert_eq!(absent, [10, 12, 13]);
+    }
+}

@@ -231,6 +231,7 @@ mod tests {
             listens: false,
             side: None,
             resumes: true,
+            memory: None,
         };
         PciDevice {
             id: id.to_owned(),

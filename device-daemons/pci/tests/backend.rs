@@ -114,7 +114,8 @@ fn rings_are_told_by_biased_addresses_and_kicked_last() {
 
 #[test]
 fn memory_changes_piece_by_piece_or_as_a_whole() {
-    let piece = |base: u64| Region { place: pci::Memory { base, len: 4096 }, fd: Rc::new(memory(4096)) };
+    let piece =
+        |base: u64| Region { place: pci::Memory { base, len: 4096 }, fd: Rc::new(memory(4096)), offset: 0 };
     let (low, high) = (piece(0x1000), piece(0x10_0000));
     let both = Rc::new(Memory { regions: vec![low.clone(), high.clone()] });
     let one = Rc::new(Memory { regions: vec![high] });

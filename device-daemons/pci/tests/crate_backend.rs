@@ -220,7 +220,7 @@ fn memory_comes_and_goes() {
     assert_eq!(next(&mut front), [Event::Started { ring: None }]);
     let low = ram.memory.regions[0].clone();
     let place = pci::Memory { base: BASE + LEN, len: LEN };
-    let high = Region { place, fd: Rc::clone(&Ram::new().memory.regions[0].fd) };
+    let high = Region { place, fd: Rc::clone(&Ram::new().memory.regions[0].fd), offset: 0 };
     let both = Rc::new(Memory { regions: vec![low, high] });
     for (memory, pieces) in [(&both, 2), (&ram.memory, 1), (&both, 2)] {
         front.set_memory(memory);

@@ -107,8 +107,11 @@ fn queues_go_on_from_where_a_back_end_that_was_given_up_came_to() {
 #[test]
 fn a_device_that_may_lose_requests_is_asked_after_its_back_end_is_done() {
     for (used, status) in [(9, READY), (8, READY | NEEDS_RESET)] {
-        let mut bench =
-            Bench::running_of(bulkhead_control_api::config::Virtio { resumes: false, ..virtio() });
+        let mut bench = Bench::running_of(bulkhead_control_api::config::Virtio {
+            resumes: false,
+            memory: None,
+            ..virtio()
+        });
         bench.set_indices(0, 9, 5);
         // Without memory for what is in flight.
         bench.kill();
@@ -148,8 +151,11 @@ fn a_machine_that_loses_its_patience_does_not_wait_for_a_back_end() {
 fn notes_of_what_is_in_flight_are_of_use_to_a_back_end_that_reads_them() {
     let without = bulkhead_pci::frontend::wire::protocol::INFLIGHT_SHMFD;
     for (used, reads, status) in [(5, true, READY), (5, false, READY | NEEDS_RESET), (9, false, READY)] {
-        let mut bench =
-            Bench::running_of(bulkhead_control_api::config::Virtio { resumes: false, ..virtio() });
+        let mut bench = Bench::running_of(bulkhead_control_api::config::Virtio {
+            resumes: false,
+            memory: None,
+            ..virtio()
+        });
         bench.set_indices(0, 9, used);
         bench.kill();
         assert_eq!(bench.status(), READY);

@@ -177,6 +177,7 @@ mod tests {
             listens: false,
             side: None,
             resumes: true,
+            memory: None,
         }
     }
 

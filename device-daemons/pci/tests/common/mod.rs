@@ -46,7 +46,7 @@ impl Ram {
     pub fn new() -> Self {
         let fd = Rc::new(memfd_create("ram", MFdFlags::MFD_CLOEXEC).unwrap());
         ftruncate(&fd, LEN.try_into().unwrap()).unwrap();
-        let region = Region { place: pci::Memory { base: BASE, len: LEN }, fd: Rc::clone(&fd) };
+        let region = Region { place: pci::Memory { base: BASE, len: LEN }, fd: Rc::clone(&fd), offset: 0 };
         let memory = Rc::new(Memory { regions: vec![region] });
         Self { memory, fd, kick: eventfd(), call: eventfd(), avail: 0 }
     }

@@ -214,6 +214,7 @@ pub fn device(id: &str, bus: &str, addr: Option<(u8, u8)>) -> PciDevice {
         listens: false,
         side: None,
         resumes: true,
+        memory: None,
     };
     PciDevice {
         id: id.to_owned(),

@@ -141,7 +141,7 @@ impl Host {
     pub fn machine(&self) -> Result<Machine, MachineError> {
         let (state, left) = State::open(self.state.try_clone().unwrap(), LIFE).unwrap();
         let fd = Rc::new(self.ram.try_clone().unwrap());
-        let memory = Memory { regions: vec![Region { place: Place { base: 0, len: RAM }, fd }] };
+        let memory = Memory { regions: vec![Region { place: Place { base: 0, len: RAM }, fd, offset: 0 }] };
         let ecam = self.ecam.try_clone().unwrap();
         let factory = factory(&self.mocks, |_| {});
         let mut machine = Machine::new(CoreLink::new(self.link()), ecam, memory, state, factory);

@@ -52,6 +52,7 @@ pub fn virtio() -> Virtio {
         listens: false,
         side: None,
         resumes: true,
+        memory: None,
     }
 }
 
