@@ -182,6 +182,10 @@ impl Machine {
             numbers.iter().copied().zip(fds.into_iter().map(Rc::new)).collect()
         };
         function.wire(wires(vectors, vector_fds), wires(bells, bell_fds));
+        if memory_of(&function).is_some() {
+            self.pieces.expect(index);
+            self.hold();
+        }
         let (hold, resets) = (!self.pieces.are_known(), self.state.resets());
         if let Some(device) = function.as_device() {
             if self.paused {
@@ -189,10 +193,6 @@ impl Machine {
             }
             device.hold(hold);
             device.set_resets(resets);
-        }
-        if memory_of(&function).is_some() {
-            self.pieces.expect(index);
-            self.hold();
         }
         Ok(Ok(function))
     }

@@ -16,8 +16,10 @@ use bulkhead_bus_api::platform::ECAM;
 use bulkhead_bus_api::{Access, Op, Space};
 use bulkhead_control_api::config::{PciDevice, PciKind, PciPlace, Virtio};
 use bulkhead_pci::bus::{Bus, Effects};
-use bulkhead_pci::device::{Backed, Bar, Capability, Device, Identity, Msix, Shared, Wires};
+use bulkhead_pci::device::{Backed, Bar, Capability, Device, Identity, Msix, Shared, ToMemory, Wires};
 use bulkhead_pci::function::Function;
+use bulkhead_pci::memory::Memory;
+use bulkhead_pci::pieces::Ask;
 use nix::poll::PollFd;
 use nix::sys::eventfd::{EfdFlags, EventFd};
 
@@ -45,6 +47,15 @@ pub struct Seen {
     pub carried_out: Vec<bool>,
     /// Known once it has inherited something.
     pub inherits: bool,
+    /// What the daemon of a memory device asks, and what it is told.
+    pub asks: Vec<Ask>,
+    pub told: Vec<ToMemory>,
+    /// Pieces of guest memory, as it was set last.
+    pub memory: usize,
+    /// Its back end has not answered to a change of guest memory.
+    pub telling: bool,
+    pub held: bool,
+    pub machine_resets: u64,
 }
 
 /// A device with BAR 0 (64 bits, prefetchable, registers and doorbells) and BAR 2 (MSI-X). A write to byte 12 of its
@@ -142,6 +153,25 @@ impl Device for Mock {
         let mut seen = self.seen.borrow_mut();
         let first = seen.shared.first().is_some_and(|piece| refused(piece.id));
         seen.carried_out.push(first);
+    }
+    fn set_memory(&mut self, memory: &Rc<Memory>) {
+        self.seen.borrow_mut().memory = memory.regions.len();
+    }
+    fn has_memory(&self) -> bool {
+        !self.seen.borrow().telling
+    }
+    fn hold(&mut self, hold: bool) {
+        self.seen.borrow_mut().held = hold;
+    }
+    fn set_resets(&mut self, resets: u64) {
+        self.seen.borrow_mut().machine_resets = resets;
+    }
+    fn take_asks(&mut self) -> Vec<Ask> {
+        std::mem::take(&mut self.seen.borrow_mut().asks)
+    }
+    fn tell_memory(&mut self, what: ToMemory) -> bool {
+        self.seen.borrow_mut().told.push(what);
+        true
     }
     fn placed(&mut self, offsets: &[u8]) {
         self.seen.borrow_mut().placed = offsets.to_vec();
