@@ -159,6 +159,7 @@ impl Settings {
             listens: false,
             side: Some(format!("side.{key}")),
             resumes: true,
+            memory: None,
         }
     }
 }
