@@ -377,6 +377,7 @@ fn windows_are_checked() {
     let (rig, mut pci) = started(Program::default().count(0).again());
     let file = memory(4);
     let high = 0x1_0000_0000;
+    let devices = high + (32 << 30);
     let other = Change::Window { window: 301, to: Some(Window { gpa: high + 0x5000, ..WINDOW }) };
     assert_eq!(pci.apply_with(&[at(WINDOW), other], &file), Ok(()));
     let bad = [
@@ -396,7 +397,8 @@ fn windows_are_checked() {
         Window { gpa: ECAM.base + ECAM.len - 0x1000, ..WINDOW },
         Window { gpa: 0xfee0_0000, ..WINDOW },
         Window { gpa: high - 0x1000, ..WINDOW },
-        Window { gpa: high + (32 << 30) - 0x1000, ..WINDOW },
+        Window { gpa: devices - 0x1000, ..WINDOW },
+        Window { gpa: devices + (1 << 20) - 0x1000, ..WINDOW },
         Window { gpa: u64::MAX - 0xfff, ..WINDOW },
         Window { len: u64::MAX - 0xfff, ..WINDOW },
         // Over another one.
@@ -408,8 +410,8 @@ fn windows_are_checked() {
     for window in bad {
         assert_eq!(pci.apply_with(&[at(window)], &file), Err(Refusal::NotPermitted), "{window:x?}");
     }
-    // Beside it.
-    for gpa in [high + 0x3000, high + 0x7000] {
+    // Beside it, and where memory devices are.
+    for gpa in [high + 0x3000, high + 0x7000, devices, devices + (1 << 20) - 0x2000] {
         assert_eq!(pci.apply_with(&[at(Window { gpa, ..WINDOW })], &file), Ok(()));
     }
     // No regular file, and one that is not open for writing.

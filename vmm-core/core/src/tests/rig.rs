@@ -81,6 +81,7 @@ pub fn config(cpus: u32) -> Core {
         no_reboot: false,
         no_shutdown: false,
         autostart: true,
+        device_memory: 1 << 20,
     }
 }
 
