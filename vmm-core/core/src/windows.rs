@@ -40,7 +40,7 @@ impl Windows {
     }
 
     /// Whether the peer may have something at these addresses.
-    pub fn permits(&self, gpa: u64, len: u64) -> bool {
+    fn permits(&self, gpa: u64, len: u64) -> bool {
         self.ranges.iter().any(|range| range.contains(gpa, len))
     }
 

@@ -149,7 +149,8 @@ impl Wiring {
     }
 
     fn set_bell(&mut self, vm: &Vm, bell: u16, at: Option<u64>) -> Result<()> {
-        let inside = |at| self.windows.permits(at, 1) && !ECAM.contains(at, 1);
+        let [_, ranges @ ..] = pci_ranges(vm.ram_end());
+        let inside = |at| ranges.iter().any(|range| range.contains(at, 1));
         let taken = |at| self.bells.iter().any(|(other, wire)| *other != bell && wire.to == Some(at));
         if bell >= MAX_BELLS || at.is_some_and(|at| !inside(at) || taken(at)) {
             return Err(Refusal::NotPermitted);
