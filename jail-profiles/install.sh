@@ -8,7 +8,7 @@ libexec=$dest/usr/libexec/bulkhead
 root=$dest/usr/lib/bulkhead/root
 
 install -D -m 755 "$target/bulkhead" "$dest/usr/bin/bulkhead"
-for process in core loader dump console broker pci block net balloon; do
+for process in core loader dump console broker pci block net balloon mem pmem; do
 	install -D -m 755 "$target/bulkhead-$process" "$libexec/bulkhead-$process"
 done
 install -D -m 755 jail-profiles/generator.sh "$dest/usr/lib/systemd/system-generators/bulkhead-generator"
@@ -20,7 +20,7 @@ for dir in dev proc run/bulkhead run/credentials run/private run/systemd sys tmp
 	usr/bin usr/libexec/bulkhead var/tmp var/lib/bulkhead var/lib/private; do
 	install -d -m 755 "$root/$dir"
 done
-for process in core loader dump console broker pci block net balloon; do
+for process in core loader dump console broker pci block net balloon mem pmem; do
 	[ -e "$root/usr/libexec/bulkhead/bulkhead-$process" ] ||
 		install -m 444 /dev/null "$root/usr/libexec/bulkhead/bulkhead-$process"
 done

@@ -27,7 +27,7 @@ for unit in jail-profiles/systemd/*; do
 	name=${unit##*/}
 	[ -e "$root/usr/lib/systemd/system/$name" ] || continue
 	instance=${name%@*}@vm1.${name##*.}
-	case $name in bulkhead-block@* | bulkhead-net@* | bulkhead-balloon@* | bulkhead-vhost@*)
+	case $name in bulkhead-block@* | bulkhead-net@* | bulkhead-balloon@* | bulkhead-mem@* | bulkhead-pmem@* | bulkhead-vhost@*)
 		instance=${name%@*}@vm1-d0.${name##*.} ;;
 	esac
 	said=$(systemd-analyze verify --man=no --root="$root" "$instance" 2>&1) || said="verify failed: $said"

@@ -2,18 +2,7 @@
 
 use std::ops::Range;
 
-/// The most chunks of a region: each is a memory slot while it has a plugged block.
-pub const MAX_CHUNKS: u64 = 256;
-/// The smallest chunk in bytes.
-pub const MIN_CHUNK: u64 = 128 << 20;
 const WORD: u64 = 64;
-
-/// Length of the chunks that a region of `len` bytes is cut into, a multiple of `block`: the last one may be shorter.
-#[must_use]
-pub fn chunk_len(len: u64, block: u64) -> u64 {
-    let even = len.div_ceil(MAX_CHUNKS).max(MIN_CHUNK);
-    even.checked_next_multiple_of(block.max(1)).unwrap_or(even)
-}
 
 /// The plugged blocks.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -129,6 +118,8 @@ impl Blocks {
 #[cfg(test)]
 #[expect(clippy::cast_possible_truncation, reason = "numbers of a few blocks")]
 mod tests {
+    use bulkhead_control_api::side::{MAX_PIECES, chunk_len};
+
     use super::*;
 
     #[test]
@@ -143,7 +134,7 @@ mod tests {
             (2 * gib, gib, gib),
         ] {
             assert_eq!(chunk_len(len, block), chunk, "{len} {block}");
-            assert!(len.div_ceil(chunk) <= MAX_CHUNKS);
+            assert!(len.div_ceil(chunk) <= MAX_PIECES.into());
         }
         assert!(chunk_len(u64::MAX, 1 << 63) > 0, "no overflow");
     }

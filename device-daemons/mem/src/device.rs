@@ -3,8 +3,9 @@
 use std::ops::Range;
 
 use bulkhead_control_api::config;
+use bulkhead_control_api::side::chunk_len;
 
-use crate::blocks::{Blocks, chunk_len};
+use crate::blocks::Blocks;
 
 /// Feature bits of the device type (5.15.3).
 const VIRTIO_MEM_F_ACPI_PXM: u64 = 1;

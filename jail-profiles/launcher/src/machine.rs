@@ -13,7 +13,7 @@ use bulkhead_control_api::plug::What as Declared;
 
 use crate::cli::{Error, Problem, table};
 use crate::opener;
-use crate::options::{AcpiTable, AddFd, At, Backend, Monitor, Options, Place, Target};
+use crate::options::{AcpiTable, AddFd, At, Backend, Backing, Monitor, Options, Place, Target};
 use crate::terminal::Terminal;
 
 /// The most ACPI tables of the user, and files of all of them: the loader holds them.
@@ -73,6 +73,15 @@ pub enum What {
         path: String,
         /// Only to read.
         read_only: bool,
+    },
+    /// Memory of a memory device.
+    Memory {
+        /// What it is in.
+        backing: Backing,
+        /// Length in bytes, a multiple of the page.
+        size: u64,
+        /// All of it is taken from the host at once.
+        prealloc: bool,
     },
     /// A queue pair of a TAP interface.
     Tap {
@@ -140,11 +149,12 @@ pub fn plan(options: &Options) -> Result<Plan, Error> {
     let bus = pci::bus(options, &mut devices, life, &mut behind)?;
     Ok(Plan {
         core: config::Core {
-            ram: options.ram,
+            ram: options.memory.ram,
             cpus: options.cpus,
             no_reboot: options.no_reboot,
             no_shutdown: options.no_shutdown,
             autostart,
+            device_memory: pci::device_memory(options).len,
         },
         loader: loader(options)?,
         console: config::Console {
@@ -199,7 +209,7 @@ fn broker(
         life,
         name: options.name.clone(),
         uuid: options.uuid,
-        ram: options.ram,
+        ram: options.memory.ram,
         monitors,
         autostart: !options.stopped,
         fdsets: options.add_fds.iter().enumerate().map(member).collect(),
@@ -209,6 +219,8 @@ fn broker(
         back_ends: devices.all.iter().filter(|d| d.owner == Owner::Pci).map(Device::config).collect(),
         iothreads: options.iothreads.iter().map(|thread| pci::io_thread(&thread.value)).collect(),
         declared: bus.declared(),
+        memory_back_ends: pci::memory_back_ends(options),
+        memory_devices: bus.memory.clone(),
     }
 }
 

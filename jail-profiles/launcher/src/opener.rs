@@ -9,6 +9,7 @@ mod error;
 mod fdset;
 mod files;
 mod inherited;
+mod memory;
 mod output;
 mod sockets;
 mod tap;
@@ -105,6 +106,7 @@ fn open_one(
             fd
         }
         What::Disk { path, read_only } => disk::open(path, *read_only, sets)?,
+        What::Memory { backing, size, prealloc } => memory::open(backing, *size, *prealloc)?,
         What::Tap { netdev, name, several } => taps.open(netdev, name.as_deref(), *several)?,
         What::TapFd(fd) => tap::check(inherited.any(*fd)?, *fd)?,
         What::Connection(path) => sockets::connect(path)?,
@@ -133,6 +135,7 @@ pub fn open_beneath(dir: BorrowedFd<'_>, request: &Open) -> Result<OwnedFd, Erro
         What::NativeGuest => files::sealed("native-guest", bulkhead_guest::ELF),
         What::Output { path, append } => files::output_beneath(dir, path, *append),
         What::Disk { path, read_only } => disk::open_beneath(dir, path, *read_only),
+        What::Memory { backing, size, prealloc } => memory::open_beneath(dir, backing, *size, *prealloc),
         // Prepared by the administrator, for the opener's group.
         What::Tap { netdev, name, several } => {
             Taps::default().open(netdev, name.as_deref(), *several).map_err(Error::in_a_unit)

@@ -2,6 +2,7 @@
 
 mod acpi;
 mod addfd;
+mod backend;
 mod block;
 mod chardev;
 mod device;
@@ -12,9 +13,11 @@ mod smp;
 
 pub use acpi::AcpiTable;
 pub use addfd::AddFd;
+pub use backend::{Backing, MemoryBackEnd};
 pub use block::{Below, Drive, Node};
 pub use chardev::{Backend, Chardev, Place};
-pub use device::{Balloon, Block, Device, Model, Net, VhostUser};
+pub use device::{Balloon, Block, Device, MemoryDevice, Model, Net, VhostUser};
+pub use memory::Memory;
 pub use monitor::Monitor;
 pub use netdev::{IoThread, NetBackend, NetDev};
 
@@ -57,8 +60,8 @@ pub struct Options {
     pub name: Option<String>,
     /// `-uuid`, all zero without it.
     pub uuid: [u8; 16],
-    /// `-m`, in bytes.
-    pub ram: u64,
+    /// `-m`.
+    pub memory: Memory,
     /// `-smp`.
     pub cpus: CpuTopology,
     /// `-kernel`.
@@ -85,6 +88,8 @@ pub struct Options {
     pub nodes: Vec<At<Node>>,
     /// `-netdev`, in their order.
     pub netdevs: Vec<At<NetDev>>,
+    /// `-object memory-backend-*`, in their order.
+    pub memory_back_ends: Vec<At<MemoryBackEnd>>,
     /// `-object iothread`, in their order.
     pub iothreads: Vec<At<IoThread>>,
     /// `-S`.
@@ -140,7 +145,7 @@ impl Options {
         let mut options = Self {
             name: None,
             uuid: [0; 16],
-            ram: memory.read(memory::ram)?,
+            memory: memory.read(memory::memory)?,
             cpus: smp.read(smp::topology)?,
             kernel: None,
             initrd: None,
@@ -154,6 +159,7 @@ impl Options {
             drives: Vec::new(),
             nodes: Vec::new(),
             netdevs: Vec::new(),
+            memory_back_ends: Vec::new(),
             iothreads: Vec::new(),
             stopped: false,
             preconfig: false,
@@ -233,7 +239,10 @@ impl Options {
             Opt::Drive => push(&mut self.drives, given, block::drive(params)?),
             Opt::BlockDev => push(&mut self.nodes, given, block::node(params)?),
             Opt::NetDev => push(&mut self.netdevs, given, netdev::netdev(params)?),
-            Opt::Object => push(&mut self.iothreads, given, netdev::object(params)?),
+            Opt::Object => match params.text("qom-type") {
+                Some("iothread") => push(&mut self.iothreads, given, netdev::iothread(params)?),
+                _ => push(&mut self.memory_back_ends, given, backend::memory(params)?),
+            },
             _ => {}
         }
         Ok(())
@@ -280,7 +289,7 @@ mod tests {
     #[test]
     fn defaults() {
         let o = options("").unwrap();
-        assert_eq!((o.name, o.uuid, o.ram), (None, [0; 16], 128 << 20));
+        assert_eq!((o.name, o.uuid, o.memory.ram), (None, [0; 16], 128 << 20));
         assert_eq!(o.cpus, CpuTopology { cpus: 1, sockets: 1, cores: 1, threads: 1 });
         assert!(!o.stopped && !o.no_reboot && !o.no_shutdown && !o.nodefaults && !o.nographic);
         assert!(o.serial.is_none() && o.chardevs.is_empty() && o.monitors.is_empty() && o.pidfile.is_none());
@@ -312,7 +321,7 @@ mod tests {
 
     #[test]
     fn options_in_parts_are_merged() {
-        assert_eq!(options("-m 1G -m slots=2,maxmem=4G").unwrap().ram, 1 << 30);
+        assert_eq!(options("-m 1G -m slots=2,maxmem=4G").unwrap().memory.ram, 1 << 30);
         assert_eq!(options("-smp 2 -smp cores=2").unwrap().cpus.cores, 2);
     }
 

@@ -59,7 +59,7 @@ impl Hub {
             FromBalloon::Changed { actual } => {
                 let data = BalloonChangeData { actual: bytes(actual) };
                 let data = serde_json::to_value(data).unwrap_or_default();
-                self.emit_throttled(|hub| &hub.balloon_change, &table::BALLOON_CHANGE, data);
+                self.emit_throttled(Rc::clone(&self.balloon_change), &table::BALLOON_CHANGE, data);
             }
         }
     }

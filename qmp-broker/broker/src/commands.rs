@@ -8,7 +8,7 @@ use bulkhead_qapi::types::control::{
 };
 use bulkhead_qapi::types::machine::{CpuInfoArch, CpuInfoFast, CpuInstanceProperties, SysEmuTarget};
 use bulkhead_qapi::types::misc::{
-    AddClientArg, HumanMonitorCommandArg, KvmInfo, MemoryInfo, MemsaveArg, NameInfo, PmemsaveArg,
+    AddClientArg, HumanMonitorCommandArg, KvmInfo, MemsaveArg, NameInfo, PmemsaveArg,
     QueryCommandLineOptionsArg, UuidInfo, XenSetGlobalDirtyLogArg,
 };
 use bulkhead_qapi::types::run_state::{RunState, StatusInfo};
@@ -103,6 +103,8 @@ pub fn begin(call: Call, known: &Known<'_>, mode: &mut Mode) -> Step {
         Handler::QueryFdsets => Step::Descriptors(Op::QueryFdsets),
         Handler::AddClient => with(call.args, Step::AddClient),
         Handler::QueryPci => Step::Devices(devices::Op::Pci),
+        Handler::QueryMemoryDevices => Step::Devices(devices::Op::MemoryDevices),
+        Handler::QueryMemorySizeSummary => Step::Devices(devices::Op::MemorySizes),
         Handler::QueryBalloon => Step::Devices(devices::Op::QueryBalloon),
         Handler::Balloon => with(call.args, |args| Step::Devices(devices::Op::Balloon(args))),
         Handler::DeviceAdd => Step::Devices(devices::Op::DeviceAdd(call.args)),
@@ -164,10 +166,6 @@ fn answer(query: Handler, known: &Known<'_>) -> Reply {
         }
         Handler::QueryName => reply(NameInfo { name: known.config.name.clone() }),
         Handler::QueryUuid => reply(UuidInfo { uuid: uuid(known.config.uuid) }),
-        // None can be plugged in yet, and QEMU says 0 then, too.
-        Handler::QueryMemorySizeSummary => {
-            reply(MemoryInfo { base_memory: known.config.ram.cast_signed(), plugged_memory: Some(0) })
-        }
         Handler::QueryKvm => reply(KvmInfo { enabled: true, present: true }),
         Handler::QmpCapabilities
         | Handler::Quit
@@ -185,6 +183,8 @@ fn answer(query: Handler, known: &Known<'_>) -> Reply {
         | Handler::QueryFdsets
         | Handler::AddClient
         | Handler::QueryPci
+        | Handler::QueryMemoryDevices
+        | Handler::QueryMemorySizeSummary
         | Handler::QueryBalloon
         | Handler::Balloon
         | Handler::DeviceAdd

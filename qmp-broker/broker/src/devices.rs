@@ -20,6 +20,8 @@ use crate::peer::NoAnswer;
 #[expect(missing_docs, reason = "each is the command of its name")]
 pub enum Op {
     Pci,
+    MemoryDevices,
+    MemorySizes,
     QueryBalloon,
     Balloon(BalloonArg),
     IoThreads,
@@ -53,6 +55,8 @@ impl Op {
             | Self::ChardevChange(_)
             | Self::ChardevRemove(_) => true,
             Self::Pci
+            | Self::MemoryDevices
+            | Self::MemorySizes
             | Self::QueryBalloon
             | Self::Balloon(_)
             | Self::IoThreads
@@ -73,6 +77,8 @@ impl Hub {
         };
         match op {
             Op::Pci => self.query_pci().await,
+            Op::MemoryDevices => self.query_memory_devices().await,
+            Op::MemorySizes => self.query_memory_size_summary().await,
             Op::QueryBalloon => self.query_balloon().await,
             Op::Balloon(args) => self.set_balloon(args).await,
             Op::IoThreads => self.query_iothreads().await,

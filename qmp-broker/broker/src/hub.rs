@@ -63,7 +63,9 @@ pub struct Hub {
     /// Link to the balloon.
     pub balloon: Peer<balloon::Answer>,
     /// `BALLOON_CHANGE` is not sent more often than QEMU does.
-    pub(crate) balloon_change: Throttle,
+    pub(crate) balloon_change: Rc<Throttle>,
+    /// Nor `MEMORY_DEVICE_SIZE_CHANGE`, of each device.
+    pub(crate) size_changes: RefCell<BTreeMap<String, Rc<Throttle>>>,
     /// Held while a command adds or removes something by what is there.
     pub(crate) device_turn: Mutex<()>,
     /// A daemon may have lost its device.
@@ -114,7 +116,8 @@ impl Hub {
             console: Peer::new(CONSOLE),
             pci: Peer::new(PCI),
             balloon: Peer::new(BALLOON),
-            balloon_change: Throttle::default(),
+            balloon_change: Rc::default(),
+            size_changes: RefCell::default(),
             device_turn: Mutex::default(),
             to_sweep: Notify::new(),
             opener: Opener::default(),

@@ -23,6 +23,7 @@ pub mod held;
 pub mod hmp;
 pub mod hub;
 pub mod index;
+mod memory;
 mod models;
 pub mod monitor;
 mod objects;

@@ -178,6 +178,7 @@ impl Model {
             listens: false,
             side: None,
             resumes,
+            memory: None,
         })
     }
 }

@@ -1,6 +1,6 @@
 //! Objects: memory back ends that come and go while the machine runs, and I/O threads.
 
-use bulkhead_control_api::config::IoThread;
+use bulkhead_control_api::config::{IoThread, MemoryBackEnd};
 use bulkhead_qapi::Error;
 use bulkhead_qapi::types::qom::{ObjectAddArg, ObjectDelArg};
 use serde_json::{Map, Value, json};
@@ -108,8 +108,25 @@ enum Object {
 }
 
 impl Hub {
+    /// The memory back ends that there are.
+    pub(crate) fn memory_back_ends(&self) -> Vec<MemoryBackEnd> {
+        let registry = self.store.registry.borrow();
+        let given = self.config.memory_back_ends.iter();
+        let given = given.filter(|memory| !registry.removed_objects.contains(&memory.id)).cloned();
+        let added = registry.memory.iter().map(|memory| MemoryBackEnd {
+            qom_type: MEMORY.to_owned(),
+            id: memory.id.clone(),
+            size: memory.size,
+            share: memory.share,
+            prealloc: false,
+            huge_pages: None,
+            path: None,
+        });
+        given.chain(added).collect()
+    }
+
     fn has_object(&self, id: &str) -> bool {
-        self.store.registry.borrow().memory.iter().any(|memory| memory.id == id)
+        self.memory_back_ends().iter().any(|memory| memory.id == id)
             || self.threads().iter().any(|thread| thread.id == id)
     }
 
@@ -149,19 +166,28 @@ impl Hub {
         if !self.has_object(&id) {
             return Err(Error::generic(format!("object '{id}' not found")));
         }
+        let in_use = || Error::generic(format!("object '{id}' is in use, can not be deleted"));
+        // A memory device never goes.
+        if self.config.memory_devices.iter().any(|device| device.memdev == id) {
+            return Err(in_use());
+        }
         if self.threads().iter().any(|thread| thread.id == id) {
             let functions = self.functions().await?;
             if self.daemon_on(&id, &functions).is_some() {
-                return Err(Error::generic(format!("object '{id}' is in use, can not be deleted")));
+                return Err(in_use());
             }
         }
         {
             let mut registry = self.store.registry.borrow_mut();
+            let former = registry.threads.len() + registry.memory.len();
             registry.memory.retain(|memory| memory.id != id);
-            let former = registry.threads.len();
             registry.threads.retain(|thread| thread.id != id);
-            let given = self.config.iothreads.iter().any(|thread| thread.id == id);
-            if given && registry.threads.len() == former && !registry.removed_objects.contains(&id) {
+            let given = self.config.iothreads.iter().any(|thread| thread.id == id)
+                || self.config.memory_back_ends.iter().any(|memory| memory.id == id);
+            if given
+                && registry.threads.len() + registry.memory.len() == former
+                && !registry.removed_objects.contains(&id)
+            {
                 registry.removed_objects.push(id);
             }
         }

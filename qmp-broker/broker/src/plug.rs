@@ -17,6 +17,7 @@ use tokio::time::sleep;
 
 use crate::commands::Reply;
 use crate::hub::Hub;
+use crate::memory;
 use crate::models::{Model, Properties};
 use crate::own::{self, Given, Wanted};
 use crate::qom::{PERIPHERAL, Tree};
@@ -266,6 +267,9 @@ impl Hub {
         if device.parent.is_none() {
             return Err(no_hotplug(ROOT_BUS));
         }
+        if memory::of(device, &self.config.memory_devices).is_some() {
+            return Err(Error::generic("virtio based memory devices cannot be unplugged."));
+        }
         if device.qdev_id.is_empty() {
             return Err(Error::generic(format!("{name} has no id by which it could be unplugged")));
         }
@@ -298,6 +302,10 @@ impl Hub {
                 self.to_sweep.notify_one();
                 let (device, path) = names(id);
                 (&table::DEVICE_DELETED, serde_json::to_value(DeviceDeletedData { device, path }))
+            }
+            Event::MemorySize { id, plugged } => {
+                self.memory_size_changed(id, plugged);
+                return Ok(());
             }
             Event::UnplugRefused { id } => {
                 let (device, path) = names(id);

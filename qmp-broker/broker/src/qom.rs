@@ -7,6 +7,7 @@
 //! ```
 
 use bulkhead_control_api::balloon::{Answer, Op, Stats};
+use bulkhead_control_api::config::MemoryDeviceInfo;
 use bulkhead_control_api::pci::Function;
 use bulkhead_qapi::Error;
 use bulkhead_qapi::types::char::ChardevInfo;
@@ -16,11 +17,14 @@ use serde_json::{Map, Value, json};
 use crate::balloon;
 use crate::commands::{Reply, reply};
 use crate::hub::Hub;
+use crate::memory::{self, Present, REQUESTED};
 use crate::objects::{MEMORY, THREAD};
 use crate::plug::ROOT_BUS;
 
 /// Where devices with ids are.
 pub const PERIPHERAL: &str = "/machine/peripheral";
+/// Type of the property that names a memory back end.
+const MEMDEV: &str = "link<memory-backend>";
 /// Class of the host bridge, which is part of the machine.
 const HOST_BRIDGE: u16 = 0x0600;
 /// The property that sets how often the guest is asked for statistics.
@@ -48,6 +52,10 @@ enum Content {
     GuestStats,
     /// What the balloon says.
     PollingInterval,
+    /// How much a memory device is to have.
+    Requested(u64),
+    /// This; there is a setter that refuses.
+    Fixed(Value),
 }
 
 /// A property.
@@ -86,6 +94,20 @@ impl Node {
         if let Some(property) = self.properties.last_mut() {
             property.early = true;
         }
+        self
+    }
+
+    /// The properties of a memory device.
+    fn memory(mut self, device: &Present<'_>) -> Self {
+        let Present { info, sizes, .. } = device;
+        self = self.with("memaddr", "uint64", info.addr).early();
+        self = self.with("memdev", MEMDEV, memory::path_of(&info.memdev)).early();
+        let Some(block) = info.block_size else { return self };
+        self = self.with("node", "uint32", info.node).early().with("size", "size", sizes.plugged);
+        let own =
+            |name: &str, content| Property { name: name.to_owned(), kind: "size", content, early: false };
+        self.properties.push(own("block-size", Content::Fixed(block.into())));
+        self.properties.push(own(REQUESTED, Content::Requested(sizes.requested)));
         self
     }
 
@@ -146,7 +168,12 @@ impl Tree {
     }
 
     /// The function's node, and that of the bus behind it.
-    fn push_device(&mut self, index: usize, functions: &[Function], anonymous: &mut usize) {
+    fn push_device(
+        &mut self,
+        index: usize,
+        (functions, devices): (&[Function], &[MemoryDeviceInfo]),
+        anonymous: &mut usize,
+    ) {
         let Some(device) = functions.get(index).filter(|device| device.class != HOST_BRIDGE) else { return };
         let number = format!("device[{anonymous}]");
         let path = if device.qdev_id.is_empty() {
@@ -169,6 +196,9 @@ impl Tree {
             .with("addr", "int32", i64::from(device.slot) * 8 + i64::from(device.function))
             .early()
             .with("legacy-addr", "str", format!("{:02x}.{:x}", device.slot, device.function));
+        if let Some(device) = memory::of(device, devices) {
+            node = node.memory(&device);
+        }
         if device.driver == balloon::DRIVER {
             let own =
                 |name: &str, kind, content| Property { name: name.to_owned(), kind, content, early: false };
@@ -231,7 +261,9 @@ impl Hub {
             tree.0.push(Node::new(&["machine", ROOT_BUS], "PCIE"));
         }
         let mut anonymous = 0;
-        (0..functions.len()).for_each(|index| tree.push_device(index, functions, &mut anonymous));
+        (0..functions.len()).for_each(|index| {
+            tree.push_device(index, (functions, &self.config.memory_devices), &mut anonymous)
+        });
         for thread in self.threads() {
             tree.0.push(
                 Node::new(&["objects", &thread.id], THREAD)
@@ -240,12 +272,19 @@ impl Hub {
                     .with("poll-shrink", "int", thread.poll_shrink),
             );
         }
-        for memory in &self.store.registry.borrow().memory {
-            tree.0.push(Node::new(&["objects", &memory.id], MEMORY).with("size", "int", memory.size).with(
-                "share",
-                "bool",
-                memory.share,
-            ));
+        for memory in self.memory_back_ends() {
+            let node = Node::new(&["objects", &memory.id], &memory.qom_type)
+                .with("size", "int", memory.size)
+                .with("share", "bool", memory.share)
+                .with("prealloc", "bool", memory.prealloc);
+            tree.0.push(match (&memory.path, memory.qom_type.as_str()) {
+                (Some(path), _) => node.with("mem-path", "str", path.clone()),
+                (None, MEMORY) => node
+                    .with("seal", "bool", true)
+                    .with("hugetlb", "bool", memory.huge_pages.is_some())
+                    .with("hugetlbsize", "int", memory.huge_pages.unwrap_or(0)),
+                (None, _) => node,
+            });
         }
         tree
     }
@@ -291,7 +330,8 @@ impl Hub {
             return Ok(child.absolute().into());
         }
         match node.properties.iter().find(|own| own.name == property).map(|own| &own.content) {
-            Some(Content::Known(value)) => Ok(value.clone()),
+            Some(Content::Known(value) | Content::Fixed(value)) => Ok(value.clone()),
+            Some(Content::Requested(bytes)) => Ok((*bytes).into()),
             Some(Content::GuestStats) => Ok(guest_stats(&self.balloon_stats().await?)),
             Some(Content::PollingInterval) => Ok(self.balloon_stats().await?.polling_interval.into()),
             None => Err(no_property(&property)),
@@ -300,12 +340,21 @@ impl Hub {
 
     pub(crate) async fn qom_set(&self, args: QomSetArg) -> Reply {
         let QomSetArg { path, property, value } = args;
+        let functions = self.functions().await?;
         let tree = self.tree_for(&path).await?;
         let Found::One(node) = tree.find(&path) else { return Err(not_found(&path)) };
         let own = node.properties.iter().find(|own| own.name == property);
         let is_child = tree.children(node).any(|child| child.path.last() == Some(&property));
         match own {
             Some(Property { content: Content::PollingInterval, .. }) => self.set_polling(&value).await,
+            Some(Property { content: Content::Requested(_), .. }) => {
+                let function = node.function.and_then(|index| functions.get(index));
+                self.request_memory(function.ok_or_else(|| not_found(&path))?, &value).await
+            }
+            Some(Property { content: Content::Fixed(_), .. }) => {
+                Err(Error::generic(format!("'{property}' cannot be changed")))
+            }
+            Some(Property { kind: MEMDEV, .. }) => Err(link_after_realize(node, &property)),
             Some(Property { early: true, .. }) => Err(after_realize(node, &property)),
             None if property != "type" && !is_child => Err(no_property(&property)),
             _ => Err(Error::generic("Insufficient permission to perform this operation")),
@@ -336,6 +385,13 @@ impl Hub {
 
 fn no_property(property: &str) -> Error {
     Error::generic(format!("Property '.{property}' not found"))
+}
+
+fn link_after_realize(node: &Node, property: &str) -> Error {
+    let inner = node.kind.trim_end_matches("-pci");
+    Error::generic(format!(
+        "Attempt to set link property '{property}' on device '(null)' (type '{inner}') after it was realized"
+    ))
 }
 
 fn after_realize(node: &Node, property: &str) -> Error {

@@ -45,17 +45,17 @@ impl Hub {
     /// Sends an event now or later. Needs a `LocalSet`.
     pub(crate) fn emit_throttled(
         self: &Rc<Self>,
-        throttle: fn(&Self) -> &Throttle,
+        throttle: Rc<Throttle>,
         event: &'static table::Event,
         data: Value,
     ) {
-        let Some(data) = throttle(self).admit(data) else { return };
+        let Some(data) = throttle.admit(data) else { return };
         self.emit(event, Some(data));
         let hub = Rc::clone(self);
         spawn_local(async move {
             loop {
                 sleep(PERIOD).await;
-                let Some(data) = throttle(&hub).turn() else { return };
+                let Some(data) = throttle.turn() else { return };
                 hub.emit(event, Some(data));
             }
         });

@@ -3,7 +3,7 @@
 use serde_json::Value;
 
 use crate::schema::{Described, EMPTY, Object, Type};
-use crate::types::{balloon, char, control, introspect, machine, misc, pci, qdev, qom, run_state};
+use crate::types::{balloon, char, control, introspect, machine, memory, misc, pci, qdev, qom, run_state};
 
 /// What a client may do, and what it must be allowed to do for a command.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -47,6 +47,7 @@ pub enum Handler {
     QueryName,
     QueryUuid,
     QueryMemorySizeSummary,
+    QueryMemoryDevices,
     QueryKvm,
     QueryCpusFast,
     QueryChardev,
@@ -214,6 +215,13 @@ pub static COMMANDS: &[Command] = &[
         "How much memory the guest has from the start, and how much was plugged in.",
     )
     .returns::<misc::MemoryInfo>(),
+    Command::new(
+        "query-memory-devices",
+        Handler::QueryMemoryDevices,
+        Role::Monitor,
+        "The memory devices, and what the guest has of them.",
+    )
+    .returns::<Vec<memory::MemoryDeviceInfo>>(),
     Command::new("stop", Handler::Stop, Role::Operator, "Stops all vCPUs."),
     Command::new("cont", Handler::Cont, Role::Operator, "Lets the vCPUs run on."),
     Command::new("system_reset", Handler::SystemReset, Role::Operator, "Resets the machine."),
@@ -407,6 +415,13 @@ pub static BALLOON_CHANGE: Event = Event {
     data: balloon::BalloonChangeData::DESCRIPTION,
 };
 
+/// `MEMORY_DEVICE_SIZE_CHANGE`.
+pub static MEMORY_DEVICE_SIZE_CHANGE: Event = Event {
+    name: "MEMORY_DEVICE_SIZE_CHANGE",
+    doc: "The guest has plugged or unplugged memory; at most once a second for each device.",
+    data: memory::MemoryDeviceSizeChangeData::DESCRIPTION,
+};
+
 /// `DEVICE_DELETED`.
 pub static DEVICE_DELETED: Event = Event {
     name: "DEVICE_DELETED",
@@ -441,6 +456,7 @@ pub static EVENTS: &[&Event] = &[
     &RESUME,
     &GUEST_PANICKED,
     &BALLOON_CHANGE,
+    &MEMORY_DEVICE_SIZE_CHANGE,
     &DEVICE_DELETED,
     &DEVICE_UNPLUG_REFUSED,
     &DEVICE_BACK_END,

@@ -5,6 +5,7 @@ pub mod char;
 pub mod control;
 pub mod introspect;
 pub mod machine;
+pub mod memory;
 pub mod misc;
 pub mod pci;
 pub mod qdev;

@@ -84,7 +84,7 @@ fn port(slot: u8, id: &str) -> Function {
 
 fn virtio(slot: u8, id: &str, driver: &str, class: u16) -> Function {
     let region = |bar, size, wide, prefetch| Region { bar, address: None, size, wide, prefetch };
-    let back_end = BackEnd { socket: format!("vhost.{id}"), connected: true };
+    let back_end = BackEnd { socket: format!("vhost.{id}"), connected: true, memory: None };
     Function {
         regions: vec![region(1, 4096, false, false), region(4, 16384, true, true)],
         back_end: Some(back_end),
@@ -101,7 +101,7 @@ impl Bus {
             functions.extend([port(1, "rp0"), port(2, "rp1")]);
             functions.push(virtio(3, "b0", "virtio-balloon-pci", 0x00ff));
             let mut disk = virtio(4, "", "virtio-blk-pci", 0x0100);
-            disk.back_end = Some(BackEnd { socket: "vhost.disk".to_owned(), connected: true });
+            disk.back_end = Some(BackEnd { socket: "vhost.disk".to_owned(), connected: true, memory: None });
             functions.push(disk);
         }
         {
@@ -291,6 +291,12 @@ impl State {
                 Ok(Answer::Functions { functions, more })
             }
             Op::Thread { .. } => Ok(Answer::Thread),
+            Op::RequestMemory { id, bytes } => {
+                let device = self.functions.iter_mut().find(|device| device.qdev_id == id);
+                let sizes = device.and_then(|device| device.back_end.as_mut()?.memory.as_mut());
+                sizes.ok_or(Refusal::NoDevice)?.requested = bytes;
+                Ok(Answer::Done)
+            }
             Op::Add(device) => {
                 let ports = self.functions.iter().position(|port| port.qdev_id == device.place.bus);
                 let parent = ports.ok_or(Refusal::NoBus)?;

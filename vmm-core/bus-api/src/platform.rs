@@ -41,6 +41,12 @@ pub const KVM_IDENTITY_MAP: u64 = 0xfffb_c000;
 /// Three pages for KVM's real-mode TSS (Intel).
 pub const KVM_TSS: u64 = 0xfffb_d000;
 
+/// Where `ram` bytes of RAM end: what does not fit below the PCI windows lies above 4 GiB.
+#[must_use]
+pub const fn ram_end(ram: u64) -> u64 {
+    if ram <= LOW_RAM_END { ram } else { HIGH_RAM_START.saturating_add(ram - LOW_RAM_END) }
+}
+
 /// The PCI window above 4 GiB, for prefetchable 64-bit BARs, of a VM whose RAM ends at `ram_end`.
 #[must_use]
 pub const fn pci_mem64(ram_end: u64) -> Range {

@@ -306,6 +306,10 @@ pub struct Broker {
     pub iothreads: Vec<IoThread>,
     /// What daemons of ours can be started for while the machine runs, or were started for at its start.
     pub declared: Vec<Declared>,
+    /// `-object memory-backend-*` in the order of the command line.
+    pub memory_back_ends: Vec<MemoryBackEnd>,
+    /// Memory devices in the order of the command line.
+    pub memory_devices: Vec<MemoryDeviceInfo>,
 }
 
 /// Configuration of the pci daemon.
@@ -393,6 +397,42 @@ pub struct DeviceMemory {
     pub pieces: u16,
     /// Number of its first piece among those of the machine, of which there are at most 512.
     pub first: u16,
+}
+
+/// A memory back end of the command line (`-object memory-backend-*`), as the broker shows it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct MemoryBackEnd {
+    /// Its type.
+    pub qom_type: String,
+    /// Its id.
+    pub id: String,
+    /// Length in bytes.
+    pub size: u64,
+    /// `share`.
+    pub share: bool,
+    /// `prealloc`.
+    pub prealloc: bool,
+    /// Length of its huge pages in bytes, if it has some.
+    pub huge_pages: Option<u64>,
+    /// `mem-path`.
+    pub path: Option<String>,
+}
+
+/// A memory device of the command line, as the broker shows it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct MemoryDeviceInfo {
+    /// [`Virtio::socket`] of the device, which is unique.
+    pub socket: String,
+    /// Guest physical address.
+    pub addr: u64,
+    /// Length in bytes.
+    pub size: u64,
+    /// Id of its memory back end.
+    pub memdev: String,
+    /// Length of a block in bytes, of virtio-mem; none of virtio-pmem.
+    pub block_size: Option<u64>,
+    /// NUMA node.
+    pub node: u16,
 }
 
 /// An I/O thread (`-object iothread`): a queue thread of a device daemon that polls before it sleeps.

@@ -46,6 +46,11 @@ pub enum What {
     },
     /// Guest memory.
     Balloon,
+    /// Memory of a device of its own: it stays with the device that has it at the start.
+    Memory {
+        /// Id of the memory back end.
+        id: String,
+    },
 }
 
 /// What a device says of its daemon.

@@ -8,6 +8,8 @@ use serde::{Deserialize, Serialize};
 
 /// The most pieces of a device.
 pub const MAX_PIECES: u16 = 256;
+/// The smallest chunk of a virtio-mem region, in bytes: a chunk is one piece.
+pub const MIN_CHUNK: u64 = 128 << 20;
 /// The longest text in a message, in bytes.
 pub const MAX_TEXT: usize = 256;
 
@@ -20,6 +22,14 @@ pub struct Piece {
     pub len: u64,
     /// Offset in its file, in bytes.
     pub offset: u64,
+}
+
+/// Length of the chunks that a virtio-mem region of `len` bytes is cut into, a multiple of `block`: the last one may be
+/// shorter. There are at most [`MAX_PIECES`].
+#[must_use]
+pub fn chunk_len(len: u64, block: u64) -> u64 {
+    let even = len.div_ceil(MAX_PIECES.into()).max(MIN_CHUNK);
+    even.checked_next_multiple_of(block.max(1)).unwrap_or(even)
 }
 
 /// A memory device's sizes, in bytes.

@@ -14,6 +14,14 @@ const QUEUE_SIZE: Param =
     param("queue-size", Kind::Number, "descriptors of a queue, 2 to 1024 (default 128)");
 const IOTHREAD: Param = param("iothread", Kind::Text, "iothread object whose thread has the queues");
 
+const MEMDEV: Param = param("memdev", Kind::Text, "identifier of a memory back end");
+const MEMADDR: Param =
+    param("memaddr", Kind::Size, "guest physical address, above all else (default: the first free)");
+const SIZE: Param = param("size", Kind::Size, "its length in bytes");
+const SHARE: Param = param("share", Kind::Flag, "others may map it: ours do in any case");
+const PREALLOC: Param =
+    param("prealloc", Kind::Flag, "all of it is taken from the host at once (default off)");
+
 /// `-device`.
 pub static DEVICE: Kinds = Kinds {
     name: "device",
@@ -73,6 +81,23 @@ pub static DEVICE: Kinds = Kinds {
                 IOTHREAD,
             ],
         ),
+        sort(
+            "virtio-mem-pci",
+            "memory that the guest plugs and unplugs in blocks",
+            &[
+                MEMDEV,
+                param(
+                    "block-size",
+                    Kind::Size,
+                    "length of a block, a power of two from 2 MiB (default: 2M, or a huge page)",
+                ),
+                param("requested-size", Kind::Size, "how much the guest is to plug (default 0)"),
+                param("node", Kind::Number, "NUMA node: 0"),
+                MEMADDR,
+                IOTHREAD,
+            ],
+        ),
+        sort("virtio-pmem-pci", "file that the guest has as persistent memory", &[MEMDEV, MEMADDR, IOTHREAD]),
         sort("vhost-user-blk-pci", "disk behind a vhost-user back end", &[CHARDEV, NUM_QUEUES, QUEUE_SIZE]),
         sort(
             "vhost-user-fs-pci",
@@ -139,19 +164,44 @@ pub static OBJECT: Kinds = Kinds {
     key: "qom-type",
     implied: true,
     common: &[param("id", Kind::Id, "its identifier")],
-    groups: &[sort(
-        "iothread",
-        "thread of a device's queues",
-        &[
-            param(
-                "poll-max-ns",
-                Kind::Number,
-                "longest busy polling in nanoseconds (default 32768, 0: none)",
-            ),
-            param("poll-grow", Kind::Number, "factor by which polling grows (default 0: 2)"),
-            param("poll-shrink", Kind::Number, "divisor by which it shrinks (default 0: to none)"),
-        ],
-    )],
+    groups: &[
+        sort(
+            "iothread",
+            "thread of a device's queues",
+            &[
+                param(
+                    "poll-max-ns",
+                    Kind::Number,
+                    "longest busy polling in nanoseconds (default 32768, 0: none)",
+                ),
+                param("poll-grow", Kind::Number, "factor by which polling grows (default 0: 2)"),
+                param("poll-shrink", Kind::Number, "divisor by which it shrinks (default 0: to none)"),
+            ],
+        ),
+        sort("memory-backend-ram", "memory for a memory device", &[SIZE, SHARE, PREALLOC]),
+        sort(
+            "memory-backend-memfd",
+            "memory for a memory device, in huge pages if wanted",
+            &[
+                SIZE,
+                SHARE,
+                PREALLOC,
+                param("seal", Kind::Flag, "its length never changes: on"),
+                param("hugetlb", Kind::Flag, "it is in huge pages (default off)"),
+                param("hugetlbsize", Kind::Size, "their length (default 2M)"),
+            ],
+        ),
+        sort(
+            "memory-backend-file",
+            "file as memory for a memory device",
+            &[
+                SIZE,
+                param("share", Kind::Flag, "on: what the guest writes is in the file"),
+                PREALLOC,
+                param("mem-path", Kind::Text, "path of the file, which is made if it is not there"),
+            ],
+        ),
+    ],
     unknown: Problem::qom_type_value,
     unexpected: Problem::foreign_parameter,
     listed: true,

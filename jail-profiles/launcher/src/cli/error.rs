@@ -107,6 +107,55 @@ pub enum Problem {
          equal to the initial memory size ({0:#x})"
     )]
     SlotsWithoutRoom(u64),
+    #[error("maxmem must be at most {0} MiB")]
+    MaxmemRange(u64),
+    // Memory back ends and devices.
+    #[error("property '{0}' of {1} doesn't take value '{2}'")]
+    ObjectValue(&'static str, &'static str, String),
+    #[error("'{0}' of memory-backend-file: only share=on is available: what the guest writes is in the file")]
+    PrivateFile(&'static str),
+    #[error("Hugepage size must be a power of 2")]
+    HugePageSize,
+    #[error("'{0}' property must be set")]
+    PropertyMustBeSet(&'static str),
+    #[error("'{0}' property has to be at least {1:#x}")]
+    LeastValue(&'static str, u64),
+    #[error("'{0}' property has to be at least the page size ({1:#x})")]
+    BelowPage(&'static str, u64),
+    #[error("'{0}' property has to be a power of two")]
+    NoPowerOfTwo(&'static str),
+    #[error("'node' property has value '{0}', which exceeds the number of numa nodes: 1")]
+    NoNode(u64),
+    #[error("'memdev' property specifies a busy memdev: {0}")]
+    BusyMemdev(String),
+    #[error("can't use already busy memdev: {0}")]
+    AlreadyBusyMemdev(String),
+    #[error("'{0}' property has to be multiples of '{1}' ({2:#x})")]
+    NotMultiple(&'static str, &'static str, u64),
+    #[error("'{0}' cannot exceed the memory backend size({1:#x})")]
+    AboveMemdev(&'static str, u64),
+    #[error("memory devices (e.g. for memory hotplug) are not enabled, please specify the maxmem option")]
+    NoMemoryDevices,
+    #[error("not enough space, currently {used:#x} in use of total space for memory devices {room:#x}")]
+    NoMemoryRoom { used: u64, room: u64 },
+    #[error("address must be aligned to {0:#x} bytes")]
+    AddressAlignment(u64),
+    #[error("backend memory size must be multiple of {0:#x}")]
+    MemdevAlignment(u64),
+    #[error(
+        "can't add memory device [{addr:#x}:{size:#x}], usable range for memory devices [{base:#x}:{len:#x}]"
+    )]
+    OutsideDeviceMemory { addr: u64, size: u64, base: u64, len: u64 },
+    #[error("address range conflicts with memory device id='{0}'")]
+    MemoryConflict(String),
+    #[error(
+        "could not find position in guest address space for memory device - memory fragmented due to alignments"
+    )]
+    MemoryFragmented,
+    #[error(
+        "all memory devices together have at most {0} pieces: use larger memory back ends, and fewer of them"
+    )]
+    TooManyPieces(u16),
     // vCPUs.
     #[error("maxcpus must be equal to or greater than smp")]
     MaxcpusBelowCpus,

@@ -186,8 +186,8 @@ static MEMORY: Group = Group {
     implied: Some("size"),
     params: &[
         param("size", Kind::Size, "initial memory; a plain number is MiB"),
-        param("slots", Kind::Number, "slots for memory devices (checked; there are no such devices yet)"),
-        param("maxmem", Kind::Size, "memory with all slots filled; a plain number is bytes"),
+        param("slots", Kind::Number, "slots for DIMMs, which are empty: there are no DIMMs yet"),
+        param("maxmem", Kind::Size, "memory with all memory devices; a plain number is bytes"),
     ],
 };
 
@@ -331,7 +331,8 @@ pub static OPTIONS: &[Spec] = &[
         &["m"],
         &MEMORY,
         "[size=]megs[,slots=n,maxmem=size]",
-        "Sets the guest's memory (default 128 MiB). Suffixes are b, k, M, G, T, P and E.",
+        "Sets the guest's memory (default 128 MiB), and with maxmem how much memory devices may add. Suffixes are b, k, M, G, T, P \
+         and E.",
     ),
     group(Opt::Name, &["name"], &NAME, "[guest=]string[,debug-threads=on|off]", "Names the VM."),
     text(
@@ -418,8 +419,12 @@ pub static OPTIONS: &[Spec] = &[
         Opt::Object,
         &["object"],
         &OBJECT,
-        "[qom-type=]iothread,id=id[,poll-max-ns=n][,poll-grow=n][,poll-shrink=n]",
-        "Defines a thread for the queues of a device; the device's daemon has it.",
+        "[qom-type=]iothread,id=id[,poll-max-ns=n][,poll-grow=n][,poll-shrink=n] | \
+         memory-backend-ram,id=id,size=size[,share=on|off][,prealloc=on|off] | \
+         memory-backend-memfd,id=id,size=size[,share=on|off][,prealloc=on|off][,hugetlb=on|off][,hugetlbsize=size] | \
+         memory-backend-file,id=id,size=size,mem-path=path,share=on[,prealloc=on|off]",
+        "Defines a thread for the queues of a device, which the device's daemon has, or memory for a virtio-mem-pci or \
+         virtio-pmem-pci device.",
     ),
     group(
         Opt::AddFd,

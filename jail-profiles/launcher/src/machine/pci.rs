@@ -1,5 +1,9 @@
 //! The PCI bus of a plan: which device is where, what is behind it, and the daemons that this needs.
 
+mod memory;
+
+pub use memory::{back_ends as memory_back_ends, device_memory};
+
 use std::collections::BTreeMap;
 use std::os::fd::OwnedFd;
 
@@ -38,6 +42,8 @@ pub struct Bus {
     pub daemons: Vec<Daemon>,
     /// Where back ends listen, by the name under which pci asks for a connection.
     pub paths: BTreeMap<String, String>,
+    /// Memory devices in the order of the command line.
+    pub memory: Vec<config::MemoryDeviceInfo>,
 }
 
 /// A daemon of ours.
@@ -64,6 +70,10 @@ pub enum DaemonConfig {
     Net(config::Net),
     /// Of the balloon.
     Balloon(config::Balloon),
+    /// Of virtio-mem.
+    Mem(config::Mem),
+    /// Of virtio-pmem.
+    Pmem(config::Pmem),
 }
 
 impl Bus {
@@ -98,7 +108,10 @@ impl Daemon {
     pub fn given(&self) -> Vec<(String, String)> {
         let own = |name: &String| match &self.config {
             DaemonConfig::Net(config) => config.taps.contains(name),
-            DaemonConfig::Block(_) | DaemonConfig::Balloon(_) => true,
+            DaemonConfig::Block(_)
+            | DaemonConfig::Balloon(_)
+            | DaemonConfig::Mem(_)
+            | DaemonConfig::Pmem(_) => true,
         };
         self.fds.iter().filter(|(_, name)| own(name)).cloned().collect()
     }
@@ -113,6 +126,8 @@ impl Daemon {
             DaemonConfig::Block(config) => &config.iothread,
             DaemonConfig::Net(config) => &config.iothread,
             DaemonConfig::Balloon(config) => &config.iothread,
+            DaemonConfig::Mem(config) => &config.iothread,
+            DaemonConfig::Pmem(config) => &config.iothread,
         }
     }
 
@@ -122,6 +137,8 @@ impl Daemon {
             DaemonConfig::Block(_) => &topology::BLOCK,
             DaemonConfig::Net(_) => &topology::NET,
             DaemonConfig::Balloon(_) => &topology::BALLOON,
+            DaemonConfig::Mem(_) => &topology::MEM,
+            DaemonConfig::Pmem(_) => &topology::PMEM,
         }
     }
 
@@ -139,6 +156,8 @@ impl Daemon {
             DaemonConfig::Block(config) => config.life = life,
             DaemonConfig::Net(config) => config.life = life,
             DaemonConfig::Balloon(config) => config.life = life,
+            DaemonConfig::Mem(config) => config.life = life,
+            DaemonConfig::Pmem(config) => config.life = life,
         }
     }
 }
@@ -179,6 +198,8 @@ impl DaemonConfig {
             Self::Block(config) => config_blob::seal(config),
             Self::Net(config) => config_blob::seal(config),
             Self::Balloon(config) => config_blob::seal(config),
+            Self::Mem(config) => config_blob::seal(config),
+            Self::Pmem(config) => config_blob::seal(config),
         }
     }
 }
@@ -212,6 +233,8 @@ pub fn bus(
     opens: &mut Vec<Open>,
 ) -> Result<Bus, Error> {
     unique("object", &options.iothreads, |thread| Some(&thread.id))?;
+    unique("object", &options.memory_back_ends, |back_end| Some(&back_end.id))?;
+    memory::check_ids(options)?;
     unique("netdev", &options.netdevs, |netdev| Some(&netdev.id))?;
     let (disks, added) = disks(options)?;
     let mut planner = Planner {
@@ -224,7 +247,9 @@ pub fn bus(
             config: config::Pci { life, devices: Vec::new() },
             daemons: Vec::new(),
             paths: BTreeMap::new(),
+            memory: Vec::new(),
         },
+        room: memory::Room::of(options),
         ports: Vec::new(),
         netdevs: Vec::new(),
         nics: 0,
@@ -298,6 +323,7 @@ struct Planner<'a> {
     opens: &'a mut Vec<Open>,
     disks: Vec<Disk>,
     slots: Slots,
+    room: memory::Room,
     bus: Bus,
     /// Chassis and slot numbers.
     ports: Vec<(u8, u16)>,
@@ -329,6 +355,7 @@ impl Planner<'_> {
             Model::Block(block) => PciKind::Virtio(self.block(&placed, block)?),
             Model::Net(net) => PciKind::Virtio(self.net(&placed, net)?),
             Model::Balloon(balloon) => PciKind::Virtio(self.balloon(&placed, balloon)?),
+            Model::Memory(memory) => PciKind::Virtio(self.memory(&placed, memory)?),
             Model::VhostUser(model) => PciKind::Virtio(self.vhost_user(&placed, model)?),
         };
         if let (PciKind::RootPort { .. }, Some(id)) = (&kind, &device.id) {
@@ -517,7 +544,7 @@ impl Planner<'_> {
         let config = config::Balloon {
             life: self.bus.config.life,
             id: placed.key.clone(),
-            ram: self.options.ram,
+            ram: self.options.memory.ram,
             deflate_on_oom: false,
             free_page_reporting: false,
             page_poison: true,
@@ -594,6 +621,7 @@ impl Planner<'_> {
             listens: server,
             side: None,
             resumes: model.resumes,
+            memory: None,
         })
     }
 }

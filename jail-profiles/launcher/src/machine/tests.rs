@@ -27,7 +27,14 @@ fn run_alone_boots_the_native_guest_on_the_terminal() {
     let cpus = CpuTopology { cpus: 1, sockets: 1, cores: 1, threads: 1 };
     assert_eq!(
         plan.core,
-        config::Core { ram: 128 << 20, cpus, no_reboot: false, no_shutdown: false, autostart: true }
+        config::Core {
+            ram: 128 << 20,
+            cpus,
+            no_reboot: false,
+            no_shutdown: false,
+            autostart: true,
+            device_memory: 0,
+        }
     );
     let kernel = "the native guest".to_owned();
     let loader = config::Loader {

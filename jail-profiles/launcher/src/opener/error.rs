@@ -28,6 +28,16 @@ pub enum Error {
     DiskLock(&'static str, String),
     #[error("Failed to get shared \"write\" lock: is another process using the image [{0}]?")]
     DiskSharedLock(String),
+    #[error("can't open backing store {0} for guest RAM: {1}")]
+    BackingStore(String, Cause),
+    #[error("can't open backing store {0} for guest RAM: it is not a regular file")]
+    BackingStoreKind(String),
+    #[error("backing store size {0:#x} does not match 'size' option {1:#x}")]
+    BackingStoreSize(u64, u64),
+    #[error("failed to resize memfd to {0}: {1}")]
+    Memfd(u64, Cause),
+    #[error("os_mem_prealloc: Insufficient free host memory pages available to allocate guest RAM: {0}")]
+    Prealloc(Cause),
     #[error("could not open /dev/net/tun: {0} (sudo modprobe tun)")]
     Tun(Cause),
     #[error("could not configure /dev/net/tun ({0}): {1}")]

@@ -10,6 +10,8 @@ pub const MAX_QUEUES: u64 = 64;
 const MAX_QUEUE_SIZE: u64 = 1024;
 /// The longest serial number of a disk, in bytes (virtio 1.2, 5.2.6.1).
 const MAX_SERIAL: usize = 20;
+/// The smallest block of virtio-mem, in bytes, as in QEMU.
+const MIN_BLOCK: u64 = 2 << 20;
 /// The longest name of a shared directory, in bytes (virtio 1.2, 5.11.4).
 const MAX_TAG: usize = 36;
 
@@ -46,6 +48,8 @@ pub enum Model {
     Net(Net),
     /// The balloon.
     Balloon(Balloon),
+    /// virtio-mem, or virtio-pmem.
+    Memory(MemoryDevice),
     /// Anything behind somebody else's back end.
     VhostUser(VhostUser),
 }
@@ -89,6 +93,28 @@ pub struct Balloon {
     pub page_poison: bool,
     /// Id of the thread of its queues.
     pub iothread: Option<String>,
+}
+
+/// Properties of a memory device.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct MemoryDevice {
+    /// Id of its memory back end.
+    pub memdev: String,
+    /// Guest physical address; none if the machine chooses one.
+    pub addr: Option<u64>,
+    /// Id of the thread of its queue.
+    pub iothread: Option<String>,
+    /// Of virtio-mem.
+    pub blocks: Option<Blocks>,
+}
+
+/// Properties of virtio-mem.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Blocks {
+    /// Length of a block in bytes; none for what the memory back end makes best.
+    pub size: Option<u64>,
+    /// Bytes that the guest is to plug.
+    pub requested: u64,
 }
 
 /// Properties of a device behind somebody else's back end.
@@ -136,6 +162,8 @@ pub fn device(params: &Params) -> Result<Device, Problem> {
             page_poison: params.flag("page-poison").unwrap_or(true),
             iothread: text(params, "iothread"),
         }),
+        "virtio-mem-pci" => Model::Memory(memory(params, Some(blocks(params)?))?),
+        "virtio-pmem-pci" => Model::Memory(memory(params, None)?),
         _ => Model::VhostUser(vhost_user(driver, params)?),
     };
     Ok(Device {
@@ -208,6 +236,28 @@ fn net(params: &Params) -> Result<Net, Problem> {
         multiqueue: params.flag("mq").unwrap_or(false),
         iothread: text(params, "iothread"),
     })
+}
+
+fn memory(params: &Params, blocks: Option<Blocks>) -> Result<MemoryDevice, Problem> {
+    Ok(MemoryDevice {
+        memdev: text(params, "memdev").ok_or(Problem::PropertyMustBeSet("memdev"))?,
+        addr: params.number("memaddr").filter(|addr| *addr != 0),
+        iothread: text(params, "iothread"),
+        blocks,
+    })
+}
+
+fn blocks(params: &Params) -> Result<Blocks, Problem> {
+    let size = params.number("block-size");
+    match size {
+        Some(size) if size < MIN_BLOCK => return Err(Problem::LeastValue("block-size", MIN_BLOCK)),
+        Some(size) if !size.is_power_of_two() => return Err(Problem::NoPowerOfTwo("block-size")),
+        _ => {}
+    }
+    match params.number("node").unwrap_or(0) {
+        0 => Ok(Blocks { size, requested: params.number("requested-size").unwrap_or(0) }),
+        node => Err(Problem::NoNode(node)),
+    }
 }
 
 fn vhost_user(driver: &'static str, params: &Params) -> Result<VhostUser, Problem> {

@@ -12,8 +12,20 @@ const MAX: u64 = 1 << 40;
 /// QEMU rounds the size up to this.
 const ALIGN: u64 = 8192;
 
-/// Guest memory in bytes.
-pub fn ram(params: &Params) -> Result<u64, Problem> {
+/// The most memory with all devices.
+const MAX_ALL: u64 = 1 << 44;
+
+/// A `-m`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Memory {
+    /// Guest memory without memory devices, in bytes.
+    pub ram: u64,
+    /// What memory devices may have together, in bytes.
+    pub room: u64,
+}
+
+/// Guest memory.
+pub fn memory(params: &Params) -> Result<Memory, Problem> {
     let size = match (params.number("size"), params.text("size")) {
         (Some(0) | None, _) => DEFAULT,
         (Some(size), Some(text)) if text.ends_with(|c: char| c.is_ascii_digit()) => {
@@ -30,7 +42,8 @@ pub fn ram(params: &Params) -> Result<u64, Problem> {
         Some(maxmem) if maxmem < size => Err(Problem::MaxmemBelowSize { maxmem, size }),
         Some(maxmem) if maxmem == size && slots > 0 => Err(Problem::SlotsWithoutRoom(size)),
         None if params.names().any(|name| name == "slots") => Err(Problem::SlotsWithoutMaxmem),
-        _ => Ok(size),
+        Some(maxmem) if maxmem > MAX_ALL => Err(Problem::MaxmemRange(MAX_ALL / MIB)),
+        maxmem => Ok(Memory { ram: size, room: maxmem.map_or(0, |maxmem| maxmem - size) }),
     }
 }
 
@@ -41,7 +54,10 @@ mod tests {
 
     fn parse(text: &str) -> Result<u64, String> {
         let Takes::Params(group) = table::find("m").unwrap().takes else { panic!("-m") };
-        Params::parse(group, text).and_then(|params| ram(&params)).map_err(|e| e.to_string())
+        Params::parse(group, text)
+            .and_then(|params| memory(&params))
+            .map(|m| m.ram)
+            .map_err(|e| e.to_string())
     }
 
     #[test]

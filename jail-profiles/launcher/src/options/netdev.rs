@@ -1,4 +1,4 @@
-//! `-netdev` and `-object`.
+//! `-netdev` and `-object iothread`.
 
 use super::chardev::fd_number;
 use crate::cli::{Params, Problem};
@@ -110,8 +110,8 @@ fn tap(params: &Params) -> Result<NetBackend, Problem> {
     Ok(NetBackend::Tap { name, queues: queues(params)? })
 }
 
-/// A `-object`.
-pub fn object(params: &Params) -> Result<IoThread, Problem> {
+/// A `-object iothread`.
+pub fn iothread(params: &Params) -> Result<IoThread, Problem> {
     let id = params.text("id").map(str::to_owned).ok_or(Problem::MissingParameter("id"))?;
     // QEMU keeps them in signed 64 bits.
     let number = |name: &'static str, default| match params.number(name) {
@@ -178,7 +178,7 @@ mod tests {
     #[test]
     fn threads() {
         let thread = |text: &str| {
-            Params::parse_kinds(&OBJECT, text).and_then(|params| object(&params)).map_err(|e| e.to_string())
+            Params::parse_kinds(&OBJECT, text).and_then(|params| iothread(&params)).map_err(|e| e.to_string())
         };
         let plain = IoThread { id: "i".into(), poll_max_ns: 32768, poll_grow: 0, poll_shrink: 0 };
         assert_eq!(thread("iothread,id=i"), Ok(plain));

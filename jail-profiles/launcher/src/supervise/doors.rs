@@ -240,7 +240,7 @@ mod tests {
         let config = DaemonConfig::Net(net);
         let daemon = Daemon { key: "n".into(), config, fds: Vec::new(), what, used: true };
         let config = config::Pci { life: 0, devices: Vec::new() };
-        Bus { config, daemons: vec![daemon], paths: BTreeMap::new() }
+        Bus { config, daemons: vec![daemon], paths: BTreeMap::new(), memory: Vec::new() }
     }
 
     fn connected(doors: &Doors, name: &str) -> Result<OwnedFd, Errno> {

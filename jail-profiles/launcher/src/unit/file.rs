@@ -254,7 +254,10 @@ mod tests {
         );
         let machine = machine.unwrap();
         let o = &machine.options;
-        assert_eq!((o.name.as_deref(), o.ram, o.cpus.cpus, o.cpus.cores), (Some("vm1"), 512 << 20, 2, 2));
+        assert_eq!(
+            (o.name.as_deref(), o.memory.ram, o.cpus.cpus, o.cpus.cores),
+            (Some("vm1"), 512 << 20, 2, 2)
+        );
         assert!(o.no_reboot && !o.stopped);
         assert_eq!(o.append.as_deref(), Some("console=ttyS0 a=b,c"));
         let ids: Vec<&str> = o.chardevs.iter().map(|c| c.value.id.as_str()).collect();

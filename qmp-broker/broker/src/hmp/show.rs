@@ -72,6 +72,24 @@ pub fn kvm(value: Value, _: i64) -> String {
     })
 }
 
+/// `info memory-devices`: of DIMMs there are none.
+pub fn memory_devices(value: Value, _: i64) -> String {
+    let device = |device: &Value| {
+        let data = |name: &str| device["data"].get(name).cloned().unwrap_or_default();
+        let text = |name: &str| data(name).as_str().unwrap_or_default().to_owned();
+        let kind = device["type"].as_str().unwrap_or_default();
+        let mut lines = format!("Memory device [{kind}]: \"{}\"\n", text("id"));
+        lines += &format!("  memaddr: {:#x}\n", data("memaddr").as_i64().unwrap_or_default());
+        for name in ["node", "requested-size", "size", "max-size", "block-size"] {
+            if let Some(number) = data(name).as_i64() {
+                lines += &format!("  {name}: {number}\n");
+            }
+        }
+        lines + &format!("  memdev: {}\n", text("memdev"))
+    };
+    value.as_array().map_or_else(String::new, |devices| devices.iter().map(device).collect())
+}
+
 /// `info memory_size_summary`.
 pub fn memory(value: Value, _: i64) -> String {
     with(value, |info: MemoryInfo| {

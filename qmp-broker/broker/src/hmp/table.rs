@@ -117,6 +117,7 @@ pub static INFO: &[Entry] = &[
     info(&["cpus"], "query-cpus-fast", "the vCPUs and their threads", show::cpus),
     info(&["iothreads"], "query-iothreads", "the I/O threads", show::iothreads),
     info(&["kvm"], "query-kvm", "whether KVM is used", show::kvm),
+    info(&["memory-devices"], "query-memory-devices", "the memory devices", show::memory_devices),
     info(
         &["memory_size_summary"],
         "query-memory-size-summary",

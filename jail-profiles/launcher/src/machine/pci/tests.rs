@@ -1,7 +1,10 @@
 use std::fmt::Write as _;
 
+use bulkhead_control_api::config::DeviceMemory;
+
 use super::*;
 use crate::machine::tests::{planned, try_plan};
+use crate::options::Backing;
 
 fn virtio(device: &PciDevice) -> &Virtio {
     match &device.kind {
@@ -31,6 +34,7 @@ fn a_disk_has_a_daemon() {
         listens: false,
         side: Some("side.b0".into()),
         resumes: true,
+        memory: None,
     };
     assert_eq!(virtio(device), &expected);
     let iothread = config::IoThread { id: "t0".into(), poll_max_ns: 32768, poll_grow: 3, poll_shrink: 0 };
@@ -265,4 +269,132 @@ fn there_is_a_most_of_everything() {
     });
     let error = try_plan(&wide).unwrap_err();
     assert_eq!(error, "-device: all devices together have 1024 queues, at most 900 fit");
+}
+
+const MEMORY: &str = "-m 1G,maxmem=4G -object memory-backend-memfd,id=m,size=1536M \
+     -object memory-backend-file,id=f,size=64M,mem-path=p,share=on ";
+
+#[test]
+fn memory_devices_have_addresses_and_daemons() {
+    let plan = planned(&format!(
+        "{MEMORY} -device virtio-mem-pci,memdev=m,id=v,requested-size=4M,block-size=4M -device virtio-pmem-pci,memdev=f"
+    ));
+    let (gib, mib) = (1 << 30, 1 << 20);
+    // RAM ends below 4 GiB, the PCI window has 32.
+    let base = 36 * gib;
+    assert_eq!(plan.core.device_memory, 5 * gib);
+    let [mem, pmem] = &plan.bus.config.devices[..] else { panic!("two devices") };
+    let device = DeviceMemory { addr: base, len: 1536 * mib, pieces: 12, first: 0 };
+    let virtio_mem = virtio(mem);
+    assert_eq!((virtio_mem.memory, virtio_mem.device_type, virtio_mem.config.len()), (Some(device), 24, 56));
+    let device = DeviceMemory { addr: base + 2 * gib, len: 64 * mib, pieces: 1, first: 12 };
+    assert_eq!((virtio(pmem).memory, virtio(pmem).device_type), (Some(device), 27));
+    let life = plan.console.life;
+    let iothread = config::IoThread::default();
+    let config = config::Mem {
+        life,
+        id: "v".into(),
+        addr: base,
+        size: 1536 * mib,
+        block_size: 4 * mib,
+        requested_size: 4 * mib,
+        node: None,
+        iothread: iothread.clone(),
+    };
+    assert_eq!(plan.bus.daemons[0].config, DaemonConfig::Mem(config));
+    let config = config::Pmem { life, id: "#1".into(), addr: base + 2 * gib, size: 64 * mib, iothread };
+    assert_eq!(plan.bus.daemons[1].config, DaemonConfig::Pmem(config));
+    let memory: Vec<_> = plan.opens.iter().filter(|open| open.name.starts_with("memory.")).collect();
+    let memfd = What::Memory { backing: Backing::Memfd, size: 1536 * mib, prealloc: false };
+    let file = What::Memory { backing: Backing::File("p".into()), size: 64 * mib, prealloc: false };
+    assert_eq!((&memory[0].what, &memory[1].what), (&memfd, &file));
+    assert_eq!(plan.bus.daemons[1].given(), [("memory.#1".to_owned(), "memory".to_owned())]);
+    assert_eq!(plan.broker.memory_devices.len(), 2);
+    assert_eq!(plan.broker.memory_back_ends[1].path.as_deref(), Some("p"));
+}
+
+/// So many devices of 256 pieces each.
+fn ids(count: u32) -> String {
+    let device =
+        |n| format!(" -object memory-backend-memfd,id=m{n},size=32G -device virtio-mem-pci,memdev=m{n}");
+    (0..count).map(device).collect()
+}
+
+#[test]
+fn what_memory_devices_cannot_be() {
+    assert!(planned(&format!("-m 1G,maxmem=1T{}", ids(2))).core.device_memory > 0);
+    for (line, error) in [
+        (
+            "-m 1G -object memory-backend-ram,id=m,size=64M -device virtio-mem-pci,memdev=m",
+            "memory devices (e.g. for memory hotplug) are not enabled, please specify the maxmem option",
+        ),
+        ("-m 1G,maxmem=2G -device virtio-mem-pci,memdev=x", "Device 'x' not found"),
+        ("-device virtio-pmem-pci", "'memdev' property must be set"),
+        (
+            "-m 1G,maxmem=1088M -object memory-backend-ram,id=m,size=128M -device virtio-mem-pci,memdev=m",
+            "not enough space, currently 0x0 in use of total space for memory devices 0x4000000",
+        ),
+        (
+            &format!("{MEMORY} -device virtio-mem-pci,memdev=m -device virtio-mem-pci,memdev=m"),
+            "'memdev' property specifies a busy memdev: m",
+        ),
+        (
+            &format!("{MEMORY} -device virtio-pmem-pci,memdev=f -device virtio-pmem-pci,memdev=f"),
+            "can't use already busy memdev: f",
+        ),
+        (
+            &format!("{MEMORY} -device virtio-mem-pci,memdev=m,block-size=3M"),
+            "'block-size' property has to be a power of two",
+        ),
+        (
+            &format!("{MEMORY} -device virtio-mem-pci,memdev=m,block-size=1M"),
+            "'block-size' property has to be at least 0x200000",
+        ),
+        (
+            &format!("{MEMORY} -device virtio-mem-pci,memdev=m,block-size=1G"),
+            "backend memory size must be multiple of 0x40000000",
+        ),
+        (
+            &format!("{MEMORY} -device virtio-mem-pci,memdev=m,requested-size=3M"),
+            "'requested-size' property has to be multiples of 'block-size' (0x200000)",
+        ),
+        (
+            &format!("{MEMORY} -device virtio-mem-pci,memdev=m,requested-size=2G"),
+            "'requested-size' cannot exceed the memory backend size(0x60000000)",
+        ),
+        (
+            &format!("{MEMORY} -device virtio-mem-pci,memdev=m,memaddr=0x1000"),
+            "address must be aligned to 0x200000 bytes",
+        ),
+        (
+            &format!("{MEMORY} -device virtio-mem-pci,memdev=m,memaddr=1G"),
+            "can't add memory device [0x40000000:0x60000000], usable range for memory devices [0x900000000:0x100000000]",
+        ),
+        (
+            &format!("{MEMORY} -device virtio-mem-pci,memdev=m,memaddr=18446744073707454464"),
+            "can't add memory device [0xffffffffffe00000:0x60000000], usable range for memory devices [0x900000000:0x100000000]",
+        ),
+        (
+            &format!(
+                "{MEMORY} -device virtio-mem-pci,id=v,memdev=m -device virtio-pmem-pci,memdev=f,memaddr=36G"
+            ),
+            "address range conflicts with memory device id='v'",
+        ),
+        (
+            &format!("{MEMORY} -device virtio-mem-pci,memdev=m,node=1"),
+            "'node' property has value '1', which exceeds the number of numa nodes: 1",
+        ),
+        (
+            "-m 1G,maxmem=4G -object memory-backend-memfd,id=m,size=64M,hugetlb=on,hugetlbsize=1G -device virtio-mem-pci,memdev=m,block-size=2M",
+            "'block-size' property has to be at least the page size (0x40000000)",
+        ),
+        (
+            &format!("-m 1G,maxmem=1T{}", ids(3)),
+            "all memory devices together have at most 512 pieces: use larger memory back ends, and fewer of them",
+        ),
+        ("-object iothread,id=o -object memory-backend-ram,id=o,size=1M", "Duplicate ID 'o' for object"),
+    ] {
+        let said = try_plan(line).unwrap_err();
+        assert!(said.ends_with(error), "{line}: {said}");
+    }
 }
