@@ -11,7 +11,7 @@ use bulkhead_bus_api::pci::{
     Change, MAX_BELLS, MAX_CHANGES, MAX_EVENTFDS, MAX_VECTORS, MAX_WINDOWS, MSI_WINDOW, MSI_WINDOW_MASK, Msi,
     Refusal,
 };
-use bulkhead_bus_api::platform::{ECAM, pci_ranges};
+use bulkhead_bus_api::platform::pci_ranges;
 use kvm_bindings::{KVM_IRQ_ROUTING_MSI, kvm_irq_routing_entry, kvm_irq_routing_msi};
 use kvm_ioctls::{IoEventAddress, NoDatamatch};
 use vmm_sys_util::eventfd::EventFd;
