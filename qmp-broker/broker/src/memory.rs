@@ -11,9 +11,12 @@ use bulkhead_qapi::types::memory::{
 use bulkhead_qapi::types::misc::MemoryInfo;
 use bulkhead_qapi::{Error, table};
 use serde_json::{Value, json};
+use tokio::time::{Instant, sleep};
 
 use crate::commands::{Reply, reply};
-use crate::hub::Hub;
+use crate::hub::{Hub, away};
+use crate::pci::{DAEMON, GLANCE};
+use crate::peer::NoAnswer;
 use crate::throttle::Throttle;
 
 /// Devices whose events are held back each for itself.
@@ -83,14 +86,34 @@ impl Hub {
         all
     }
 
+    /// All functions, once the daemons of memory devices have told their sizes: one that is started anew is waited for.
+    pub(crate) async fn functions_with_sizes(&self) -> Result<Vec<Function>, Error> {
+        let devices = &self.config.memory_devices;
+        let end = Instant::now() + DAEMON;
+        loop {
+            let functions = self.functions().await?;
+            let is_silent = |function: &Function| {
+                let back_end = function.back_end.as_ref();
+                back_end.is_some_and(|back_end| back_end.memory.is_none()) && of(function, devices).is_some()
+            };
+            if !functions.iter().any(is_silent) {
+                return Ok(functions);
+            }
+            if Instant::now() >= end {
+                return Err(away("A memory device's daemon", NoAnswer::Late(DAEMON)));
+            }
+            sleep(GLANCE).await;
+        }
+    }
+
     pub(crate) async fn query_memory_devices(&self) -> Reply {
-        let functions = self.functions().await?;
+        let functions = self.functions_with_sizes().await?;
         reply(self.present(&functions).iter().map(shown).collect::<Vec<_>>())
     }
 
     pub(crate) async fn query_memory_size_summary(&self) -> Reply {
-        let functions =
-            if self.config.memory_devices.is_empty() { Vec::new() } else { self.functions().await? };
+        let has_devices = !self.config.memory_devices.is_empty();
+        let functions = if has_devices { self.functions_with_sizes().await? } else { Vec::new() };
         let plugged =
             self.present(&functions).iter().map(|device| device.sizes.plugged).fold(0, u64::saturating_add);
         reply(MemoryInfo { base_memory: int(self.config.ram), plugged_memory: Some(int(plugged)) })

@@ -18,8 +18,8 @@ use crate::hub::{Hub, away};
 use crate::peer::NoAnswer;
 
 /// How long a client waits for a daemon that is started anew, and how often pci is asked meanwhile.
-const DAEMON: Duration = Duration::from_secs(5);
-const GLANCE: Duration = Duration::from_millis(20);
+pub(crate) const DAEMON: Duration = Duration::from_secs(5);
+pub(crate) const GLANCE: Duration = Duration::from_millis(20);
 /// The most functions that are believed: 255 of devices, 32 of ports, the host bridge and room to spare.
 const MAX_TOTAL: usize = 512;
 /// How often a list that changes is read: each change is a device that comes or goes.

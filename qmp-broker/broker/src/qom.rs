@@ -9,6 +9,7 @@
 use bulkhead_control_api::balloon::{Answer, Op, Stats};
 use bulkhead_control_api::config::MemoryDeviceInfo;
 use bulkhead_control_api::pci::Function;
+use bulkhead_control_api::side::MemorySizes;
 use bulkhead_qapi::Error;
 use bulkhead_qapi::types::char::ChardevInfo;
 use bulkhead_qapi::types::qom::{ObjectPropertyInfo, QomGetArg, QomListArg, QomSetArg};
@@ -52,8 +53,12 @@ enum Content {
     GuestStats,
     /// What the balloon says.
     PollingInterval,
-    /// How much a memory device is to have.
-    Requested(u64),
+    /// How much a memory device has, as it says.
+    Plugged,
+    /// How much it is to have.
+    Requested,
+    /// This of the virtio device inside, which could be set before it was made.
+    Inner(Value),
     /// This; there is a setter that refuses.
     Fixed(Value),
 }
@@ -99,15 +104,18 @@ impl Node {
 
     /// The properties of a memory device.
     fn memory(mut self, device: &Present<'_>) -> Self {
-        let Present { info, sizes, .. } = device;
-        self = self.with("memaddr", "uint64", info.addr).early();
-        self = self.with("memdev", MEMDEV, memory::path_of(&info.memdev)).early();
-        let Some(block) = info.block_size else { return self };
-        self = self.with("node", "uint32", info.node).early().with("size", "size", sizes.plugged);
-        let own =
-            |name: &str, content| Property { name: name.to_owned(), kind: "size", content, early: false };
-        self.properties.push(own("block-size", Content::Fixed(block.into())));
-        self.properties.push(own(REQUESTED, Content::Requested(sizes.requested)));
+        let Present { info, .. } = device;
+        let mut own = |name: &str, kind, content| {
+            self.properties.push(Property { name: name.to_owned(), kind, content, early: false });
+        };
+        own("memaddr", "uint64", Content::Inner(info.addr.into()));
+        own("memdev", MEMDEV, Content::Inner(memory::path_of(&info.memdev).into()));
+        if let Some(block) = info.block_size {
+            own("node", "uint32", Content::Inner(info.node.into()));
+            own("size", "size", Content::Plugged);
+            own("block-size", "size", Content::Fixed(block.into()));
+            own(REQUESTED, "size", Content::Requested);
+        }
         self
     }
 
@@ -330,8 +338,9 @@ impl Hub {
             return Ok(child.absolute().into());
         }
         match node.properties.iter().find(|own| own.name == property).map(|own| &own.content) {
-            Some(Content::Known(value) | Content::Fixed(value)) => Ok(value.clone()),
-            Some(Content::Requested(bytes)) => Ok((*bytes).into()),
+            Some(Content::Known(value) | Content::Inner(value) | Content::Fixed(value)) => Ok(value.clone()),
+            Some(Content::Plugged) => Ok(self.memory_sizes(node, &path).await?.plugged.into()),
+            Some(Content::Requested) => Ok(self.memory_sizes(node, &path).await?.requested.into()),
             Some(Content::GuestStats) => Ok(guest_stats(&self.balloon_stats().await?)),
             Some(Content::PollingInterval) => Ok(self.balloon_stats().await?.polling_interval.into()),
             None => Err(no_property(&property)),
@@ -347,14 +356,16 @@ impl Hub {
         let is_child = tree.children(node).any(|child| child.path.last() == Some(&property));
         match own {
             Some(Property { content: Content::PollingInterval, .. }) => self.set_polling(&value).await,
-            Some(Property { content: Content::Requested(_), .. }) => {
+            Some(Property { content: Content::Requested, .. }) => {
                 let function = node.function.and_then(|index| functions.get(index));
                 self.request_memory(function.ok_or_else(|| not_found(&path))?, &value).await
             }
             Some(Property { content: Content::Fixed(_), .. }) => {
                 Err(Error::generic(format!("'{property}' cannot be changed")))
             }
-            Some(Property { kind: MEMDEV, .. }) => Err(link_after_realize(node, &property)),
+            Some(Property { content: Content::Inner(_), kind, .. }) => {
+                Err(inner_after_realize(node, &property, *kind == MEMDEV))
+            }
             Some(Property { early: true, .. }) => Err(after_realize(node, &property)),
             None if property != "type" && !is_child => Err(no_property(&property)),
             _ => Err(Error::generic("Insufficient permission to perform this operation")),
@@ -375,6 +386,17 @@ impl Hub {
         }
     }
 
+    /// What a memory device has and is to have.
+    async fn memory_sizes(&self, node: &Node, path: &str) -> Result<MemorySizes, Error> {
+        let functions = self.functions_with_sizes().await?;
+        // Devices that came or went meanwhile move the others.
+        let own = node.path.last().filter(|_| node.function.is_some());
+        let function = functions.iter().find(|function| Some(&function.qdev_id) == own);
+        let function = function.or_else(|| functions.get(node.function?));
+        let device = function.and_then(|function| memory::of(function, &self.config.memory_devices));
+        device.map(|device| device.sizes).ok_or_else(|| not_found(path))
+    }
+
     async fn balloon_stats(&self) -> Result<Stats, Error> {
         match self.ask_balloon(Op::Stats).await? {
             Answer::Stats(stats) => Ok(stats),
@@ -387,11 +409,15 @@ fn no_property(property: &str) -> Error {
     Error::generic(format!("Property '.{property}' not found"))
 }
 
-fn link_after_realize(node: &Node, property: &str) -> Error {
-    let inner = node.kind.trim_end_matches("-pci");
-    Error::generic(format!(
-        "Attempt to set link property '{property}' on device '(null)' (type '{inner}') after it was realized"
-    ))
+/// The device inside has no id.
+fn inner_after_realize(node: &Node, property: &str, is_link: bool) -> Error {
+    let kind = node.kind.trim_end_matches("-pci");
+    let what = if is_link {
+        format!("link property '{property}' on device '(null)'")
+    } else {
+        format!("property '{property}' on anonymous device")
+    };
+    Error::generic(format!("Attempt to set {what} (type '{kind}') after it was realized"))
 }
 
 fn after_realize(node: &Node, property: &str) -> Error {

@@ -4,7 +4,7 @@ use serde_json::{Value, json};
 
 use crate::cases::{Case, error, ok};
 
-fn execute(command: &str, arguments: Value) -> String {
+pub(crate) fn execute(command: &str, arguments: Value) -> String {
     json!({ "execute": command, "arguments": arguments }).to_string()
 }
 
@@ -159,7 +159,7 @@ fn human() -> Vec<Case> {
     ]
 }
 
-const NO_CLASS: &str = "5.1 did not name the class";
+pub(crate) const NO_CLASS: &str = "5.1 did not name the class";
 
 fn not_found(id: &str) -> Value {
     failed("DeviceNotFound", &format!("Device '{id}' not found"))

@@ -13,6 +13,7 @@ pub mod fake;
 pub mod fake_bus;
 pub mod fake_dump;
 pub mod human;
+pub mod memory;
 pub mod qemu;
 pub mod runner;
 pub mod started;

@@ -5,6 +5,8 @@ use std::process::Command;
 
 use bulkhead_framework::{Child, Result, Scratch};
 
+use crate::memory;
+
 /// A running QEMU whose guest does nothing, stopped at its start.
 pub struct Qemu {
     scratch: Scratch,
@@ -37,6 +39,17 @@ impl Qemu {
         args.extend(["-drive", "if=none,id=hd,driver=null-co"]);
         args.extend(devices.iter().flat_map(|device| ["-device", device]));
         Self::with(&args)
+    }
+
+    /// Starts it with memory devices.
+    ///
+    /// # Errors
+    /// It is not installed.
+    pub fn with_memory() -> Result<Self> {
+        let devices = memory::DEVICES.iter().flat_map(|device| ["-device", device]);
+        Self::with(
+            &[&["-M", "q35"], &memory::ARGS[..]].concat().into_iter().chain(devices).collect::<Vec<_>>(),
+        )
     }
 
     fn with(machine: &[&str]) -> Result<Self> {

@@ -5,7 +5,7 @@ use std::path::Path;
 use bulkhead_framework::{Failure, Result, Scratch, Vm};
 use bulkhead_qmp_tests::broker::{Broker, Kind};
 use bulkhead_qmp_tests::qemu::Qemu;
-use bulkhead_qmp_tests::{Case, cases, devices, runner, vms_run_here};
+use bulkhead_qmp_tests::{Case, cases, devices, memory, runner, vms_run_here};
 
 fn run_all(path: &Path, is_qemu72: bool) -> Result<()> {
     run_these(&cases::all(), path, is_qemu72)
@@ -94,4 +94,23 @@ fn our_broker_answers_as_the_table_says_of_devices() -> Result<()> {
 fn qemu_answers_as_the_table_says_of_devices() -> Result<()> {
     let qemu = Qemu::with_devices()?;
     run_these(&devices::some(), &qemu.path(), true)
+}
+
+/// A machine with memory devices.
+#[test]
+fn a_vm_answers_as_the_table_says_of_memory_devices() -> Result<()> {
+    if !vms_run_here() {
+        return Ok(());
+    }
+    let vm = Vm::builder().args(["-S"]).args(memory::ARGS);
+    let vm = memory::DEVICES.iter().fold(vm, |vm, device| vm.args(["-device", device])).start()?;
+    let path = vm.dir().join("q.sock");
+    run_these(&memory::some(), &path, false)
+        .map_err(|failure| failure.with_logs(&[vm.console().clone(), vm.stderr().clone()]))
+}
+
+#[test]
+fn qemu_answers_as_the_table_says_of_memory_devices() -> Result<()> {
+    let qemu = Qemu::with_memory()?;
+    run_these(&memory::some(), &qemu.path(), true)
 }

@@ -69,6 +69,7 @@ fn help_lists_every_command_and_subject() -> Result<()> {
         "cpus",
         "iothreads",
         "kvm",
+        "memory-devices",
         "memory_size_summary",
         "name",
         "pci",

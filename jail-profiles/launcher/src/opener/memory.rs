@@ -89,3 +89,56 @@ fn taken(file: File, size: u64, prealloc: bool) -> Result<OwnedFd, Error> {
     }
     Ok(file.into())
 }
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::MetadataExt as _;
+
+    use super::*;
+
+    fn said(backing: &Backing, size: u64) -> String {
+        open(backing, size, false).unwrap_err().to_string()
+    }
+
+    #[test]
+    fn the_length_of_a_memfd_never_changes() {
+        let file = File::from(open(&Backing::Memfd, 1 << 20, false).unwrap());
+        assert_eq!((file.metadata().unwrap().len(), file.metadata().unwrap().blocks()), (1 << 20, 0));
+        assert!(file.set_len(1 << 21).is_err() && file.set_len(1 << 19).is_err());
+        let hole = FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
+        fallocate(&file, hole, 0, 4096).unwrap();
+        let file = File::from(open(&Backing::Memfd, 1 << 20, true).unwrap());
+        assert_eq!(file.metadata().unwrap().blocks(), 2048, "all of it is there at once");
+        let error = said(&Backing::HugePages(3 << 20), 4 << 20);
+        assert!(error.starts_with("failed to resize memfd to 4194304: "), "{error}");
+    }
+
+    #[test]
+    fn a_file_has_the_length_that_is_asked_for() {
+        let path = std::env::temp_dir().join(format!("bulkhead-memory-{}", std::process::id()));
+        let text = path.to_str().unwrap().to_owned();
+        let backing = Backing::File(text.clone());
+        let file = File::from(open(&backing, 1 << 20, false).unwrap());
+        assert_eq!(file.metadata().unwrap().len(), 1 << 20, "a new one");
+        file.set_len(1 << 21).unwrap();
+        open(&backing, 1 << 20, false).unwrap();
+        assert_eq!(file.metadata().unwrap().len(), 1 << 21, "a longer one stays as it is");
+        file.set_len(4096).unwrap();
+        let short = "backing store size 0x1000 does not match 'size' option 0x100000";
+        assert_eq!(said(&backing, 1 << 20), short);
+        file.set_len(0).unwrap();
+        let dir = File::open(std::env::temp_dir()).unwrap();
+        let name = path.file_name().unwrap().to_str().unwrap().to_owned();
+        open_beneath(std::os::fd::AsFd::as_fd(&dir), &Backing::File(name), 1 << 20, false).unwrap();
+        assert_eq!(file.metadata().unwrap().len(), 1 << 20, "an empty one");
+        std::fs::remove_file(&path).unwrap();
+        for (path, cause) in [
+            ("/nowhere/f", "No such file or directory"),
+            ("/dev/null", "it is not a regular file"),
+            ("/", "Is a directory"),
+        ] {
+            let error = format!("can't open backing store {path} for guest RAM: {cause}");
+            assert_eq!(said(&Backing::File(path.to_owned()), 4096), error);
+        }
+    }
+}

@@ -171,3 +171,24 @@ pub fn version(value: Value, _: i64) -> String {
         format!("{}.{}.{}{package}\n", qemu.major, qemu.minor, qemu.micro)
     })
 }
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    #[test]
+    fn memory_devices_in_qemus_lines() {
+        let mem = json!({ "type": "virtio-mem", "data": {
+            "id": "v", "memaddr": 1u64 << 32, "requested-size": 128, "size": 0, "max-size": 512, "block-size": 2,
+            "node": 0, "memdev": "/objects/m",
+        } });
+        let pmem =
+            json!({ "type": "virtio-pmem", "data": { "memaddr": 4096, "size": 64, "memdev": "/objects/n" } });
+        let text = "Memory device [virtio-mem]: \"v\"\n  memaddr: 0x100000000\n  node: 0\n  requested-size: 128\n  size: 0\n  \
+                    max-size: 512\n  block-size: 2\n  memdev: /objects/m\nMemory device [virtio-pmem]: \"\"\n  \
+                    memaddr: 0x1000\n  size: 64\n  memdev: /objects/n\n";
+        assert_eq!(memory_devices(json!([mem, pmem]), 0), text);
+    }
+}
