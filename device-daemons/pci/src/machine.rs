@@ -286,8 +286,8 @@ impl Machine {
         let asks = function.as_device().map(Device::take_asks).unwrap_or_default();
         let (bus, pieces) = (&self.bus, &mut self.pieces);
         let room = |regions| {
-            let all = bus.functions().filter_map(|(_, function)| function.device_ref());
-            all.map(|device| device.room(regions)).collect()
+            let mut all = bus.functions().filter_map(|(_, function)| function.device_ref());
+            all.try_for_each(|device| device.room(regions))
         };
         for ask in asks {
             pieces.ask(index, &memory, ask, &room);
@@ -310,7 +310,7 @@ impl Machine {
     #[must_use]
     pub fn memory_device(&self, id: &str) -> Option<u16> {
         let is_it = |function: &&Function| function.config.id == id && memory_of(function).is_some();
-        self.bus.functions().find(|(_, function)| is_it(&function)).map(|(index, _)| index)
+        self.bus.functions().find(|(_, function)| is_it(function)).map(|(index, _)| index)
     }
 
     /// Devices are gone from the bus.

@@ -23,6 +23,7 @@ use crate::memory::{Memory, Region};
 use crate::place::MAX_FUNCTIONS;
 
 /// Number of the window of the first piece; behind those of functions and of what they share.
+#[expect(clippy::cast_possible_truncation, reason = "a few hundred")]
 pub const FIRST_WINDOW: u16 = (MAX_FUNCTIONS + MAX_SHARED) as u16;
 /// Pieces of a VM.
 pub const MAX_PIECES: u16 = MAX_WINDOWS - FIRST_WINDOW;

@@ -178,6 +178,8 @@ mod tests {
     use bulkhead_bus_api::pci::Window;
     use kvm_ioctls::{Kvm, VcpuFd};
 
+    use bulkhead_bus_api::platform::ECAM;
+
     use super::*;
 
     const MESSAGE: Msi = Msi { address: 0xfee0_0000, data: 0x41 };

@@ -9,6 +9,9 @@ use bulkhead_jail::link::{Link, LinkError};
 use nix::poll::{PollFd, PollFlags};
 use nix::sys::socket::MsgFlags;
 
+/// What the daemon has said, with what came along.
+pub type Said = (ToPci, Option<OwnedFd>);
+
 /// Messages in one call of [`Side::advance`].
 const TURNS: usize = 16;
 
@@ -49,7 +52,7 @@ impl Side {
     ///
     /// # Errors
     /// The link is over.
-    pub fn advance(&mut self) -> Result<Vec<Option<(ToPci, Option<OwnedFd>)>>, LinkError> {
+    pub fn advance(&mut self) -> Result<Vec<Option<Said>>, LinkError> {
         let mut said = Vec::new();
         for _ in 0..TURNS {
             let result = if self.greeted {
