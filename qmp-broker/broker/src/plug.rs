@@ -25,8 +25,8 @@ use crate::registry::{MAX_ID, is_identifier, socket_name};
 
 /// The root bus.
 pub const ROOT_BUS: &str = "pcie.0";
-/// A model that a machine may have from its start only.
-const FROM_THE_START: &str = "pcie-root-port";
+/// Models that a machine may have from its start only.
+const FROM_THE_START: [&str; 3] = ["pcie-root-port", "virtio-mem-pci", "virtio-pmem-pci"];
 /// Properties that all devices have.
 const COMMON: [&str; 5] = ["driver", "id", "bus", "addr", "multifunction"];
 /// How long a device that pci was asked for, and that it said nothing of, may still come.
@@ -124,7 +124,7 @@ fn wanted(given: &Given<'_>, is_socket: impl Fn(&str) -> bool) -> Result<Wish, E
     }
     let driver = properties.text("driver").ok_or_else(|| Error::generic("Parameter 'driver' is missing"))?;
     let model = Known::find(driver);
-    if model.is_none() && driver != FROM_THE_START {
+    if model.is_none() && !FROM_THE_START.contains(&driver) {
         return Err(Error::generic(format!("'{driver}' is not a valid device model name")));
     }
     let bus = properties.text("bus");

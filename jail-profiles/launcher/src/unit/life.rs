@@ -478,6 +478,22 @@ mod tests {
         fs::remove_dir_all(dir).unwrap();
     }
 
+    #[test]
+    fn a_memory_device_has_its_memory() {
+        let plan = plan(
+            "m = { size = \"256M\", maxmem = \"2G\" }\n\
+             object = { qom-type = \"memory-backend-memfd\", id = \"m\", size = \"1G\" }\n\
+             device = { driver = \"virtio-mem-pci\", id = \"v\", memdev = \"m\" }",
+        );
+        let memory = plan.opens.iter().find(|open| open.name == "memory.v").unwrap();
+        let dir = OwnedFd::from(fs::File::open("/").unwrap());
+        let fd = opener::open_beneath(dir.as_fd(), memory).unwrap();
+        assert_eq!(fs::File::from(fd).metadata().unwrap().len(), 1 << 30);
+        let member = Member::find("mem-v").unwrap();
+        assert_eq!(member.own_name("memory.v").as_deref(), Some("memory"));
+        assert!(configs(&plan).unwrap().contains_key("mem-v"));
+    }
+
     /// Nothing starts a daemon here: one that is there serves a device of its own settings, plugged in again or at last.
     #[test]
     fn a_daemon_serves_a_device_of_its_own_settings() {
