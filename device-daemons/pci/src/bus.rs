@@ -74,8 +74,6 @@ pub struct Bus {
     /// Functions whose state may have changed since the last commit.
     touched: BTreeSet<u16>,
     raise: BTreeSet<u16>,
-    /// Vector and doorbell from which free ones are looked for.
-    next_wires: (u16, u16),
     released: Vec<Change>,
     events: Vec<Event>,
     removed: Vec<Removed>,
@@ -106,7 +104,6 @@ impl Bus {
             stale: BTreeSet::new(),
             touched: BTreeSet::new(),
             raise: BTreeSet::new(),
-            next_wires: (0, 0),
             released: Vec::new(),
             events: Vec::new(),
             removed: Vec::new(),
@@ -155,26 +152,32 @@ impl Bus {
         u16::try_from(free).ok().filter(|_| free < MAX_FUNCTIONS)
     }
 
-    /// So many vectors and doorbells that nobody has. The back end of a device that is gone may keep its eventfds, so numbers
-    /// come again as late as can be.
-    pub fn free_wires(&mut self, vectors: usize, bells: usize) -> Option<(Vec<u16>, Vec<u16>)> {
-        let of = |function: &Function| {
-            let vectors: Vec<u16> = function.vectors.iter().map(|vector| vector.number).collect();
-            let bells: Vec<u16> = function.bells.iter().map(|bell| bell.number).collect();
-            (vectors, bells)
-        };
-        let (mut used_vectors, mut used_bells) = (BTreeSet::new(), BTreeSet::new());
-        for (vectors, bells) in self.functions().map(|(_, function)| of(function)) {
-            used_vectors.extend(vectors);
-            used_bells.extend(bells);
+    /// Vectors and doorbells that functions have.
+    fn used_wires(&self) -> (BTreeSet<u16>, BTreeSet<u16>) {
+        let (mut vectors, mut bells) = (BTreeSet::new(), BTreeSet::new());
+        for (_, function) in self.functions() {
+            vectors.extend(function.vectors.iter().map(|vector| vector.number));
+            bells.extend(function.bells.iter().map(|bell| bell.number));
         }
-        let (vector, bell) = self.next_wires;
-        let vectors_left = (vector..MAX_VECTORS).chain(0..vector).filter(|n| !used_vectors.contains(n));
-        let bells_left = (bell..MAX_BELLS).chain(0..bell).filter(|n| !used_bells.contains(n));
+        (vectors, bells)
+    }
+
+    /// So many vectors and doorbells that nobody has.
+    #[must_use]
+    pub fn free_wires(&self, vectors: usize, bells: usize) -> Option<(Vec<u16>, Vec<u16>)> {
+        let (mut used_vectors, mut used_bells) = self.used_wires();
+        // Core has not heard yet that these are nobody's.
+        for change in &self.released {
+            match change {
+                Change::NoVector { vector } => used_vectors.insert(*vector),
+                Change::NoBell { bell } => used_bells.insert(*bell),
+                _ => false,
+            };
+        }
+        let vectors_left = (0..MAX_VECTORS).filter(|number| !used_vectors.contains(number));
+        let bells_left = (0..MAX_BELLS).filter(|number| !used_bells.contains(number));
         let found: (Vec<u16>, Vec<u16>) =
             (vectors_left.take(vectors).collect(), bells_left.take(bells).collect());
-        let after = |list: &[u16], next| list.last().map_or(next, |last| last + 1);
-        self.next_wires = (after(&found.0, vector), after(&found.1, bell));
         (found.0.len() == vectors && found.1.len() == bells).then_some(found)
     }
 
@@ -200,9 +203,9 @@ impl Bus {
         let Some(function) = self.functions.get_mut(usize::from(index)).and_then(Option::take) else {
             return;
         };
-        let vectors =
-            function.vectors.iter().map(|vector| Change::Vector { vector: vector.number, to: None });
-        let bells = function.bells.iter().map(|bell| Change::Bell { bell: bell.number, at: None });
+        // Its back end may keep the eventfds: whoever has the numbers next gets others.
+        let vectors = function.vectors.iter().map(|vector| Change::NoVector { vector: vector.number });
+        let bells = function.bells.iter().map(|bell| Change::NoBell { bell: bell.number });
         self.released.extend(vectors.chain(bells));
         self.removed.push(Removed { index, kept: function.kept });
         self.touched.insert(index);
@@ -756,7 +759,11 @@ impl Bus {
         self.released.clear();
         let (_, on) = self.bell_changes();
         let vectors = self.vector_changes();
-        let mut changes: Vec<Change> = (0..MAX_BELLS).map(|bell| Change::Bell { bell, at: None }).collect();
+        let (used_vectors, used_bells) = self.used_wires();
+        let away = |bell| {
+            if used_bells.contains(&bell) { Change::Bell { bell, at: None } } else { Change::NoBell { bell } }
+        };
+        let mut changes: Vec<Change> = (0..MAX_BELLS).map(away).collect();
         let routed: BTreeSet<u16> = vectors
             .iter()
             .filter_map(
@@ -764,7 +771,10 @@ impl Bus {
             )
             .collect();
         let others = (0..MAX_VECTORS).filter(|vector| !routed.contains(vector));
-        changes.extend(others.map(|vector| Change::Vector { vector, to: None }));
+        changes.extend(others.map(|vector| {
+            let masked = used_vectors.contains(&vector);
+            if masked { Change::Vector { vector, to: None } } else { Change::NoVector { vector } }
+        }));
         let (_, new) = self.window_changes();
         // What is there already stays there: a guest that reads it does not come out. What memory devices have is not known yet.
         let absent = (0..FIRST_WINDOW).filter(|window| !self.applied.is_placed(*window));

@@ -4,7 +4,7 @@ mod guest;
 
 use std::time::{Duration, Instant};
 
-use bulkhead_bus_api::pci::Msi;
+use bulkhead_bus_api::pci::{Change, Msi};
 use bulkhead_control_api::pci::{Event, Refusal};
 use bulkhead_pci::bus::Bus;
 use bulkhead_pci::device::Shared;
@@ -438,14 +438,14 @@ fn all_wires_are_given_out_once_and_come_back() {
 }
 
 #[test]
-fn numbers_of_wires_come_again_as_late_as_can_be() {
-    let mut bus = Bus::new(0);
-    let mut seen = std::collections::BTreeSet::new();
-    // As for devices that come and go: nobody has any of them.
-    for _ in 0..512 {
-        let (vectors, bells) = bus.free_wires(2, 1).unwrap();
-        assert_eq!((vectors.len(), bells.len()), (2, 1));
-        assert!(vectors.iter().all(|number| seen.insert(*number)), "{vectors:?}");
-    }
-    assert_eq!(bus.free_wires(1024, 900).unwrap().0.len(), 1024);
+fn wires_of_a_device_that_is_gone_come_again_with_other_eventfds_only() {
+    let mut machine = Machine::new();
+    let index = (0..8).find(|n| machine.bus.get(*n).is_some_and(|f| f.config.id == "d")).unwrap();
+    let first = machine.bus.get(index).unwrap().vectors.first().unwrap().number;
+    machine.bus.remove(index);
+    let free = |machine: &Machine| machine.bus.free_wires(1, 1).unwrap().0;
+    assert_ne!(free(&machine), [first], "core has not heard of it");
+    let changes = machine.bus.effects().changes;
+    assert!(changes.iter().any(|change| matches!(change, Change::NoVector { vector } if *vector == first)));
+    assert_eq!(free(&machine), [first]);
 }

@@ -16,7 +16,7 @@ use serde_json::json;
 /// An ordinary user without subordinate ids, and the group of its /dev/kvm.
 const USER: (u32, u32) = (4242, 4243);
 const KVM_GROUP: u32 = 4244;
-const BINARIES: [&str; 8] = [
+const BINARIES: [&str; 10] = [
     "bulkhead-core",
     "bulkhead-console",
     "bulkhead-broker",
@@ -25,6 +25,8 @@ const BINARIES: [&str; 8] = [
     "bulkhead-pci",
     "bulkhead-block",
     "bulkhead-balloon",
+    "bulkhead-mem",
+    "bulkhead-pmem",
 ];
 const KINDS: [(&str, Namespace); 6] = [
     ("user", Namespace::User),
@@ -52,16 +54,18 @@ fn field(pid: i32, name: &str) -> String {
     line.unwrap_or("?").trim().to_owned()
 }
 
-/// A guest with a serial socket, a QMP socket, a file, a disk and a balloon, so that every kind of descriptor is there.
+/// A guest with a serial socket, a QMP socket, a file, a disk, a balloon and memory devices, so that every kind of descriptor is there.
 fn setup() -> Setup {
     let chardev = ["-chardev", "socket,id=c,path=s.sock,server=on,wait=off", "-serial", "chardev:c"];
     let file = ["-chardev", "file,id=f,path=log"];
     let disk = ["-drive", "if=none,id=d,file=disk.img", "-device", "virtio-blk-pci,drive=d,id=d0"];
     let balloon = ["-device", "virtio-balloon-pci,id=b0"];
-    Setup::new("test=counter", &[&chardev[..], &file, &disk, &balloon, &["-smp", "2"]].concat())
-        .with(|vm| vm.without_serial())
-        .leaves("log")
-        .disk(1 << 20)
+    let memory = ["-m", "256M,maxmem=2G", "-object", "memory-backend-memfd,id=m0,size=512M"];
+    let mem = ["-device", "virtio-mem-pci,id=vm0,memdev=m0,requested-size=64M"];
+    let pmem =
+        ["-object", "memory-backend-memfd,id=m1,size=64M", "-device", "virtio-pmem-pci,id=p0,memdev=m1"];
+    let all = [&chardev[..], &file, &disk, &balloon, &memory, &mem, &pmem, &["-smp", "2"]].concat();
+    Setup::new("test=counter", &all).with(|vm| vm.without_serial()).leaves("log").disk(1 << 20)
 }
 
 /// Runs `look` on each resident process of a guest that runs.
@@ -252,14 +256,14 @@ fn kinds(pid: i32) -> Result<Vec<(i32, String)>> {
 fn allowed(name: &str) -> &'static [(&'static str, usize)] {
     match name {
         // With two vCPUs. Sockets: five listeners, their connections, `boot`, and ends between threads. Eventfds: those of
-        // the console and, for interrupts and doorbells, of both devices.
+        // the console and, for interrupts and doorbells, of all devices. What memory devices give the guest is mapped, not held.
         "core" => &[
             ("kvm-vm", 1),
             ("kvm-vcpu:", 2),
             ("/memfd:ram-low", 1),
             ("/memfd:ecam", 1),
             ("socket", 20),
-            ("eventfd", 16),
+            ("eventfd", 22),
             ("signalfd", 1),
         ],
         // Links, the starter, the listener of the serial port, and ends between threads; what outlives it.
@@ -279,15 +283,15 @@ fn allowed(name: &str) -> &'static [(&'static str, usize)] {
             ("/memfd:ram-low", 1),
             ("/memfd:ecam", 1),
             ("/memfd:bulkhead-state", 1),
-            ("/memfd:", 2),
-            ("socket", 14),
-            ("eventfd", 16),
+            ("/memfd:", 4),
+            ("socket", 20),
+            ("eventfd", 24),
         ],
         "block" => &[
             ("DISK", 1),
             ("signalfd", 1),
             ("timerfd", 2),
-            ("/memfd:", 2),
+            ("/memfd:", 4),
             ("socket", 8),
             ("eventfd", 9),
             ("eventpoll", 2),
@@ -295,9 +299,18 @@ fn allowed(name: &str) -> &'static [(&'static str, usize)] {
         "balloon" => &[
             ("signalfd", 1),
             ("timerfd", 2),
-            ("/memfd:", 3),
+            ("/memfd:", 5),
             ("socket", 9),
             ("eventfd", 15),
+            ("eventpoll", 2),
+        ],
+        // The memory and the piece of it that the guest has are one file.
+        "mem" | "pmem" => &[
+            ("signalfd", 1),
+            ("timerfd", 2),
+            ("/memfd:", 6),
+            ("socket", 8),
+            ("eventfd", 9),
             ("eventpoll", 2),
         ],
         _ => &[],
@@ -425,7 +438,9 @@ fn names_are_what_ps_shows() -> Result<()> {
         "bulkhead-consol",
         "bulkhead-core",
         "bulkhead-guard",
+        "bulkhead-mem",
         "bulkhead-pci",
+        "bulkhead-pmem",
     ];
     guest.check(names == expected, &format!("{names:?}"))?;
     each(&guest, |resident, process| {

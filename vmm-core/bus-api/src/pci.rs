@@ -76,6 +76,16 @@ pub enum Change {
         /// A guest physical address inside the PCI windows, or none.
         at: Option<u64>,
     },
+    /// The vector is nobody's: it has no route, and who names it next gets another eventfd.
+    NoVector {
+        /// Number of the vector.
+        vector: u16,
+    },
+    /// The bell is nobody's: it is nowhere, and who names it next gets another eventfd.
+    NoBell {
+        /// Number of the bell.
+        bell: u16,
+    },
     /// What the guest finds at a place instead of an exit. The same piece of the same file again changes nothing, not even
     /// for a moment; another one replaces it.
     Window {

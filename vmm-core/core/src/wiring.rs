@@ -106,6 +106,16 @@ impl Wiring {
         let changed = changes.iter().try_for_each(|change| match *change {
             Change::Vector { vector, to } => self.set_vector(vm, vector, to),
             Change::Bell { bell, at } => self.set_bell(vm, bell, at),
+            Change::NoVector { vector } => {
+                self.set_vector(vm, vector, None)?;
+                self.routes_due |= self.vectors.remove(&vector).is_some_and(|wire| wire.to.is_some());
+                Ok(())
+            }
+            Change::NoBell { bell } => {
+                self.set_bell(vm, bell, None)?;
+                self.bells.remove(&bell);
+                Ok(())
+            }
             Change::Window { window, to } => {
                 self.windows.set(&vm.fd, window, to.and_then(|to| Some((to, fds.next()?))))
             }
@@ -250,6 +260,27 @@ mod tests {
         assert!(!is_requested(&vcpu, &MESSAGE));
         wiring.vectors[&0].event.write(1).unwrap();
         wait_requested(&vcpu, &MESSAGE);
+    }
+
+    #[test]
+    fn a_number_that_was_given_back_has_another_eventfd() {
+        let (_host, vm, vcpu, mut wiring) = machine();
+        wiring.eventfds(&[5], &[6]).unwrap();
+        set(&mut wiring, &vm, 5, Some(MESSAGE));
+        let old = (wiring.vectors[&5].event.try_clone(), wiring.bells[&6].event.try_clone());
+        let (old_vector, old_bell) = (old.0.unwrap(), old.1.unwrap());
+        let gone = [Change::NoVector { vector: 5 }, Change::NoBell { bell: 6 }];
+        wiring.apply(&vm, &gone, vec![]).unwrap();
+        wiring.apply(&vm, &gone, vec![]).unwrap();
+        wiring.eventfds(&[5], &[6]).unwrap();
+        old_bell.write(1).unwrap();
+        assert!(wiring.bells[&6].event.read().is_err(), "it is another one");
+        set(&mut wiring, &vm, 5, Some(OTHER));
+        old_vector.write(1).unwrap();
+        wiring.vectors[&5].event.write(1).unwrap();
+        wait_requested(&vcpu, &OTHER);
+        assert!(!is_requested(&vcpu, &MESSAGE));
+        assert_eq!(old_vector.read().unwrap(), 1, "nobody hears it");
     }
 
     #[test]

@@ -294,6 +294,8 @@ impl Core {
                 assert!(vector < 1024 && msi.address & 0xfff0_0000 == 0xfee0_0000);
                 self.routes.insert(vector, msi);
             }
+            Change::NoVector { vector } => drop(self.routes.remove(&vector)),
+            Change::NoBell { bell } => drop(self.bells.remove(&bell)),
             Change::Vector { vector, to: None } => drop(self.routes.remove(&vector)),
             Change::Bell { bell, at: Some(at) } => {
                 assert!(bell < 900 && (0xc000_0000..0xe000_0000).contains(&at) || at >= 1 << 32, "{at:#x}");
