@@ -9,9 +9,8 @@ use bulkhead_jail::topology::PROCESSES;
 use crate::host::Host;
 use crate::report;
 
-/// Where the sources are, from the top. The jail is part of every process, the kit of block, net and
-/// balloon.
-const CRATES: [(&str, &str); 12] = [
+/// Where the sources are, from the top. The jail is part of every process, the kit of the five device daemons above it.
+const CRATES: [(&str, &str); 14] = [
     ("core", "vmm-core/core"),
     ("loader", "vmm-core/loader"),
     ("dump", "vmm-core/dump"),
@@ -20,6 +19,8 @@ const CRATES: [(&str, &str); 12] = [
     ("block", "device-daemons/block"),
     ("net", "device-daemons/net"),
     ("balloon", "device-daemons/balloon"),
+    ("mem", "device-daemons/mem"),
+    ("pmem", "device-daemons/pmem"),
     ("kit", "device-daemons/kit"),
     ("broker", "qmp-broker/broker"),
     ("jail", "jail-profiles/jail"),
