@@ -383,6 +383,22 @@ fn what_the_guest_writes_early_is_told_after_the_features() {
 }
 
 #[test]
+fn a_daemon_says_all_of_its_pieces_once_on_a_link() {
+    let mut bench = Bench::running_of(Virtio { side: Some("side.d0".into()), ..virtio() });
+    for times in [1, 2] {
+        let (a, b) = pair_of_packets();
+        bench.device.connected("side.d0", a);
+        let daemon = Link::connect(b, bulkhead_control_api::VERSION).unwrap();
+        (0..times).for_each(|_| daemon.send(&ToPci::Pieces).unwrap());
+        bench.serve();
+        assert_eq!(bench.device.missing().is_empty(), times == 1);
+        drop(daemon);
+        bench.serve();
+        assert_eq!(bench.device.missing(), ["side.d0"]);
+    }
+}
+
+#[test]
 fn a_side_link_says_what_vhost_user_cannot() {
     let mut bench = Bench::running_of(Virtio { side: Some("side.d0".into()), ..virtio() });
     assert_eq!(bench.device.missing(), ["side.d0"]);

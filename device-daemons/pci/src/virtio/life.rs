@@ -403,7 +403,7 @@ impl VirtioPci {
                         ToPci::Memory(sizes) => self.on_sizes(sizes),
                         ToPci::Piece { number, piece } => self.on_piece(number, piece, fd),
                         ToPci::NoPiece { number } => self.share.asks.push(Ask::NoPiece(number)),
-                        ToPci::Pieces => self.share.asks.push(Ask::All),
+                        ToPci::Pieces => self.on_all_said(),
                     }
                 }
                 self.settle();

@@ -29,6 +29,8 @@ pub struct Share {
     pub said: u64,
     /// The pieces that it has are known.
     pub known: bool,
+    /// It has said all of them on this link.
+    pub said_all: bool,
 }
 
 impl VirtioPci {
@@ -44,6 +46,7 @@ impl VirtioPci {
     /// The daemon's hello has come.
     pub(super) fn greeted(&mut self) {
         self.tell_side(&FromPci::Resets(self.share.resets));
+        self.share.said_all = false;
         if self.config.memory.is_some() {
             self.share.asks = vec![Ask::Begin];
         }
@@ -68,6 +71,16 @@ impl VirtioPci {
         self.share.said = self.share.said.wrapping_add(1);
         if self.offer.is_some() && self.sync.ask() {
             self.front.read_config();
+        }
+    }
+
+    /// The daemon has said all of its pieces, which it does once: core is asked for the absence of all others.
+    pub(super) fn on_all_said(&mut self) {
+        if std::mem::replace(&mut self.share.said_all, true) {
+            self.complain("side link: all pieces were said before");
+            self.side = None;
+        } else {
+            self.share.asks.push(Ask::All);
         }
     }
 
