@@ -2,19 +2,22 @@
 
 use std::os::fd::{AsFd as _, AsRawFd as _, BorrowedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
+use std::process::ExitCode;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use bulkhead_control_api::config::IoThread;
 use bulkhead_jail::start::{Start, StartError};
 use bulkhead_jail::starter::Starter;
-use bulkhead_jail::warn;
+use bulkhead_jail::topology::Process;
+use bulkhead_jail::{error, warn};
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::signal::{SigSet, Signal};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
 use nix::sys::socket::{MsgFlags, recv, setsockopt, sockopt};
 use nix::sys::time::{TimeVal, TimeValLike as _};
+use serde::de::DeserializeOwned;
 use vhost::vhost_user::{BackendReqHandler, Error as VhostError};
 
 use crate::device::{Device, Listeners, MAX_QUEUES, Notices};
@@ -42,6 +45,32 @@ pub enum ServeError {
 
 const fn host(what: &'static str) -> impl Fn(Errno) -> ServeError {
     move |errno| ServeError::Host(what, errno)
+}
+
+/// Why a daemon's device cannot be made; a line for the log.
+pub type Failure = Box<dyn std::error::Error>;
+
+/// A daemon's process from its start to its end: `make` makes the device of the configuration, with what else the
+/// process was given, and names the thread of its queues.
+pub fn main<C: DeserializeOwned>(
+    process: &'static Process,
+    make: impl FnOnce(&mut Start, &C, &Notices) -> Result<(Box<dyn Device>, IoThread), Failure>,
+) -> ExitCode {
+    let run = || -> Result<(), Failure> {
+        let mut start = Start::begin(process)?;
+        let config = start.config()?;
+        let listeners = Listeners { vhost: start.take("vhost")?, side: start.take("side")? };
+        let notices = Notices::new().map_err(host("eventfd"))?;
+        let (device, iothread) = make(&mut start, &config, &notices)?;
+        Ok(Daemon::new(device, &iothread, notices, listeners)?.run(start)?)
+    };
+    match run() {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(failure) => {
+            error!("{failure}");
+            ExitCode::FAILURE
+        }
+    }
 }
 
 /// A daemon that is about to be one.
